@@ -1,0 +1,70 @@
+"""BC-10%: behaviour cloning of the best tenth of the data with a perceptron, the baseline nobody may leave out."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from agents.agent import Metrics, Now, Params, Sampler, Scales
+from agents.config import Config
+from agents.gaussian import GaussianHead, action_loss
+from agents.samplers import chains
+from data import ChainBatch, TrajectoryStore
+
+
+class Perceptron(nnx.Module):
+    """Observation -> Gaussian over actions."""
+
+    def __init__(self, config: Config, scales: Scales, action_size: int, *, rngs: nnx.Rngs):
+        self.mean = tuple(float(x) for x in scales.observation_mean)
+        self.std = tuple(float(x) for x in scales.observation_std)
+        sizes = [len(self.mean)] + [config.model.width] * config.model.layers
+        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(sizes)])
+        self.head = GaussianHead(config.model.width, action_size, rngs=rngs)
+
+    def __call__(self, observation: Array):
+        x = (observation - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        for layer in self.layers:
+            x = jax.nn.gelu(layer(x))
+        return self.head(x)
+
+
+class BehaviourCloning:
+    """Imitates, step by step, the trajectories of highest return that make up `agent.top_fraction` of the time steps
+    (the "%BC" of Chen et al. 2021). It has no memory.
+    """
+
+    context = False
+    tokens_per_moment = 1
+
+    def __init__(self, config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None):
+        self.config = config
+
+        def network(key: Array) -> Perceptron:
+            return Perceptron(config, scales, action_size, rngs=nnx.Rngs(key))
+
+        self._network = network
+        self.graph = nnx.split(nnx.eval_shape(network, jax.random.key(0)))[0]
+
+    def sampler(self, stores: list[TrajectoryStore]) -> Sampler:
+        best = self.config.agent.top_fraction
+        return chains(self.config, stores, trajectories=1, sort="time", target="own", best=best)
+
+    def order(self, moments: int) -> None:
+        return None
+
+    def init(self, key: Array) -> Params:
+        return jax.jit(lambda key: nnx.split(self._network(key))[1])(key)
+
+    def loss(self, params: Params, batch: ChainBatch) -> tuple[Array, Metrics]:
+        gaussian = nnx.merge(self.graph, params)(batch.observation)
+        return action_loss(gaussian, batch.action, (batch.segment >= 0).astype(jnp.float32))
+
+    def start(self, params: Params, prompt: ChainBatch, steps: int) -> None:
+        return None
+
+    def act(self, params: Params, memory: None, now: Now, key: Array | None) -> tuple[Array, None]:
+        return nnx.merge(self.graph, params)(now.observation).act(key), None

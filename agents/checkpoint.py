@@ -1,0 +1,137 @@
+"""Checkpoints of a run: weights, optimizer state and what is needed to act, through orbax (asynchronous, atomic, any
+mesh)."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+
+from agents.agent import Scales
+from agents.cli import ConfigError
+
+
+class Meta(NamedTuple):
+    """What a checkpoint knows beside its arrays."""
+
+    scales: Scales
+    targets: dict[str, float]
+    """Typical return asked for, by task."""
+    action_size: int
+    episode_steps: int
+    versions: dict[str, str]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Arrays are stored by name, so a checkpoint of another model is recognised by the names and shapes that differ.
+    """
+
+    def __init__(self, run: Path, *, keep: int = 2):
+        self.folder = (run / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+    def latest(self) -> int | None:
+        """Returns the update of the newest whole checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: Meta) -> None:
+        """Begins to write `state`; returns as soon as it has been copied off the devices."""
+        saved = meta._replace(
+            scales={name: np.asarray(value).tolist() for name, value in meta.scales._asdict().items()}
+        )
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(_by_name(state)), meta=ocp.args.JsonSave(saved._asdict())
+        )
+        self.manager.save(step, args=arguments)
+
+    def meta(self) -> Meta:
+        """Returns what the newest checkpoint knows beside its arrays."""
+        step = self._newest()
+        saved = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        scales = Scales(
+            np.asarray(saved["scales"]["observation_mean"], np.float32),
+            np.asarray(saved["scales"]["observation_std"], np.float32),
+            float(saved["scales"]["return_to_go"]),
+        )
+        return Meta(**{**saved, "scales": scales})
+
+    def restore(self, like: Any, sharding: Sharding, *, part: str = "") -> Any:
+        """Returns the newest state in the shape of `like` (arrays or their shapes), laid out as `sharding` on any mesh.
+
+        `part` is the name of the part of the state that `like` is, for reading the weights alone.
+        """
+        step = self._newest()
+        stored = self.manager.item_metadata(step)["state"]
+        stored = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
+        wanted = _by_name(like, part)
+        differing = [
+            f"{name}: {stored.get(name, 'absent')} in the checkpoint, {leaf.shape} in the config"
+            for name, leaf in wanted.items()
+            if stored.get(name) != tuple(leaf.shape)
+        ]
+        surplus = [f"{name} is not in the config" for name in stored if name.startswith(part) and name not in wanted]
+        if differing or surplus:
+            raise ConfigError(
+                f"{self.folder}/{step} is a checkpoint of another model ({'; '.join((differing + surplus)[:2])}). "
+                "Use the config it was trained with, or another run name."
+            )
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in wanted.items()
+        }
+        restore = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        arrays = self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+    def _newest(self) -> int:
+        step = self.latest()
+        if step is None:
+            raise ConfigError(
+                f"{self.folder.parent} holds no checkpoint. Train it first: python -m agents.train CONFIG.toml."
+            )
+        return step
+
+
+def _by_name(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a tree by the path to them."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {prefix + jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    import importlib.metadata
+    import platform
+
+    names = ("rlring", "jax", "flax", "optax", "dm-control", "mujoco", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def read_metrics(path: Path, up_to: int | None = None) -> list[dict]:
+    """Returns the lines of a `metrics.jsonl`, those of later updates than `up_to` and a torn last line left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the write that the process died in
+        if up_to is None or entry["step"] <= up_to:
+            lines.append(entry)
+    return lines

@@ -1,0 +1,50 @@
+"""A Gaussian over actions: where the data went several ways, a single action would stand still in the middle."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+LOG_STD_RANGE = (-5.0, 1.0)
+
+
+class Gaussian(NamedTuple):
+    """Independent normal distributions over the entries of an action."""
+
+    mean: Float[Array, "*S A"]
+    log_std: Float[Array, "*S A"]
+
+    def log_probability(self, action: Float[Array, "*S A"]) -> Float[Array, "*S"]:
+        z = (action - self.mean) * jnp.exp(-self.log_std)
+        return jnp.sum(-0.5 * z * z - self.log_std - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
+
+    def act(self, key: Array | None) -> Float[Array, "*S A"]:
+        """Returns an action in [-1, 1]: sampled, or the mean when there is no key."""
+        noise = 0.0 if key is None else jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return jnp.clip(self.mean + noise, -1.0, 1.0)
+
+
+class GaussianHead(nnx.Module):
+    """Maps features to a Gaussian over actions; float32, as the loss is."""
+
+    def __init__(self, width: int, action_size: int, *, rngs: nnx.Rngs):
+        self.project = nnx.Linear(width, 2 * action_size, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
+
+    def __call__(self, features: Float[Array, "*S D"]) -> Gaussian:
+        mean, log_std = jnp.split(self.project(features.astype(jnp.float32)), 2, axis=-1)
+        low, high = LOG_STD_RANGE
+        # A smooth bound: a clipped log_std would have no gradient to come back with.
+        return Gaussian(mean, low + (high - low) * jax.nn.sigmoid(log_std + 1.0))
+
+
+def action_loss(gaussian: Gaussian, action: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
+    """Returns the weighted mean negative log-likelihood of `action` per action entry, with its metrics.
+
+    Written on global arrays: the sum over devices is XLA's business.
+    """
+    total = jnp.maximum(weight.sum(), 1.0)
+    loss = -(gaussian.log_probability(action) * weight).sum() / (total * action.shape[-1])
+    error = (jnp.square(gaussian.mean - action).mean(axis=-1) * weight).sum() / total
+    return loss, {"loss/action": loss, "action/mean_squared_error": error}

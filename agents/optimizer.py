@@ -1,0 +1,28 @@
+"""The optimizer of a run: AdamW, clipped, warmed up, cosine."""
+
+import optax
+
+from agents.config import Config
+
+
+def schedule(config: Config) -> optax.Schedule:
+    """Returns the learning rate by update."""
+    own, updates = config.optimizer, config.train.updates
+    warmup = min(own.warmup, updates // 2)
+    return optax.warmup_cosine_decay_schedule(0.0, own.learning_rate, warmup, updates, own.learning_rate / 100)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Returns AdamW (Loshchilov and Hutter 2019) behind clipping by the global norm; no decay on vectors (norms,
+    biases)."""
+    own = config.optimizer
+
+    def decayed(params):
+        import jax
+
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(own.gradient_clip),
+        optax.adamw(schedule(config), b2=own.beta2, weight_decay=own.weight_decay, mask=decayed),
+    )

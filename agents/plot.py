@@ -1,0 +1,270 @@
+"""Draws return against context: python -m agents.plot runs/A runs/B --out return_vs_context.png [--statistic last]"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from agents.bootstrap import RESAMPLES
+from agents.cli import ConfigError, run
+from agents.figure import Curve, Point, compose, image
+from agents.results import MODES, ORACLE, Result, read_results
+from agents.statistics import STATISTICS, SummaryRow, cells, maximum_null, summarize, summary_notes
+from data.atomic_file import atomic_file
+
+AGGREGATES = {"iqm": "interquartile mean", "mean": "mean"}
+FOREIGN = " (foreign context)"
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, less the colours that nobody can read on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A8488A", "#7A5C00", "#56707F", "#2E9BD6", "#222222")
+GREY = "#666666"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a plot says of itself. rows: the summary of what is drawn, and of nothing else."""
+
+    path: Path
+    caption: str
+    rows: list[SummaryRow]
+
+
+def plot(
+    results: Sequence[Result],
+    out: Path,
+    title: str = "",
+    *,
+    statistic: str | None = None,
+    mode: str | None = None,
+    aggregate: str = "iqm",
+    resamples: int = RESAMPLES,
+) -> Drawn:
+    """Draws return against context into `out` (.png, .svg or .pdf) and returns the caption that stands below it.
+
+    statistic: what the episodes of a goal are reduced to: first, mean, last or max; None takes mean for prompted and
+        last, which is the return of episode x, for self.
+    mode: "prompted" (x is the trajectories given) or "self" (x is the episodes played, the statistic over these);
+        None takes prompted where there is any.
+    aggregate: what the goals are reduced to: "iqm", with the means as dashes beside the line, or "mean".
+
+    ConfigError when there is nothing to draw, or an argument is none of these.
+    """
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"a plot is a .png, .svg or .pdf file; got {out}")
+    if aggregate not in AGGREGATES:
+        raise ConfigError(f"unknown aggregate {aggregate!r}; choose from {', '.join(AGGREGATES)}")
+    mode = mode or next((name for name in MODES if any(result.mode == name for result in results)), None)
+    shown = episodes_of_mode(results, mode) if mode else []
+    if not mode or not shown:
+        found = ", ".join(sorted({result.mode for result in results})) or "no episodes at all"
+        raise ConfigError(f"there is nothing to draw in mode {mode or 'prompted'}; the results have {found}.")
+    statistic = statistic or ("mean" if mode == "prompted" else "last")
+    rows = summarize(shown, statistics=[statistic], resamples=resamples)
+    panels = curves(shown, rows, aggregate=aggregate, resamples=resamples)
+    number = _number(rows, mode)
+    caption = describe(shown, rows, panels, number=number, aggregate=aggregate, resamples=resamples)
+    figure = compose(
+        panels,
+        title=title or f"{' and '.join(panels)}: return against context",
+        subtitle=f"{number[4].upper()}{number[5:]}: {AGGREGATES[aggregate]} and 95 % interval",
+        caption=caption,
+        x_name="trajectories" if mode == "prompted" else "episodes",
+        logarithmic=mode == "prompted",
+    )
+    with atomic_file(out) as file:
+        file.write(image(figure, out.suffix[1:]))
+    return Drawn(out, caption, rows)
+
+
+def episodes_of_mode(results: Sequence[Result], mode: str) -> list[Result]:
+    """Returns the episodes to draw for a mode, and with them those of oracles and of agents that know no context; of
+    tasks where no agent was evaluated in this mode, nothing.
+
+    In mode "self" the context grows as the agent plays, so the episodes count for every k of at least their number: the
+    statistic over the first k of them is drawn at x = k.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
+    tasks = {result.task for result in results if result.mode == mode and result.agent != ORACLE}
+    results = [result for result in results if result.task in tasks]
+    shown = [result for result in results if result.mode == mode]
+    agents = {(result.task, result.agent) for result in shown}
+    contextual = {(result.task, result.agent) for result in results if result.context != "none"}
+    flat = [
+        replace(result, mode=mode)
+        for result in results
+        if result.mode != mode
+        and (result.task, result.agent) not in agents
+        and (result.agent == ORACLE or (result.task, result.agent) not in contextual)
+    ]
+    if mode == "prompted":
+        return shown + flat
+    played: dict[tuple[object, ...], int] = {}
+    for result in shown:
+        group = (result.task, result.experiment, result.agent, result.seed, result.group)
+        played[group] = max(result.episode_index + 1, played.get(group, 0))
+    grown = []
+    for result in shown:
+        last = played[result.task, result.experiment, result.agent, result.seed, result.group]
+        for count in range(result.episode_index + 1, last + 1):
+            grown.append(replace(result, context="own", context_trajectories=count))
+    return grown + flat
+
+
+def curves(
+    results: Sequence[Result], rows: Sequence[SummaryRow], *, aggregate: str = "iqm", resamples: int = RESAMPLES
+) -> dict[str, list[Curve]]:
+    """Returns the curves of each task: the agents in the order of their last value, each followed by its control, and
+    the first of them, where the statistic is max, by what luck alone would have given it. An agent has one colour
+    throughout.
+    """
+    points: dict[str, dict[str, list[Point]]] = {}
+    for row in rows:
+        iqm = (row.iqm, row.ci_low, row.ci_high)
+        mean = (row.mean, row.mean_ci_low, row.mean_ci_high)
+        drawn, dash = (iqm, row.mean) if aggregate == "iqm" else (mean, math.nan)
+        own = points.setdefault(row.task, {}).setdefault(row.agent, [])
+        own.append(Point(row.context_trajectories, row.context_tokens, *drawn, dash))
+    names = sorted({row.agent.removesuffix(FOREIGN) for row in rows} - {ORACLE})
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    panels = {}
+    for task, of_agent in points.items():
+        agents = [name for name in names if name in of_agent]
+        agents.sort(key=lambda name: (len(of_agent[name]) == 1, -of_agent[name][-1].value))
+        panels[task] = []
+        for name in agents:
+            own, colour, label = of_agent[name], colours[name], name.replace("_", " ")
+            flat = len(own) == 1 and own[0].trajectories == 0
+            panels[task].append(Curve(label, "flat" if flat else "agent", colour, tuple(own)))
+            if name + FOREIGN in of_agent:
+                # No context is nobody's: both begin there.
+                start = [point._replace(other=math.nan) for point in own if point.trajectories == 0]
+                control = tuple(start + of_agent[name + FOREIGN])
+                panels[task].append(Curve(label + FOREIGN, "foreign", colour, control))
+            if rows[0].statistic == "max" and name == agents[0]:
+                own_rows = [row for row in rows if (row.task, row.agent) == (task, name)]
+                null = _null(own_rows, results, aggregate, resamples)
+                if null:
+                    panels[task].append(Curve(f"{label}: best of n by luck", "null", colour, null))
+        if ORACLE in of_agent:
+            panels[task].append(Curve("oracle", "oracle", GREY, tuple(of_agent[ORACLE][:1])))
+    return panels
+
+
+def _null(own: Sequence[SummaryRow], results: Sequence[Result], aggregate: str, resamples: int) -> tuple[Point, ...]:
+    """Returns the expected maximum of as many context-free episodes as each row of an agent took its maximum over; no
+    points where there are too few of them, or no row took a maximum of several.
+    """
+    first = own[0]  # the least context: no other row has context-free episodes that it lacks
+    members = cells(results)[first.task, first.mode, first.agent, first.context_trajectories]
+    free = [result for result in members if result.context_free]
+    most = max(row.episodes_per_group for row in own)
+    if most == 1 or len(free) < most:
+        return ()
+    points = []
+    for row in own:
+        null = maximum_null(free, row.episodes_per_group, resamples=resamples)
+        drawn = null.iqm if aggregate == "iqm" else null.mean
+        points.append(Point(row.context_trajectories, row.context_tokens, *drawn, math.nan))
+    return tuple(points)
+
+
+def describe(
+    results: Sequence[Result],
+    rows: Sequence[SummaryRow],
+    panels: Mapping[str, Sequence[Curve]],
+    *,
+    number: str,
+    aggregate: str,
+    resamples: int = RESAMPLES,
+) -> str:
+    """Returns the caption: what is drawn, over how many goals, seeds and episodes, and what the intervals cover."""
+    agents = [row for row in rows if row.agent != ORACLE]
+    goals, seeds = _span(row.groups for row in agents), _span(row.seeds for row in agents)
+    over = " or ".join(sorted({row.interval_over for row in agents}))
+    sentences = [
+        f"Line: {AGGREGATES[aggregate]} of {number}, over {goals} goals (or starts) × {seeds} training "
+        f"seed{'' if seeds == '1' else 's'}.",
+        f"Band: 95 % percentile bootstrap interval over {over}, {resamples:,} resamples.",
+    ]
+    if aggregate == "iqm":
+        sentences.append("Short dashes: the means of the same returns.")
+    if any(row.agent.endswith(FOREIGN) for row in rows):
+        sentences.append("Foreign context: trajectories of another goal, which must not help.")
+    if any(row.agent == ORACLE for row in rows):
+        sentences.append("Oracle: a scripted controller that is told what the agents must find out.")
+    if any(curve.kind == "null" for drawn in panels.values() for curve in drawn):
+        sentences.append(
+            "By luck: the expected largest return of as many independent episodes without context, which a policy that "
+            "learns nothing reaches too."
+        )
+    elif rows[0].statistic == "max" and max(row.episodes_per_group for row in agents) > 1:
+        sentences.append(
+            "A maximum rises by luck alone; there are too few episodes without context to draw by how much."
+        )
+    return " ".join(sentences + summary_notes(results, rows))
+
+
+def _number(rows: Sequence[SummaryRow], mode: str) -> str:
+    """Returns the words for what each goal is reduced to."""
+    statistic = rows[0].statistic
+    if mode == "self":
+        return {
+            "first": "the return of the first episode",
+            "mean": "the mean return of the first x episodes",
+            "last": "the return of episode x, after x - 1 of the agent's own",
+            "max": "the largest return of the first x episodes",
+        }[statistic]
+    count = _span(row.episodes_per_group for row in rows if row.agent != ORACLE)
+    if count == "1":
+        return "the return of the episode after the prompt"
+    return {
+        "first": f"the return of the first of the {count} episodes after the prompt",
+        "mean": f"the mean return of the {count} episodes after the prompt",
+        "last": f"the return of the last of the {count} episodes after the prompt",
+        "max": f"the largest return of the {count} episodes after the prompt",
+    }[statistic]
+
+
+def _span(values: Iterable[int]) -> str:
+    numbers = list(values)
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m agents.plot", description="Draws return against context.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or their results.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="the plot: .png, .svg or .pdf")
+    parser.add_argument("--title", default="")
+    parser.add_argument(
+        "--statistic", choices=STATISTICS, help="over the episodes of a goal (mean; for mode self: last)"
+    )
+    parser.add_argument("--mode", choices=MODES, help="prompted, or self (prompted where there is any)")
+    parser.add_argument("--aggregate", choices=list(AGGREGATES), default="iqm", help="over the goals (iqm)")
+    options = parser.parse_args(argv)
+
+    def body() -> None:
+        drawn = plot(
+            read_results(*options.runs),
+            options.out,
+            options.title,
+            statistic=options.statistic,
+            mode=options.mode,
+            aggregate=options.aggregate,
+        )
+        for row in drawn.rows:
+            print(
+                f"{row.task}  {row.agent}  {row.context_trajectories} trajectories ({row.context_tokens} tokens)  "
+                f"{row.statistic}: iqm {row.iqm:.4g} [{row.ci_low:.4g}, {row.ci_high:.4g}]  mean {row.mean:.4g} "
+                f"[{row.mean_ci_low:.4g}, {row.mean_ci_high:.4g}]"
+            )
+        print(f"{drawn.path}: {drawn.caption}")
+
+    return run(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

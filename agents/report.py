@@ -1,0 +1,121 @@
+"""report.html: one file that shows what was measured, by which commands, with which versions and settings."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from agents.cli import ConfigError
+from agents.plot import Drawn
+from agents.results import Result, merged_versions
+from agents.statistics import SummaryRow, summary_notes
+from data.atomic_file import atomic_file
+
+_MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 2.5rem auto; padding: 0 1.25rem; max-width: 64rem; background: #fff; color: #222;
+       font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
+h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
+figure { margin: 1.5rem 0; }
+img { max-width: 100%; height: auto; }
+p.note, figcaption, summary { color: #555; font-size: .9rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
+th { color: #555; font-weight: 600; border-bottom: 1px solid #888; }
+.text { text-align: left; }
+tr.first td { border-top: 2px solid #bbb; }
+pre { background: #f6f6f4; padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45; }
+"""
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    plot: Drawn,
+    more_plots: Sequence[Drawn] = (),
+    rows: Sequence[SummaryRow],
+    results: Sequence[Result],
+    commands: Sequence[str],
+    config: str,
+) -> None:
+    """Writes a page that needs nothing but itself: the plots with their captions, the numbers drawn, all rows of the
+    summary and what they leave unsaid, the commands that made it, the versions that played the results, the config.
+
+    rows: the summary of `results`. ConfigError for a plot that is no .png or .svg.
+    """
+    plots = [plot, *more_plots]
+    shown = list(dict.fromkeys(row for drawn in plots for row in drawn.rows))
+    parts = [f"<h1>{html.escape(title)}</h1>", *(_figure(drawn) for drawn in plots)]
+    parts += ["<h2>The numbers drawn</h2>", _table(shown)]
+    parts += [f"<details><summary>All {len(rows)} rows of the summary</summary>{_table(rows)}</details>"]
+    parts += [f"<p class=note>{html.escape(note)}</p>" for note in summary_notes(results, rows)]
+    parts += ["<h2>Made by</h2>", _text("\n".join(commands))]
+    parts += ["<h2>Versions</h2>", _pairs(merged_versions(results))]
+    parts += ["<h2>Config</h2>", _text(config)]
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n"
+    )
+    with atomic_file(path) as file:
+        file.write(page.encode())
+
+
+def _figure(drawn: Drawn) -> str:
+    media = _MEDIA.get(drawn.path.suffix)
+    if media is None:
+        raise ConfigError(f"a report shows .png and .svg plots; got {drawn.path}")
+    image = base64.b64encode(drawn.path.read_bytes()).decode()
+    # The caption is in the picture; here it is for those who cannot see it.
+    return f'<figure><img src="data:{media};base64,{image}" alt="{html.escape(drawn.caption)}"></figure>'
+
+
+def _table(rows: Sequence[SummaryRow]) -> str:
+    """Returns the rows in the order of the summary, with a rule above each agent."""
+    heads = ("agent", "context", "tokens", "statistic", "interquartile mean", "mean", "goals", "seeds", "episodes",
+             "interval over", "task", "mode")  # fmt: skip
+    texts = {"agent", "task", "mode", "statistic", "interval over"}
+    kind = ["text" if head in texts else "number" for head in heads]
+    lines = ["".join(f"<th class={k}>{head}</th>" for head, k in zip(heads, kind, strict=True))]
+    before: tuple[str, ...] = ()
+    for row in rows:
+        cells = (
+            row.agent,
+            _context(row),
+            f"{row.context_tokens:,}",
+            row.statistic,
+            f"{row.iqm:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]",
+            f"{row.mean:.2f} [{row.mean_ci_low:.2f}, {row.mean_ci_high:.2f}]",
+            str(row.groups),
+            str(row.seeds),
+            f"{row.episodes:,}",
+            row.interval_over,
+            row.task,
+            row.mode,
+        )
+        first = "first" if before != (row.agent, row.task, row.mode) else "more"
+        before = (row.agent, row.task, row.mode)
+        inner = "".join(f"<td class={k}>{html.escape(cell)}</td>" for cell, k in zip(cells, kind, strict=True))
+        lines.append(f"<tr class={first}>{inner}")
+    return f"<div class=wide><table><tr>{''.join(lines[:1])}\n{chr(10).join(lines[1:])}</table></div>"
+
+
+def _context(row: SummaryRow) -> str:
+    count = row.context_trajectories
+    if row.mode == "self" and count:  # as drawn: the statistic over the episodes played
+        return f"{count:,} episode{'s' if count > 1 else ''} played"
+    return f"{count:,} trajector{'y' if count == 1 else 'ies'}"
+
+
+def _pairs(values: Mapping[str, str]) -> str:
+    lines = (f"<tr><td class=text>{html.escape(key)}<td class=text>{html.escape(values[key])}" for key in values)
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def _text(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"

@@ -1,0 +1,218 @@
+"""What an evaluation measured: one JSON line an episode. results.jsonl is the truth, all else is made from it."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from agents.cli import ConfigError
+from data.atomic_file import atomic_file
+
+FILE_NAME = "results.jsonl"
+ORACLE = "oracle"  # the agent name of a scripted controller that is told what the others must find out
+MODES = ("prompted", "self")
+CONTEXTS = ("own", "foreign", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One evaluated episode.
+
+    group: the goal (or chain) of the episode. Episodes of one group were played one after the other; groups are what a
+        bootstrap resamples. The same (seed, group) under another context must be the same goal, or nothing can be
+    paired. mode: "prompted" when a context is given, "self" when the agent has its own earlier episodes of the group
+    alone. context: what is given: trajectories of the episode's own goal, of a foreign one (the control), or none.
+    context_trajectories, context_tokens: how much is given before the first episode of the group.
+    episode_index: place of the episode within its group, from 0; it sees the episodes before it, in both modes.
+    """
+
+    experiment: str
+    agent: str
+    task: str
+    seed: int
+    context_trajectories: int
+    context_tokens: int
+    mode: str
+    context: str
+    group: int
+    episode_index: int
+    return_: float
+    steps: int
+    checkpoint_step: int
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for name in ("experiment", "agent", "task"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"a result's {name} must be a name; got {getattr(self, name)!r}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"a result's {name} must be a whole number of 0 or more; got {value!r}")
+        if self.mode not in MODES:
+            raise ConfigError(f"a result's mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+        if self.context not in CONTEXTS:
+            raise ConfigError(f"a result's context must be one of {', '.join(CONTEXTS)}; got {self.context!r}")
+        if self.context == "none" and self.context_trajectories:
+            raise ConfigError(
+                f"a result without context has 0 context_trajectories; got {self.context_trajectories}. "
+                "Write context 'own' or 'foreign'."
+            )
+        if not isinstance(self.return_, int | float) or not math.isfinite(self.return_):
+            raise ConfigError(f"a result's return must be a finite number; got {self.return_!r}")
+        if not isinstance(self.versions, Mapping):
+            raise ConfigError(f"a result's versions must map names to versions; got {self.versions!r}")
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """Names the episode: an evaluation that is started again skips the keys it finds, and of two lines with one key
+        the later counts.
+        """
+        return (
+            self.experiment,
+            self.agent,
+            self.task,
+            self.seed,
+            self.mode,
+            self.context,
+            self.context_trajectories,
+            self.group,
+            self.episode_index,
+            self.checkpoint_step,
+        )
+
+    @property
+    def series(self) -> str:
+        """Names what is drawn as one curve of an agent: the experiment; of a sweep's run "<sweep>/<agent>-<seed>", all
+        but the seed. Seeds of one series are averaged, series never.
+        """
+        return self.experiment.removesuffix(f"-{self.seed}") if "/" in self.experiment else self.experiment
+
+    @property
+    def context_free(self) -> bool:
+        """True when no earlier episode could have helped: no prompt, and no episode of the same group before it."""
+        return self.episode_index == 0 and (self.mode == "self" or self.context_trajectories == 0)
+
+
+_COUNTS = ("seed", "context_trajectories", "context_tokens", "group", "episode_index", "steps", "checkpoint_step")
+_JSON_KEYS = {field.name: field.name.rstrip("_") for field in fields(Result)}  # `return` is a word of Python's
+
+
+def say_note(text: str) -> None:
+    """Tells the user something that is no error."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def to_json(result: Result) -> str:
+    """Returns the line, without its end."""
+    values = {key: getattr(result, name) for name, key in _JSON_KEYS.items()}
+    return json.dumps(values | {"versions": dict(result.versions)}, allow_nan=False)
+
+
+def from_json(line: str) -> Result:
+    """Returns the Result of a line; ConfigError when it is not one. Keys that we do not know are left out: a later
+    version may write more.
+    """
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"not a JSON object, but {type(values).__name__}")
+    missing = [key for key in _JSON_KEYS.values() if key not in values]
+    if missing:
+        raise ConfigError(f"lacks {', '.join(missing)}")
+    return Result(**{name: values[key] for name, key in _JSON_KEYS.items()})
+
+
+def append_results(path: Path, results: Iterable[Result]) -> None:
+    """Appends a batch of lines, and returns when they are on the disk.
+
+    A torn last line (the machine died in the middle of a write) is cut off first, so that it cannot swallow the next
+    one.
+    """
+    lines = "".join(to_json(result) + "\n" for result in results).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0)
+        content = file.read()
+        tail = content[content.rfind(b"\n") + 1 :]
+        if tail and _is_result(tail):  # whole but for the end of its line
+            lines = b"\n" + lines
+        elif tail:
+            file.truncate(len(content) - len(tail))
+        file.write(lines)  # mode "a" writes to the end, wherever we have read
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_results(path: Path, results: Iterable[Result]) -> None:
+    """Writes a whole results.jsonl, in place of any that was there."""
+    with atomic_file(path) as file:
+        file.write("".join(to_json(result) + "\n" for result in results).encode())
+
+
+def read_results(*paths: Path, say: Callable[[str], object] = say_note) -> list[Result]:
+    """Returns the episodes of all files; a path is a results.jsonl or a run folder that holds one.
+
+    Of one (experiment, agent, task, seed) only the newest checkpoint's episodes are returned, and of an episode written
+    twice only the later line; `say` is told what was left out, torn last lines too. ConfigError: no such file, or a
+    broken line that is not torn.
+    """
+    read = [result for path in dict.fromkeys(paths) for result in _read_file(path, say)]
+    distinct = {result.key: result for result in read}
+    if len(distinct) < len(read):
+        say(f"{len(read) - len(distinct)} episodes were written twice; the later line counts")
+    newest: dict[tuple[str, str, str, int], int] = {}
+    for result in distinct.values():
+        run = (result.experiment, result.agent, result.task, result.seed)
+        newest[run] = max(result.checkpoint_step, newest.get(run, 0))
+    current = [
+        result
+        for result in distinct.values()
+        if result.checkpoint_step == newest[result.experiment, result.agent, result.task, result.seed]
+    ]
+    if len(current) < len(distinct):
+        say(f"{len(distinct) - len(current)} episodes of older checkpoints do not count")
+    return current
+
+
+def merged_versions(results: Iterable[Result]) -> dict[str, str]:
+    """Returns every package's version; several, with commas between, where episodes were played with different ones."""
+    found: dict[str, set[str]] = {}
+    for result in results:
+        for name, version in result.versions.items():
+            found.setdefault(name, set()).add(str(version))
+    return {name: ", ".join(sorted(found[name])) for name in sorted(found)}
+
+
+def _is_result(line: bytes) -> bool:
+    try:
+        from_json(line.decode(errors="replace"))
+    except ConfigError:
+        return False
+    return True
+
+
+def _read_file(path: Path, say: Callable[[str], object]) -> list[Result]:
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.exists():
+        evaluate = (path.parent / "config.json").exists()
+        advice = f"python -m agents.evaluate {path.parent}" if evaluate else "Give the folder of an evaluated run."
+        raise ConfigError(f"there are no results at {path}. {'Evaluate the run first: ' if evaluate else ''}{advice}")
+    *ended, torn = path.read_bytes().split(b"\n")
+    results = []
+    for number, line in enumerate(ended, start=1):
+        if line.strip():
+            try:
+                results.append(from_json(line.decode(errors="replace")))
+            except ConfigError as error:
+                raise ConfigError(f"line {number} of {path} is no result: {error}. Remove the line.") from error
+    if torn and _is_result(torn):
+        results.append(from_json(torn.decode()))
+    elif torn:
+        say(f"the last line of {path} is torn (an evaluation was cut off while writing) and does not count")
+    return results

@@ -1,0 +1,157 @@
+"""What DT and AT share: moments become tokens, a causal Transformer reads them, a Gaussian head predicts each
+action."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from agents.agent import Metrics, Now, Params, Scales
+from agents.config import Config
+from agents.gaussian import Gaussian, GaussianHead, action_loss
+from agents.tokens import Moments, Tokenizer
+from data import ChainBatch
+from rlring import AttentionConfig, KVCache, Mask, Transformer, TransformerConfig, zigzag_order
+
+
+class Network(nnx.Module):
+    """Tokenizer, Transformer and action head."""
+
+    def __init__(
+        self, config: Config, scales: Scales, action_size: int, episode_steps: int, attention: AttentionConfig, *, rngs
+    ):
+        model = config.model
+        self.tokenizer = Tokenizer(
+            config.agent.tokens,
+            scales,
+            action_size=action_size,
+            width=model.width,
+            episode_steps=episode_steps,
+            rngs=rngs,
+        )
+        shape = TransformerConfig(**model.model_dump(), attention=attention)
+        self.transformer = Transformer(shape, rngs=rngs)
+        self.head = GaussianHead(model.width, action_size, rngs=rngs)
+
+
+class Memory(NamedTuple):
+    """Everything an acting agent has seen."""
+
+    cache: KVCache
+    moment: Int[Array, ""]
+    """Index of the next moment in the chain."""
+
+
+class ReturnConditionedAgent:
+    """A sequence model of actions, given the returns asked for (Chen et al. 2021, Decision Transformer)."""
+
+    context = True
+
+    def __init__(self, config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None):
+        self.config = config
+        self.mesh = mesh
+        self.action_size = action_size
+        self.observation_size = len(scales.observation_mean)
+        self.shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
+        sharded = mesh is not None and mesh.size > 1
+        attention = AttentionConfig(
+            scheme=config.attention.scheme if sharded else "blockwise",  # a ring on one device is blockwise attention
+            block_q=config.attention.block_q,
+            block_k=config.attention.block_k,
+        )
+
+        def network(key: Array) -> Network:
+            return Network(config, scales, action_size, episode_steps, attention, rngs=nnx.Rngs(key))
+
+        self._network = network
+        self.graph = nnx.split(nnx.eval_shape(network, jax.random.key(0)))[0]
+
+    @property
+    def tokens_per_moment(self) -> int:
+        return {"fused": 1, "rsar": 4}[self.config.agent.tokens]
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a token sees."""
+        steps = self.config.agent.window
+        return None if steps is None else steps * self.tokens_per_moment
+
+    def init(self, key: Array) -> Params:
+        return jax.jit(lambda key: nnx.split(self._network(key))[1])(key)
+
+    def order(self, moments: int) -> np.ndarray | None:
+        """Returns which moment stands at which place (-1: padding), so that the ring is balanced; None when as they
+        are."""
+        ring = 1 if self.mesh is None else self.mesh.shape["ring"]
+        multiple = 2 * self.shards if ring > 1 else self.shards
+        length = -(-moments // multiple) * multiple
+        if length == moments and ring == 1:
+            return None
+        order = zigzag_order(length, ring) if ring > 1 else np.arange(length)
+        return np.where(order < moments, order, -1)
+
+    def features(self, params: Params, batch: ChainBatch) -> Gaussian:
+        """Returns the action distribution at every moment of a batch."""
+        network = nnx.merge(self.graph, params)
+        x, position, segment = network.tokenizer(moments_of(batch))
+        mask = Mask.causal(position, segment, window=self.window)
+        y = network.transformer(x, mask, mesh=self.mesh)
+        return network.head(network.tokenizer.acting(y))
+
+    def loss(self, params: Params, batch: ChainBatch) -> tuple[Array, Metrics]:
+        gaussian = self.features(params, batch)
+        real = (batch.segment >= 0).astype(jnp.float32)
+        weight = {"last": batch.last, "all": real, "all+last": real + batch.last}[self.config.agent.loss_on]
+        loss, metrics = action_loss(gaussian, batch.action, weight)
+        # Where a context can help: its own number, because the many actions before cannot be foretold by anyone.
+        of_last, _ = action_loss(gaussian, batch.action, batch.last)
+        return loss, metrics | {"loss/last_trajectory": of_last}
+
+    def start(self, params: Params, prompt: ChainBatch, steps: int) -> Memory:
+        """Returns the memory of a prompt (arranged, maybe of no moments) with room for `steps` moments."""
+        network = nnx.merge(self.graph, params)
+        transformer, k = network.transformer, self.tokens_per_moment
+        if self.config.agent.window is not None and prompt.position.shape[1] == 0:
+            steps = min(steps, self.config.agent.window + 1)  # older slots are written again: memory is bounded
+        x, position, segment = network.tokenizer(moments_of(prompt))
+        moment = jnp.max(jnp.where(prompt.segment >= 0, prompt.position, -1), initial=-1) + 1
+        multiple = k * self.shards
+        capacity = -(-(x.shape[1] + steps * k) // multiple) * multiple
+        if x.shape[1]:
+            mask = Mask.causal(position, segment, window=self.window)
+            _, cache = transformer.prefill(x, mask, capacity=capacity, mesh=self.mesh)
+        else:
+            cache = transformer.empty_cache(x.shape[0], capacity=capacity, mesh=self.mesh)
+        return Memory(cache, moment.astype(jnp.int32))
+
+    def act(self, params: Params, memory: Memory, now: Now, key: Array | None) -> tuple[Array, Memory]:
+        network = nnx.merge(self.graph, params)
+        rows = now.observation.shape[0]
+        moments = Moments(
+            *(field[:, None] for field in now),
+            position=jnp.full((rows, 1), memory.moment, jnp.int32),
+            segment=jnp.zeros((rows, 1), jnp.int32),
+        )
+        x, position, segment = network.tokenizer(moments)
+        y, cache = network.transformer.decode(
+            x, position, segment, memory.cache, window=self.window, mesh=self.mesh if self.shards > 1 else None
+        )
+        gaussian = network.head(network.tokenizer.acting(y)[:, 0])
+        return gaussian.act(key), Memory(cache, memory.moment + 1)
+
+
+def moments_of(batch: ChainBatch) -> Moments:
+    """Returns what tokens are made of, out of a batch."""
+    return Moments(
+        observation=jnp.asarray(batch.observation),
+        previous_action=jnp.asarray(batch.previous_action),
+        previous_reward=jnp.asarray(batch.previous_reward),
+        return_to_go=jnp.asarray(batch.return_to_go),
+        step=jnp.asarray(batch.step),
+        position=jnp.asarray(batch.position),
+        segment=jnp.asarray(batch.segment),
+    )

@@ -1,0 +1,39 @@
+"""Training batches: chains of one store, or of several tasks in turn."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from agents.agent import Sampler
+from agents.config import Config
+from data import ChainBatch, ChainSampler, TrajectoryStore
+
+
+class MixedSampler:
+    """Chains of several tasks: row `r` of step `s` is of task `(s + r) mod tasks`, whatever the split of the rows."""
+
+    def __init__(self, samplers: Sequence[ChainSampler]):
+        self.samplers = list(samplers)
+        self.moments = max(sampler.moments for sampler in samplers)
+
+    def sample(self, step: int, rows: Sequence[int]) -> ChainBatch:
+        rows = np.asarray(rows)
+        owner = (step + rows) % len(self.samplers)
+        parts, places = [], []
+        for index, sampler in enumerate(self.samplers):
+            own = np.flatnonzero(owner == index)
+            if own.size:
+                part = sampler.sample(step, rows[own])
+                extra = self.moments - part.position.shape[1]
+                parts.append(part.take(np.r_[np.arange(sampler.moments), np.full(extra, -1)]) if extra else part)
+                places.append(own)
+        order = np.argsort(np.concatenate(places))
+        return ChainBatch(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
+
+
+def chains(config: Config, stores: Sequence[TrajectoryStore], **chain) -> Sampler:
+    """Returns the sampler of a config's training chains."""
+    samplers = [
+        ChainSampler(store, seed=config.seed, split="train", held_out=config.data.held_out, **chain) for store in stores
+    ]
+    return samplers[0] if len(samplers) == 1 else MixedSampler(samplers)

@@ -1,0 +1,234 @@
+"""Honest numbers about returns: what summary.csv says, how many times better one context is than another, and what a
+maximum gains by luck alone.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from agents.bootstrap import (
+    RESAMPLES,
+    Estimate,
+    Strata,
+    Weights,
+    estimate,
+    estimate_ratio,
+    interquartile_maximum_weights,
+    intervals,
+    maximum_weights,
+)
+from agents.cli import ConfigError
+from agents.results import ORACLE, Result
+from data.atomic_file import atomic_file
+
+STATISTICS = ("first", "mean", "last", "max")
+
+_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
+    "first": lambda returns: returns[0],
+    "mean": lambda returns: sum(returns) / len(returns),
+    "last": lambda returns: returns[-1],
+    "max": max,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """One line of summary.csv.
+
+    statistic: how the episodes of a goal become one number. ci_low and ci_high belong to the iqm of these numbers.
+    groups: goals (of the seed with the most). episodes: all episodes behind the row. episodes_per_group: of the goal
+        with the most; where it is 1, first, mean, last and max are the same number.
+    interval_over: what was resampled, and so all that the intervals speak of.
+    """
+
+    agent: str
+    task: str
+    mode: str
+    context_trajectories: int
+    context_tokens: int
+    statistic: str
+    iqm: float
+    ci_low: float
+    ci_high: float
+    seeds: int
+    episodes: int
+    mean: float
+    mean_ci_low: float
+    mean_ci_high: float
+    groups: int
+    episodes_per_group: int
+    interval_over: str
+
+
+def summarize(
+    results: Sequence[Result], *, statistics: Sequence[str] = STATISTICS, resamples: int = RESAMPLES
+) -> list[SummaryRow]:
+    """Returns the rows of summary.csv, sorted by task, mode, agent, context and statistic.
+
+    The foreign-context control of an agent appears as "<agent> (foreign context)". An agent that occurs in several
+    experiments appears once for each, as "<agent> [<experiment>]": they are never averaged; the seeds of one sweep are
+    (`Result.series`). The oracle, which depends on the task alone, appears once. ConfigError for a statistic that is
+    none of STATISTICS.
+    """
+    rows = []
+    for (task, mode, agent, trajectories), members in sorted(cells(results).items()):
+        episodes = [len(returns) for returns in _returns(members).values()]
+        estimates: dict[tuple[float, ...], Estimate] = {}
+        for statistic in statistics:
+            values = _reduce(members, statistic)
+            numbers = tuple(values.values())
+            if numbers not in estimates:  # with one episode a goal, all four statistics are the same numbers
+                estimates[numbers] = estimate(_strata(values), resamples=resamples)
+            iqm, mean, over = estimates[numbers]
+            seeds = [seed for seed, _ in values]
+            rows.append(
+                SummaryRow(
+                    agent=agent,
+                    task=task,
+                    mode=mode,
+                    context_trajectories=trajectories,
+                    context_tokens=round(sum(result.context_tokens for result in members) / len(members)),
+                    statistic=statistic,
+                    iqm=iqm.value,
+                    ci_low=iqm.low,
+                    ci_high=iqm.high,
+                    seeds=len(set(seeds)),
+                    episodes=len(members),
+                    mean=mean.value,
+                    mean_ci_low=mean.low,
+                    mean_ci_high=mean.high,
+                    groups=max(seeds.count(seed) for seed in set(seeds)),
+                    episodes_per_group=max(episodes),
+                    interval_over=over,
+                )
+            )
+    return rows
+
+
+def write_summary(path: Path, rows: Sequence[SummaryRow]) -> None:
+    """Writes summary.csv: a header and a line a row; numbers with 6 digits, "nan" where there is no interval."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(SummaryRow)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        values = asdict(row).items()
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values})
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def summary_notes(results: Sequence[Result], rows: Sequence[SummaryRow]) -> list[str]:
+    """Returns the sentences that a reader of these rows must know."""
+    notes = []
+    if all(row.episodes_per_group == 1 for row in rows):
+        notes.append("One episode a goal: first, mean, last and max are the same number.")
+    unfinished = {
+        agent
+        for (_, _, agent, _), members in cells(results).items()
+        if len({len(returns) for returns in _returns(members).values()}) > 1
+    }
+    if unfinished:
+        agents = ", ".join(sorted(unfinished))
+        notes.append(f"Some goals have fewer episodes than others (was the evaluation finished?): {agents}.")
+    if any(row.ci_low == row.ci_high for row in rows):
+        notes.append(
+            "An interval without width is not certainty: the middle half of the returns was one number (often 0) in "
+            "every resample. The mean beside it tells more."
+        )
+    seeds = max((row.seeds for row in rows if row.agent != ORACLE), default=0)
+    if seeds == 1:
+        notes.append("One training seed: the intervals are over the goals drawn, and leave out the luck of training.")
+    elif 1 < seeds < 5:
+        notes.append(f"With {seeds} training seeds the intervals know the luck of training only roughly.")
+    return notes
+
+
+def ratio_interval(
+    results_a: Sequence[Result],
+    results_b: Sequence[Result],
+    *,
+    statistic: str = "mean",
+    resample_seeds: bool = True,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Returns how many times the return of `a` is that of `b` (ratio of interquartile means, ratio of means), with 95 %
+    intervals, paired by goal.
+
+    A zero denominator gives infinity (see `estimate_ratio`). ConfigError when `a` has other goals or seeds than `b`, or
+    when returns are negative.
+    """
+    a, b = _reduce(results_a, statistic), _reduce(results_b, statistic)
+    if not a or a.keys() != b.keys():
+        raise ConfigError(
+            f"a ratio needs the same goals and seeds on both sides; got {len(a)} and {len(b)}, of which "
+            f"{len(a.keys() & b.keys())} are shared. Evaluate both contexts with the same groups and seeds."
+        )
+    smallest = min(*a.values(), *b.values())
+    if smallest < 0:
+        raise ConfigError(
+            f"a ratio of returns needs returns of 0 or more; got {smallest:g}. Compare differences instead."
+        )
+    return estimate_ratio(_strata(a), _strata(b), resample_seeds=resample_seeds, resamples=resamples)
+
+
+def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESAMPLES) -> Estimate:
+    """Returns what the largest of `draws` episodes comes to for a policy that learns nothing from its context,
+    estimated from the context-free episodes among `results`; the intervals are over these episodes.
+
+    Episodes of all goals are pooled. Where some goals are easier than others this makes luck look greater than it is,
+    so a curve above this line is above the true one. ConfigError when there are fewer context-free episodes than draws.
+    """
+    pooled = [result.return_ for result in results if result.context_free]
+    if len(pooled) < draws:
+        raise ConfigError(
+            f"the null line of a maximum of {draws} episodes needs as many context-free ones; got {len(pooled)}. "
+            "Evaluate 0 trajectories on more goals."
+        )
+    weights: tuple[Weights, Weights] = (
+        lambda n: interquartile_maximum_weights(n, draws),
+        lambda n: maximum_weights(n, draws),
+    )
+    iqm, mean = intervals([np.array(pooled, dtype=np.float64)], weights, resamples=resamples)
+    return Estimate(iqm, mean, "episodes")
+
+
+def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Result]]:
+    """Returns the episodes behind each (task, mode, agent as the summary calls it, context_trajectories)."""
+    series: dict[tuple[str, str], set[str]] = {}
+    for result in results:
+        series.setdefault((result.task, result.agent), set()).add(result.series)
+    found: dict[tuple[str, str, str, int], dict[tuple[int, int, int], Result]] = {}
+    for result in results:
+        agent = result.agent
+        if agent != ORACLE and len(series[result.task, agent]) > 1:
+            agent = f"{agent} [{result.series}]"
+        if result.context == "foreign":
+            agent = f"{agent} (foreign context)"
+        # Keyed by episode: the oracle of two experiments on the same goals must not count twice.
+        cell = found.setdefault((result.task, result.mode, agent, result.context_trajectories), {})
+        cell[result.seed, result.group, result.episode_index] = result
+    return {key: list(episodes.values()) for key, episodes in found.items()}
+
+
+def _returns(results: Sequence[Result]) -> dict[tuple[int, int], list[float]]:
+    """Returns the returns of each (seed, group), in the order they were played."""
+    groups: dict[tuple[int, int], list[float]] = {}
+    for result in sorted(results, key=lambda result: (result.seed, result.group, result.episode_index)):
+        groups.setdefault((result.seed, result.group), []).append(result.return_)
+    return groups
+
+
+def _reduce(results: Sequence[Result], statistic: str) -> dict[tuple[int, int], float]:
+    """Returns one number for each (seed, group)."""
+    if statistic not in STATISTICS:
+        raise ConfigError(f"unknown statistic {statistic!r}; choose from {', '.join(STATISTICS)}")
+    return {key: _REDUCTIONS[statistic](returns) for key, returns in _returns(results).items()}
+
+
+def _strata(values: dict[tuple[int, int], float]) -> Strata:
+    seeds = sorted({seed for seed, _ in values})
+    return [np.array([value for (own, _), value in values.items() if own == seed], dtype=np.float64) for seed in seeds]

@@ -1,0 +1,104 @@
+"""Moments of a chain -> token embeddings, and features of tokens -> features of moments."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from agents.agent import Scales
+
+TOKENS_PER_MOMENT = {"fused": 1, "rsar": 4}
+
+
+class Moments(NamedTuple):
+    """What tokens are made of: each moment as it is known just before its action."""
+
+    observation: Float[Array, "B M O"]
+    previous_action: Float[Array, "B M A"]
+    previous_reward: Float[Array, "B M"]
+    return_to_go: Float[Array, "B M"]
+    step: Int[Array, "B M"]
+    position: Int[Array, "B M"]
+    """Index of the moment in the chain."""
+    segment: Int[Array, "B M"]
+    """0, or -1 where there is nothing."""
+
+
+class Tokenizer(nnx.Module):
+    """Embeds moments as tokens, the token that predicts a moment's action always the last of its moment.
+
+    The papers' stream is R s a r R s a r ...; cut before each action's return it is the same stream:
+
+        rsar    | a0 r0 R1 s1 | a1 r1 R2 s2 | ...     four tokens a moment, the last sees all that is known before
+        acting fused   |   [s1 a0 r0 R1]   |   [s2 a1 r1 R2]   | ...     one token a moment
+
+    so acting appends whole moments, and training and acting share one code path. Before the first moment of a chain
+    there is no action and no reward: those two tokens are "nothing" (segment -1).
+    """
+
+    def __init__(
+        self,
+        kind: Literal["rsar", "fused"],
+        scales: Scales,
+        *,
+        action_size: int,
+        width: int,
+        episode_steps: int,
+        rngs: nnx.Rngs,
+    ):
+        self.kind = kind
+        self.width = width
+        # Plain tuples: static, hashable, part of the model's definition and not of its weights.
+        self.observation_mean = tuple(float(x) for x in scales.observation_mean)
+        self.observation_std = tuple(float(x) for x in scales.observation_std)
+        self.return_scale = float(scales.return_to_go)
+        observation_size = len(self.observation_mean)
+
+        def perceptron(inputs: int) -> nnx.Sequential:
+            # Two layers: with a linear embedding the dark tasks were learnt to half the return.
+            return nnx.Sequential(
+                nnx.Linear(inputs, width, rngs=rngs), jax.nn.gelu, nnx.Linear(width, width, rngs=rngs)
+            )
+
+        if kind == "fused":
+            self.moment = perceptron(observation_size + action_size + 2)
+        else:
+            self.action = perceptron(action_size)
+            self.reward = perceptron(1)
+            self.return_to_go = perceptron(1)
+            self.state = perceptron(observation_size)
+        self.step = nnx.Embed(episode_steps, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
+
+    @property
+    def per_moment(self) -> int:
+        return TOKENS_PER_MOMENT[self.kind]
+
+    def __call__(self, moments: Moments) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], Int[Array, "B T"]]:
+        """Returns the tokens of moments, with position and segment of each."""
+        state = (moments.observation - jnp.asarray(self.observation_mean)) / jnp.asarray(self.observation_std)
+        return_to_go = moments.return_to_go[..., None] / self.return_scale
+        reward = moments.previous_reward[..., None]
+        step = self.step(moments.step)
+        if self.kind == "fused":
+            x = self.moment(jnp.concatenate([state, moments.previous_action, reward, return_to_go], axis=-1)) + step
+            return x, moments.position, moments.segment
+        parts = [
+            self.action(moments.previous_action),
+            self.reward(reward),
+            self.return_to_go(return_to_go),
+            self.state(state),
+        ]
+        x_BMkD = jnp.stack(parts, axis=2) + step[:, :, None]
+        B, M, k, D = x_BMkD.shape
+        position = moments.position[..., None] * k + jnp.arange(k, dtype=moments.position.dtype)
+        nothing = (moments.position == 0)[..., None] & (jnp.arange(k) < 2)
+        segment = jnp.where(nothing, -1, moments.segment[..., None])
+        return x_BMkD.reshape(B, M * k, D), position.reshape(B, M * k), segment.reshape(B, M * k)
+
+    def acting(self, y: Float[Array, "B T D"]) -> Float[Array, "B M D"]:
+        """Returns the features of the tokens that predict actions."""
+        k = self.per_moment
+        B, T, D = y.shape
+        return y.reshape(B, T // k, k, D)[:, :, -1]

@@ -1,0 +1,8 @@
+"""Offline-RL data: trajectories, the store that holds them, and the chains drawn from it. NumPy only, no JAX."""
+
+from data.chains import ChainBatch, ChainSampler, GoalSampling
+from data.errors import DataError
+from data.store import TrajectoryStore
+from data.trajectory import Trajectory
+
+__all__ = ["ChainBatch", "ChainSampler", "DataError", "GoalSampling", "Trajectory", "TrajectoryStore"]

@@ -1,0 +1,86 @@
+"""Files that exist whole or not at all, also when the disk is full or the writer is killed."""
+
+import errno
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.errors import DataError
+
+
+class Sink(io.FileIO):
+    """A file that remembers its first failure instead of raising it.
+
+    HDF5 keeps inconsistent state after a failed write and crashes the interpreter on exit (measured: segmentation fault
+    after ENOSPC). So it never sees a failure: once one happened, writes go nowhere, and `check` raises it to us.
+    An interrupt counts as one, because it may arrive in the middle of a write.
+    """
+
+    failure: OSError | KeyboardInterrupt | None = None
+
+    def write(self, block: memoryview) -> int:  # type: ignore[override]
+        view = memoryview(block).cast("B")
+        written = 0
+        while self.failure is None and written < len(view):
+            try:
+                written += super().write(view[written:])
+            except (OSError, KeyboardInterrupt) as error:
+                self.failure = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        if self.failure is None:
+            try:
+                return super().truncate(size)
+            except (OSError, KeyboardInterrupt) as error:
+                self.failure = error
+        return size or 0
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Sink]:
+    """Yields a file that becomes `path` if the body succeeds, and vanishes if it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One fixed temporary name, held by a lock that dies with its process: what a killed writer leaves is overwritten by
+    # the next one, and two writers at once notice each other.
+    temporary = path.with_name(f".{path.name}.partial")
+    with Sink(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644), "r+") as sink:
+        _lock(sink, temporary, path)
+        try:
+            sink.truncate(0)
+            yield sink
+            sink.check()
+            os.fsync(sink.fileno())
+            os.replace(temporary, path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(memoryview(text.encode()))
+
+
+def _lock(file: io.FileIO, temporary: Path, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"another process is writing {path} right now; wait for it, or choose another path") from None
+    except OSError as error:
+        # Some network file systems have no locks; there, two writers at once are the user's to avoid.
+        if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
+            raise
+    # Between our opening and our locking the other writer may have finished, and what we hold is then its result.
+    if not temporary.exists() or not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+        raise DataError(f"another process has just written {path}; use that, or run this again")

@@ -1,0 +1,256 @@
+"""Builds a store from a folder of ExoRL episodes, rewards computed anew for one task.
+
+    python -m data.build --exorl datasets/walker/rnd --task walker-walk --out stores/walker_walk_rnd.h5
+
+Safe to kill: the store appears when it is whole, and the same command starts over. Once it is there, the same command
+finds that it is up to date and does nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal, get_args
+
+import h5py
+import numpy as np
+
+from data import cli
+from data.errors import DataError
+from data.exorl import episode_length, list_episodes, read_episode
+from data.relabel import relabel
+from data.store import FORMAT, FORMAT_VERSION, TrajectoryStore, simulator_versions, write_store
+from data.tasks import goal_task
+from data.tasks.catalogue import check_task
+from data.trajectory import Trajectory
+
+Control = Literal["actual", "exorl"]
+
+# Episodes in flight per worker: enough that none waits, few enough that memory stays flat.
+_AHEAD = 4
+
+
+def build(
+    exorl: str | Path,
+    task: str,
+    out: str | Path,
+    workers: int = 2,
+    limit_steps: int | None = None,
+    control: Control = "actual",
+    progress: bool = True,
+) -> bool:
+    """Writes the episodes of folder `exorl`, relabelled for `task`, to a store at `out`; False if it is there already.
+
+    "There already" means made from the same bytes, task, `control`, limit and simulator versions. `limit_steps` keeps
+    the first whole episodes in file-name order that fit, as ExoRL's own loader reads 1,000,000 steps. `control` decides
+    what the reward's control cost sees: the "actual" actions, or none, as "exorl" has it. A task with a hidden goal is
+    not relabelled here: it keeps its physics, and goals are chosen when chains are drawn. DataError names the episode
+    that cannot be used.
+    """
+    if workers < 1:
+        raise DataError(f"--workers must be 1 or more; got {workers}")
+    if control not in get_args(Control):
+        raise DataError(f"--control must be one of {', '.join(get_args(Control))}; got {control!r}")
+    check_task(task)
+    out = Path(out)
+    paths, source = _choose(Path(exorl), limit_steps)
+    hides_goal = goal_task(task) is not None
+    _check_collected_for(paths[0].parent, task, hides_goal)
+    content_hash = _content_hash(paths, task, control)
+    if _is_up_to_date(out, content_hash):
+        store = TrajectoryStore.open(out, task)
+        print(f"{out} is up to date: {store.episodes} episodes, {store.steps} steps of {task}")
+        return False
+    if hides_goal:
+        trajectories: Iterable[Trajectory] = map(_read_without_reward, paths)
+    else:
+        trajectories = _relabelled(paths, task, control, min(workers, len(paths)))
+    store = write_store(
+        out,
+        _Counted(trajectories, len(paths)),
+        task=task,
+        source=source,
+        keep_physics=hides_goal,
+        content_hash=content_hash,
+        control=None if hides_goal else control,
+        goal="hindsight" if hides_goal else None,
+        progress=progress,
+    )
+    print(f"wrote {out}: {store.episodes} episodes, {store.steps} steps of {task}")
+    return True
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m data.build", description="ExoRL episodes -> relabelled store")
+    parser.add_argument("--exorl", type=Path, required=True, help="folder of episodes, or one with a buffer/ in it")
+    parser.add_argument("--task", required=True, help="domain-task, e.g. walker-walk")
+    parser.add_argument("--out", type=Path, required=True, help="the store to write, e.g. stores/walker_walk_rnd.h5")
+    parser.add_argument("--workers", type=int, default=2, help="processes that relabel (default 2)")
+    parser.add_argument("--limit-steps", type=int, help="only the first episodes, up to this many steps")
+    parser.add_argument("--control", choices=get_args(Control), default="actual", help="what control costs see")
+    options = parser.parse_args(arguments)
+    return cli.run(partial(build, **vars(options)))
+
+
+class _Counted:
+    """An iterable with a length, so that the progress bar knows the end."""
+
+    def __init__(self, trajectories: Iterable[Trajectory], count: int) -> None:
+        self.trajectories, self.count = trajectories, count
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return iter(self.trajectories)
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def _choose(folder: Path, limit_steps: int | None) -> tuple[list[Path], str]:
+    """Returns the episodes to use, and in words which they are."""
+    paths = list_episodes(folder)
+    if limit_steps is None:
+        return paths, f"{folder}: all {len(paths)} episodes"
+    ends = np.cumsum([episode_length(path) for path in paths])
+    count = int(np.searchsorted(ends, limit_steps, side="right"))
+    if count == 0:
+        raise DataError(
+            f"--limit-steps {limit_steps} is less than the first episode of {folder}, {ends[0]} steps; raise it"
+        )
+    return paths[:count], f"{folder}: the first {count} of {len(paths)} episodes in file-name order"
+
+
+def _check_collected_for(folder: Path, task: str, hides_goal: bool) -> None:
+    """Compares with what `data.collect` wrote about the folder; ExoRL's own zips say nothing."""
+    note = folder / "collect.json"
+    if not note.is_file():
+        return
+    try:
+        collected = str(json.loads(note.read_text())["task"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{note}: not what data.collect writes ({error!r}); delete it if the episodes are whole"
+        ) from None
+    # Rewards can be computed anew for any task of a body; a hidden-goal task also fixes start and action length.
+    same = collected == task if hides_goal else collected.split("-")[0] == task.split("-")[0]
+    if not same:
+        raise DataError(
+            f"{folder} was collected on {collected!r}, which cannot serve task {task!r}; "
+            f"collect with `python -m data.collect --task {task} ...`, or build another task"
+        )
+
+
+def _content_hash(paths: list[Path], task: str, control: str) -> str:
+    made_from = hashlib.sha256()
+    settings = {"task": task, "control": control, "format": FORMAT_VERSION, **simulator_versions()}
+    made_from.update(json.dumps(settings, sort_keys=True).encode())
+    for path in paths:
+        made_from.update(path.name.encode())
+        with open(path, "rb") as file:
+            made_from.update(hashlib.file_digest(file, "sha256").digest())
+    return made_from.hexdigest()
+
+
+def _is_up_to_date(out: Path, content_hash: str) -> bool:
+    if not out.exists():
+        return False
+    if _is_foreign(out):
+        # A mistyped --out must not cost someone their file.
+        raise DataError(f"{out} exists and is no trajectory store; choose another --out, or delete it")
+    try:
+        existing = TrajectoryStore.open(out)
+    except DataError as error:
+        print(f"building again: {error}")
+        return False
+    if existing.content_hash != content_hash:
+        print(f"building again: {out} was made from other episodes, for another task or by other versions")
+    return existing.content_hash == content_hash
+
+
+def _is_foreign(out: Path) -> bool:
+    try:
+        with h5py.File(out, "r") as file:
+            return file.attrs.get("format") != FORMAT
+    except OSError:
+        # Unreadable: the rest of a store that was cut off in copying, or something else altogether?
+        return out.is_dir() or _head(out) not in (b"", b"\x89HDF")
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4)
+
+
+def _read_without_reward(path: Path) -> Trajectory:
+    trajectory = _read_with_physics(path)
+    return replace(trajectory, reward=np.zeros_like(trajectory.reward))
+
+
+def _read_with_physics(path: Path) -> Trajectory:
+    trajectory = read_episode(path)
+    if trajectory.physics is None:
+        raise DataError(
+            f"{path}: has no physics, and rewards are computed from it; use ExoRL's zips (URLB's have none), or "
+            "collect with `python -m data.collect`"
+        )
+    return trajectory
+
+
+def _relabel_episode(path: Path, task: str, control: Control) -> Trajectory:
+    """Runs in a worker; physics stays behind, it would only be carried back to be dropped."""
+    trajectory = _read_with_physics(path)
+    reward = relabel(task, trajectory, control=control)
+    return replace(trajectory, reward=reward, physics=None, extras={})
+
+
+def _relabelled(paths: list[Path], task: str, control: Control, workers: int) -> Iterator[Trajectory]:
+    """Yields the episodes in order, relabelled by `workers` processes that stay a few episodes ahead."""
+    one = partial(_relabel_episode, task=task, control=control)
+    if workers == 1:
+        yield from map(one, paths)
+        return
+    # spawn: a forked child would inherit locks of whatever threads the parent runs (JAX, HDF5).
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        queue = iter(paths)
+        pending: list[Future[Trajectory]] = [pool.submit(one, path) for path in islice(queue, _AHEAD * workers)]
+        try:
+            while pending:
+                yield pending.pop(0).result()
+                pending.extend(pool.submit(one, path) for path in islice(queue, 1))
+        except BrokenProcessPool:
+            raise DataError(
+                f"a relabelling process died, as it does when memory runs out; try fewer --workers (now {workers})"
+            ) from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole process group; the parent alone answers it. And a parent that was killed cannot: its
+    # workers would wait for work for ever.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

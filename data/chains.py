@@ -1,0 +1,351 @@
+"""ChainSampler: (seed, step, row) -> a chain of N trajectories, by default sorted from worst to best.
+
+A chain of hindsight (Liu & Abbeel 2023, "Emergent Agentic Transformer from Chain of Hindsight Experience", arXiv
+2305.16554): whole trajectories of one task, one after the other, each told to reach the return R* of the best of them,
+
+    RTG_t = R* - sum_{k<t} r_k     within each trajectory,
+
+and a completion flag of 1 only at the last step of those that reach R*. Three trajectories of two steps:
+
+    trajectory         0  0    1  1    2  2
+    reward             0  0    0  1    1  1        R* = 2
+    return_to_go       2  2    2  2    2  1
+    completion         0  0    0  0    0  1
+    previous_reward    0  0    0  0    1  1        of the moment before, across trajectories
+
+With `lengths="mixed"` every row is cut at random into shorter chains that stand side by side as segments, so that a
+model learns to act after any number of trajectories, and from several last ones a row:
+
+    segment            0  0  0  0    1  1  1  1  1  1    2  2
+    trajectory         0  0  1  1    0  0  1  1  2  2    0  0
+
+Where the task hides a goal, the goal of a chain is chosen in hindsight: where a trajectory of it came to rest.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from data.chain_batch import ChainBatch
+from data.errors import DataError
+from data.hindsight import GoalSampling, HindsightGoals, hidden_goal_task
+from data.store import TrajectoryStore
+from data.tasks import GoalTask
+
+Sort = Literal["ascending", "descending", "random", "time"]
+Split = Literal["train", "held_out", "all"]
+Lengths = Literal["full", "mixed"]
+
+# The second half of every random key: which use the numbers are for, so that no two uses ever share them.
+_SAMPLE, _PROMPT, _TARGET, _SPLIT, _CUT = range(5)
+_TARGET_CHAINS = 512
+
+
+class _Rows(NamedTuple):
+    """The columns of the store that chains are cut from, in memory."""
+
+    observation: np.ndarray
+    action: np.ndarray
+    reward: np.ndarray
+    hindsight: HindsightGoals | None
+
+
+class ChainSampler:
+    """Draws chains of `trajectories` trajectories from a store; every draw is a pure function of its arguments.
+
+    `sort`: order within a chain, by return, or "time" (order in the store) or "random". `target`: the return that a
+    trajectory is told to reach: "max" the chain's best, "own" its own, or a number. `split`: the `held_out` share of
+    episodes is the same for every seed, and no training chain holds any of it. `best`: only the trajectories of highest
+    return that make up this share of the split's time steps are drawn (the "%BC" of Chen et al. 2021); where the goal
+    is hidden, by what each earns for the place it came to rest in. `lengths`: "full" chains of `trajectories`, or
+    "mixed" ones of 1 to `trajectories` that add up to as many. `goals` only where the store's goals are chosen in
+    hindsight (None = the defaults). Pickle-safe: a copy reads the store again in its own process.
+    """
+
+    def __init__(
+        self,
+        store: TrajectoryStore,
+        *,
+        trajectories: int,
+        sort: Sort = "ascending",
+        target: Literal["max", "own"] | float = "max",
+        seed: int,
+        split: Split = "train",
+        held_out: float = 0.1,
+        best: float = 1.0,
+        lengths: Lengths = "full",
+        goals: GoalSampling | None = None,
+    ) -> None:
+        _check_choice("sort", sort, get_args(Sort))
+        _check_choice("split", split, get_args(Split))
+        _check_choice("lengths", lengths, get_args(Lengths))
+        if isinstance(target, str):
+            _check_choice("target", target, ("max", "own"), "a number")
+        elif not np.isfinite(target):
+            raise DataError(f"target must be 'max', 'own' or a finite number; got {target}")
+        if trajectories < 1:
+            raise DataError(f"a chain needs trajectories >= 1; got {trajectories}")
+        if not 0 <= held_out < 1:
+            raise DataError(f"held_out is a share of the episodes, 0 <= held_out < 1; got {held_out}")
+        if not 0 < best <= 1:
+            raise DataError(f"best is a share of the time steps, 0 < best <= 1; got {best}")
+        if seed < 0:
+            raise DataError(f"seed must be 0 or more; got {seed}")
+        self.store, self.trajectories, self.sort, self.target = store, trajectories, sort, target
+        self.seed, self.split, self.held_out, self.lengths = seed, split, held_out, lengths
+        self.longest = store.longest
+        self.task: GoalTask | None = hidden_goal_task(store, goals)
+        self.goals = goals or GoalSampling()
+        self._pools = _split_episodes(store.episodes, held_out)
+        self._loaded: _Rows | None = None
+        if best < 1:
+            self._pools[split] = self._highest(self._pools[split], best)
+        if len(self.pool) < trajectories:
+            raise DataError(
+                f"{store.path} has {len(self.pool)} episodes in split {split!r} (held_out={held_out}), too few for "
+                f"chains of {trajectories}; lower trajectories, or collect more episodes"
+            )
+
+    @property
+    def moments(self) -> int:
+        """M of a sampled chain: `trajectories` times the longest episode of the store."""
+        return self.trajectories * self.longest
+
+    @property
+    def pool(self) -> np.ndarray:
+        """Episodes of the store that this sampler draws from, ascending; i64."""
+        return self._pools[self.split]
+
+    def sample(self, step: int, rows: int | Sequence[int] | np.ndarray) -> ChainBatch:
+        """Returns the chains of training step `step` with these row indices (a number n means rows 0 to n-1).
+
+        Row r of a step is the same whichever other rows are asked for with it, so hosts and workers may share a batch.
+        """
+        indices = _row_indices(rows)
+        if self.lengths == "mixed":
+            return self._packed(step, indices)
+        generators = [_generator(self.seed, _SAMPLE, step, row) for row in indices]
+        return self._drawn(generators, self.trajectories)
+
+    def _packed(self, step: int, indices: np.ndarray) -> ChainBatch:
+        """Returns rows that are cut into chains at random; chains of one length are drawn together, which is fast."""
+        by_length: dict[int, list[tuple[int, int, int]]] = {}
+        for place, row in enumerate(indices):
+            cut, start, chain = _generator(self.seed, _CUT, step, row), 0, 0
+            while start < self.trajectories:
+                length = int(cut.integers(1, self.trajectories - start + 1))
+                by_length.setdefault(length, []).append((place, start, chain))
+                start, chain = start + length, chain + 1
+        packed: list[np.ndarray] | None = None
+        for length, chains in sorted(by_length.items()):
+            generators = [_generator(self.seed, _SAMPLE, step, indices[place], chain) for place, _, chain in chains]
+            drawn = self._drawn(generators, length)
+            if packed is None:
+                size = (len(indices), self.moments)
+                packed = [np.zeros((*size, *values.shape[2:]), values.dtype) for values in drawn]
+            for values, target in zip(drawn, packed, strict=True):
+                for own, (place, start, _) in zip(values, chains, strict=True):
+                    target[place, start * self.longest : (start + length) * self.longest] = own
+            for place, start, chain in chains:
+                segment = packed[-1][place, start * self.longest : (start + length) * self.longest]
+                segment[segment >= 0] = chain
+        return ChainBatch(*packed)
+
+    def _drawn(self, generators: list[np.random.Generator], trajectories: int) -> ChainBatch:
+        """Returns a training chain of so many trajectories a generator."""
+        episodes, goal = self._draw(generators, self.pool, trajectories)
+        return self._chains(episodes, self._rewards(episodes, goal), target=None)
+
+    def prompt(
+        self,
+        rows_seed: int,
+        rows: int | Sequence[int] | np.ndarray,
+        trajectories: int,
+        goal: np.ndarray | None,
+        target: float,
+    ) -> ChainBatch:
+        """Returns contexts for evaluation: `trajectories` random episodes of the split a row, sorted as in training.
+
+        Rewards are those under each row's `goal` [B, G] (None where the task hides none); every trajectory is told to
+        reach `target`, and one that does carries the completion flag. The draw depends on neither goal nor target, and
+        the episodes drawn for n trajectories are among those drawn for more. With 0 trajectories, M is 0.
+        """
+        indices = _row_indices(rows)
+        if not 0 <= trajectories <= len(self.pool):
+            raise DataError(
+                f"a context takes 0 to {len(self.pool)} trajectories, the episodes in split {self.split!r}; "
+                f"got {trajectories}"
+            )
+        if self.task is None and goal is not None:
+            raise DataError(f"task {self.store.task!r} hides no goal, so a context takes goal=None; got a goal")
+        goal = None if goal is None else np.asarray(goal, np.float64)
+        if self.task is not None and trajectories:
+            expected = (len(indices), self.task.goal_size)
+            if np.shape(goal) != expected:
+                raise DataError(
+                    f"a context of {self.store.task!r} needs a goal a row, {expected}; got {np.shape(goal)}"
+                )
+        generators = [_generator(rows_seed, _PROMPT, 0, row) for row in indices]
+        drawn = [generator.permutation(self.pool)[:trajectories] for generator in generators]
+        episodes = np.asarray(drawn, np.int64).reshape(len(indices), trajectories)
+        return self._chains(episodes, self._rewards(episodes, goal), target=float(target))
+
+    def typical_target(self) -> float:
+        """Returns what a good chain is told to reach: the 90th percentile of R* over 512 chains of the train split, or
+        the target itself where it is a number.
+        """
+        if isinstance(self.target, float):
+            return self.target
+        if len(self._pools["train"]) < self.trajectories:
+            raise DataError(
+                f"{self.store.path} has {len(self._pools['train'])} training episodes, too few for chains of "
+                f"{self.trajectories}; lower trajectories or held_out"
+            )
+        best = []
+        for first in range(0, _TARGET_CHAINS, 16):
+            rows = np.arange(first, first + 16)
+            generators = [_generator(self.seed, _TARGET, 0, row) for row in rows]
+            episodes, goal = self._draw(generators, self._pools["train"], self.trajectories)
+            best.append(self._rewards(episodes, goal).sum(-1, dtype=np.float64).max(-1))
+        return float(np.percentile(np.concatenate(best), 90))
+
+    def _highest(self, pool: np.ndarray, best: float) -> np.ndarray:
+        """Returns the episodes of highest return, until they make up `best` of the pool's time steps; ties by index."""
+        hindsight = self._rows().hindsight
+        returns = self.store.returns[pool]
+        if hindsight is not None:
+            pool = pool[hindsight.stays[pool]]
+            returns = hindsight.reward(pool[:, None], hindsight.goal[pool]).sum((1, 2), dtype=np.float64)
+        ranked = pool[np.argsort(-returns, kind="stable")]
+        steps = np.cumsum(self.store.lengths[ranked])
+        return np.sort(ranked[: max(1, int(np.searchsorted(steps, best * steps[-1], side="right")))])
+
+    def _rows(self) -> _Rows:
+        if self._loaded is None:
+            store = self.store
+            hindsight = HindsightGoals(store, self.task, self.goals) if self.task is not None else None
+            columns = (store.column(field) for field in ("observation", "action", "reward"))
+            self._loaded = _Rows(*columns, hindsight=hindsight)
+            store.close()
+        return self._loaded
+
+    def _draw(
+        self, generators: list[np.random.Generator], pool: np.ndarray, trajectories: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns the episodes [B, N] of each row, in random order, and the goal [B, G] of each."""
+        hindsight = self._rows().hindsight
+        if hindsight is not None:
+            return hindsight.draw(generators, pool, trajectories)
+        drawn = [pool[generator.choice(len(pool), trajectories, replace=False)] for generator in generators]
+        return np.asarray(drawn, np.int64).reshape(len(generators), trajectories), None
+
+    def _rewards(self, episodes: np.ndarray, goal: np.ndarray | None) -> np.ndarray:
+        """Returns what each step of `episodes` [B, N] is paid under `goal` [B, G]; f32[B, N, longest], 0 padded."""
+        rows = self._rows()
+        if rows.hindsight is not None and goal is not None:
+            return rows.hindsight.reward(episodes, goal)
+        index, valid = self.store.step_rows(episodes)
+        return np.where(valid, rows.reward[index], np.float32(0))
+
+    def _order(self, episodes: np.ndarray, total: np.ndarray) -> np.ndarray:
+        # Stable sorts, so that ties keep the order of the draw, which is random and reproducible.
+        if self.sort == "random":
+            return np.broadcast_to(np.arange(episodes.shape[1]), episodes.shape)
+        key = {"ascending": total, "descending": -total, "time": episodes}[self.sort]
+        return np.argsort(key, axis=1, kind="stable")
+
+    def _chains(self, episodes: np.ndarray, reward: np.ndarray, *, target: float | None) -> ChainBatch:
+        """Sorts `episodes` [B, N] with their `reward` [B, N, longest] into chains; `target` overrides the sampler's."""
+        rows, store = self._rows(), self.store
+        batch, count = episodes.shape
+        # float64: sums of thousands of rewards, and RTG is a difference of them.
+        earned = np.cumsum(reward, axis=-1, dtype=np.float64)
+        order = self._order(episodes, earned[..., -1])
+        episodes = np.take_along_axis(episodes, order, 1)
+        reward = np.take_along_axis(reward, order[..., None], 1)
+        earned = np.take_along_axis(earned, order[..., None], 1)
+        total = earned[..., -1]
+        best = total.max(axis=1, keepdims=True, initial=-np.inf)
+        told: np.ndarray | float = best if self.target == "max" else total
+        if target is not None or not isinstance(self.target, str):
+            told = float(self.target) if target is None else target
+        told = np.broadcast_to(told, total.shape)[..., None]
+        before = np.concatenate([np.zeros_like(earned[..., :1]), earned[..., :-1]], axis=-1)
+
+        index, valid = store.step_rows(episodes)
+        steps, lengths = np.arange(self.longest), store.lengths[episodes][..., None]
+        reached = total[..., None] >= (best[..., None] if target is None else target)
+        moments = {
+            "valid": valid,
+            "index": index,
+            "episode": np.broadcast_to(episodes[..., None], valid.shape),
+            "reward": reward,
+            "return_to_go": told - before,
+            "step": np.broadcast_to(steps, valid.shape),
+            "trajectory": np.broadcast_to(np.arange(count)[:, None], valid.shape),
+            "last": np.broadcast_to((np.arange(count) == count - 1)[:, None], valid.shape),
+            "completion": reached & (steps == lengths - 1),
+        }
+        flat = {name: values.reshape(batch, count * self.longest) for name, values in moments.items()}
+        is_ragged = not valid.all()
+        if is_ragged:
+            # A stable sort on "is padding" moves it behind the chain and leaves the real moments in order.
+            packed = np.argsort(~flat["valid"], axis=1, kind="stable")
+            flat = {name: np.take_along_axis(values, packed, 1) for name, values in flat.items()}
+        valid = flat["valid"]
+
+        def real(values: np.ndarray, dtype: type) -> np.ndarray:
+            values = values.astype(dtype, copy=False)
+            if is_ragged:
+                values = np.where(valid.reshape(valid.shape + (1,) * (values.ndim - 2)), values, dtype(0))
+            return values
+
+        action = real(rows.action[flat["index"]], np.float32)
+        paid = real(flat["reward"], np.float32)
+        return ChainBatch(
+            observation=real(rows.observation[flat["index"] + flat["episode"]], np.float32),
+            action=action,
+            reward=paid,
+            return_to_go=real(flat["return_to_go"], np.float32),
+            previous_action=real(_shift(action), np.float32),
+            previous_reward=real(_shift(paid), np.float32),
+            step=real(flat["step"], np.int32),
+            trajectory=real(flat["trajectory"], np.int32),
+            last=real(flat["last"], np.float32),
+            completion=real(flat["completion"], np.float32),
+            position=np.broadcast_to(np.arange(valid.shape[1], dtype=np.int32), valid.shape).copy(),
+            segment=np.where(valid, np.int32(0), np.int32(-1)),
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_loaded": None}
+
+
+def _shift(values: np.ndarray) -> np.ndarray:
+    shifted = np.zeros_like(values)
+    shifted[:, 1:] = values[:, :-1]
+    return shifted
+
+
+def _generator(seed: int, use: int, step: int, row: int, chain: int = 0) -> np.random.Generator:
+    # Philox is keyed and counted: (seed, use) and (step, row, chain) name a stream outright, without hashing or shared
+    # state. The low counter word, 2^64 blocks, is the stream's own.
+    return np.random.Generator(np.random.Philox(key=[seed, use], counter=[0, chain, step, row]))
+
+
+def _row_indices(rows: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.arange(rows) if isinstance(rows, (int, np.integer)) else np.asarray(rows, np.int64).reshape(-1)
+
+
+def _split_episodes(episodes: int, held_out: float) -> dict[str, np.ndarray]:
+    # Of no seed: what one run holds out, no other run may train on.
+    shuffled = _generator(0, _SPLIT, 0, 0).permutation(episodes)
+    count = max(1, round(episodes * held_out)) if held_out > 0 else 0
+    return {"train": np.sort(shuffled[count:]), "held_out": np.sort(shuffled[:count]), "all": np.arange(episodes)}
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise DataError(f"{name} must be one of {listed}{' or ' + other if other else ''}; got {value!r}")

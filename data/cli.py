@@ -1,0 +1,40 @@
+"""How every verb of this package ends: an exit status, and one line on stderr for what the user can mend."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+from data.errors import DataError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run(body: Callable[[], object], *errors: type[Exception]) -> int:
+    """Runs `body` and returns the exit status: 0 done, 2 the user's data, arguments or disk at fault, 130 interrupted.
+
+    Only DataError, OSError and the caller's own `errors` become a one-line message; everything else is a bug of ours
+    and keeps its traceback.
+    """
+    try:
+        body()
+    except (DataError, *errors) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command (training: with --resume) continues or starts over cleanly", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+def _describe(error: OSError) -> str:
+    where = f" {error.filename}" if error.filename else ""
+    if error.errno in _DISK_FULL:
+        return f"the disk is full: could not write{where} ({error.strerror}); free some space or choose another --out"
+    if error.strerror:
+        return f"{error.strerror}:{where}" if where else error.strerror
+    return str(error)

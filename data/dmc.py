@@ -1,0 +1,337 @@
+"""dm_control's tasks as gymnasium environments: flat float32 observations, actions in [-1, 1], physics state beside.
+
+The environments pay the very same rewards as dm_control's own (`tests/data/test_dmc.py` holds it), and an episode is a
+function of its seed alone. `EnvironmentBatch` steps many of them in lock step; it is bitwise the same as single ones,
+which is why both are in this one (long) file.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import gymnasium
+import mujoco
+import numpy as np
+from dm_control.rl import control
+from jaxtyping import Bool, Float, Float32, Float64
+
+from data import drawn
+from data.errors import DataError
+from data.tasks.catalogue import check_task as check_task  # offered from here too
+from data.tasks.catalogue import load_task, task_names
+from data.tasks.suite import HiddenGoal
+
+_UNLIMITED = 1e9  # dm_control's action specification says 1e10 for an actuator without a range
+_STEPS_WITHOUT_LIMIT = 1000  # dm_control's lqr runs until it is terminated; ours needs an end
+
+
+class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, " A"]]):
+    """One task of dm_control or of ours, `domain-task`.
+
+    `observation` is dm_control's, flattened in dm_control's own order. An action in [-1, 1] is mapped to the actuators'
+    range as ExoRL maps it; actuators without a range take it as it is. The end of the time limit truncates, with
+    discount 1; only a task that really ends terminates, with discount 0.
+
+    `info` holds `physics` (float64 state of MuJoCo: positions, velocities, activations) and `discount`.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, task: str, *, episode_steps: int | None = None, render_mode: str | None = None) -> None:
+        """Loads the task; `episode_steps` replaces its own time limit. DataError when there is no such task."""
+        if episode_steps is not None and episode_steps < 1:
+            raise DataError(f"episode_steps must be at least 1; got {episode_steps}")
+        if render_mode not in (None, "rgb_array"):
+            raise DataError(f"render_mode {render_mode!r} is unknown; use 'rgb_array' or None")
+        environment = load_task(task)
+        self.task_name = task
+        self.render_mode = render_mode
+        self._physics = environment.physics
+        self._task = environment.task
+        self._substeps = round(environment.control_timestep() / self._physics.timestep())
+        self.metadata = {**self.metadata, "render_fps": round(1 / environment.control_timestep())}
+        self.episode_steps = episode_steps or _own_steps(environment)
+        self._steps_left = 0
+
+        spec = environment.action_spec()
+        bounded = (spec.minimum > -_UNLIMITED) & (spec.maximum < _UNLIMITED)
+        self._action_low = np.where(bounded, spec.minimum, -1.0)
+        self._action_scale = (np.where(bounded, spec.maximum, 1.0) - self._action_low) / 2.0
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
+        environment.reset()
+        self._task._random = np.random.RandomState()
+        shape = self._observe().shape
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+    @property
+    def has_goal(self) -> bool:
+        """Whether the task hides a goal, which `reset` may be given."""
+        return isinstance(self._task, HiddenGoal)
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Float32[np.ndarray, " O"], dict[str, Any]]:
+        """Returns the first observation and info of a new episode.
+
+        The episode depends on the seed (one integer, or several that name it together) and the options alone; without a
+        seed the random stream goes on. `options={"goal": array}` gives a hidden-goal task its goal and leaves
+        the start as it was. DataError for an option or goal that does not fit.
+        """
+        if seed is not None and np.min(seed) < 0:
+            raise DataError(f"{self.task_name}: a seed is not negative; got {seed}")
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        if seed is not None:
+            bits = np.random.MT19937(np.random.SeedSequence(seed))
+            self._task._random = np.random.RandomState(bits)
+        options = dict(options or {})
+        goal = options.pop("goal", None)
+        if options:
+            raise DataError(f"reset option {sorted(options)[0]!r} is unknown; the only one is 'goal'")
+        if goal is not None:
+            self._give_goal(goal)
+        with self._physics.reset_context():
+            self._task.initialize_episode(self._physics)
+        self._steps_left = self.episode_steps
+        return self._observe(), self._info(1.0)
+
+    def step(
+        self, action: Float[np.ndarray, " A"]
+    ) -> tuple[Float32[np.ndarray, " O"], float, bool, bool, dict[str, Any]]:
+        """Returns observation, reward, terminated, truncated and info after one action.
+
+        gymnasium.error.ResetNeeded when the episode is over (or never began); DataError for an action of another shape,
+        outside [-1, 1] or not a number.
+        """
+        if self._steps_left == 0:
+            raise gymnasium.error.ResetNeeded(
+                f"{self.task_name}: step() was called after the end of an episode (or before the first). "
+                "Call reset() to start one"
+            )
+        self._task.before_step(self.native_action(action), self._physics)
+        self._physics.step(self._substeps)
+        self._task.after_step(self._physics)
+        reward = float(self._task.get_reward(self._physics))
+        observation = self._observe()
+        self._steps_left -= 1
+        truncated = self._steps_left == 0
+        # dm_control asks for termination only before the time limit, and so do we.
+        discount = None if truncated else self._task.get_termination(self._physics)
+        terminated = discount is not None
+        if terminated:
+            self._steps_left = 0
+        return observation, reward, terminated, truncated, self._info(discount if terminated else 1.0)
+
+    def render(self) -> np.ndarray | None:
+        """Returns a frame, uint8 [240, 320, 3], with the hidden goal shown; None when render_mode is None.
+
+        RuntimeError by dm_control when MUJOCO_GL is "disabled": set it to "egl" or "osmesa".
+        """
+        if self.render_mode is None:
+            return None
+        if self.has_goal:
+            self._task.show_goal(self._physics)
+        return self._physics.render(height=240, width=320, camera_id=0)
+
+    def native_action(self, action: Float[np.ndarray, " A"]) -> Float64[np.ndarray, " A"]:
+        """Returns the actuators' control for an action in [-1, 1]; DataError when it is none."""
+        action = np.asarray(action, np.float64)
+        if action.shape != self._action_low.shape:
+            raise DataError(f"{self.task_name}: an action has shape {self._action_low.shape}; got {action.shape}")
+        # Written so that NaN fails too.
+        if not np.abs(action).max() <= 1.0:
+            raise DataError(f"{self.task_name}: actions lie in [-1, 1]; got {action.tolist()}. Clip it to the range")
+        return self._action_low + self._action_scale * (action + 1.0)
+
+    def physics_state(self) -> Float64[np.ndarray, " P"]:
+        """Returns MuJoCo's state: positions, velocities, activations."""
+        return self._physics.get_state()
+
+    def set_physics_state(self, state: Float64[np.ndarray, " P"]) -> None:
+        """Puts the body into a state, at rest of any control; the episode's step count and goal stay."""
+        size = self._physics.get_state().size
+        if np.shape(state) != (size,):
+            raise DataError(f"{self.task_name}: a physics state has {size} numbers; got shape {np.shape(state)}")
+        with self._physics.reset_context():
+            self._physics.set_state(np.asarray(state, np.float64))
+
+    def rewards_at(
+        self, states: Float64[np.ndarray, "M P"], actions: Float[np.ndarray, "M A"] | None
+    ) -> Float64[np.ndarray, " M"]:
+        """Returns what the task pays where an action has led to a state, for M of them in any order.
+
+        Without actions the control is 0, as ExoRL has it. Whatever the model draws anew for an episode is as it is now
+        (`set_extras`). The present episode, if there is one, is over afterwards. DataError when the shapes do not fit.
+        """
+        physics, rewards = self._physics, np.empty(len(states))
+        size = physics.get_state().size
+        if states.shape[1:] != (size,):
+            raise DataError(f"{self.task_name}: a physics state has {size} numbers; got shape {states.shape[1:]}")
+        controls = np.zeros((len(states), self._action_low.size))
+        if actions is not None:
+            controls = np.array([self.native_action(action) for action in actions]).reshape(len(states), -1)
+        self._steps_left = 0
+        physics.reset()
+        # dm_control steps physics so that a reward sees positions, velocities and their sensors of the state it led to,
+        # and nothing that depends on forces. The first half of a MuJoCo step computes just these; contacts and
+        # constraints only enter forces, and without them it takes half the time.
+        with physics.model.disable("contact", "constraint"):
+            for row, (state, control) in enumerate(zip(states, controls, strict=True)):
+                physics.set_state(state)
+                physics.set_control(control)
+                mujoco.mj_step1(physics.model.ptr, physics.data.ptr)
+                rewards[row] = self._task.get_reward(physics)
+        physics.reset()
+        return rewards
+
+    def extras(self) -> dict[str, Float64[np.ndarray, " E"]]:
+        """Returns what was drawn for this episode and neither action nor physics state can tell, by name.
+
+        `goal` of a hidden-goal task, `target` of a suite task that moves its target, `gains` of `point_mass-hard`.
+        """
+        if self.has_goal:
+            return {"goal": np.array(self._task.goal)}
+        return drawn.read(self.task_name, self._physics)
+
+    def set_extras(self, extras: Mapping[str, Float[np.ndarray, " E"]]) -> None:
+        """Restores what `extras()` returned; DataError when the task's own value is missing or of another size."""
+        restored = {}
+        for key, present in self.extras().items():
+            if key not in extras:
+                raise DataError(
+                    f"{self.task_name} draws {key!r} anew for every episode, and this one did not keep it "
+                    f"(it has {sorted(extras) or 'no extras'}). Collect it with data.collect, which does"
+                )
+            value = np.asarray(extras[key], np.float64)
+            if value.shape != present.shape:
+                raise DataError(f"{self.task_name}: extras {key!r} has shape {present.shape}; got {value.shape}")
+            restored[key] = value
+        if self.has_goal:
+            self._task.goal = restored["goal"]
+        else:
+            drawn.write(self.task_name, self._physics, restored)
+
+    def clone(self) -> "Environment":
+        """Returns another environment of the same task, much faster than loading one; it needs a reset().
+
+        The compiled model is shared where no episode changes it.
+        """
+        other = copy.copy(self)
+        other._physics = self._physics.copy(share_model=self.task_name not in drawn.DRAWN)
+        other._task = copy.copy(self._task)
+        other._task._random = np.random.RandomState()
+        other._steps_left = 0
+        return other
+
+    def _give_goal(self, goal: Float[np.ndarray, " G"]) -> None:
+        if not self.has_goal:
+            raise DataError(f"{self.task_name} hides no goal, so reset() cannot be given one")
+        goal = np.asarray(goal, np.float64)
+        size = self._task.goal_task.goal_size
+        if goal.shape != (size,) or not np.isfinite(goal).all():
+            raise DataError(f"{self.task_name}: a goal is {size} finite numbers; got {goal.tolist()}")
+        self._task.next_goal = goal
+
+    def _observe(self) -> Float32[np.ndarray, " O"]:
+        parts = self._task.get_observation(self._physics).values()
+        return np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
+
+    def _info(self, discount: float) -> dict[str, Any]:
+        return {"physics": self._physics.get_state(), "discount": discount}
+
+
+class BatchStep(NamedTuple):
+    """What one action in every environment of a batch gave; a row per environment."""
+
+    observation: Float32[np.ndarray, "B O"]
+    reward: Float64[np.ndarray, " B"]
+    terminated: Bool[np.ndarray, " B"]
+    truncated: Bool[np.ndarray, " B"]
+
+
+class EnvironmentBatch:
+    """Environments of one task stepped in lock step, bitwise the same as that many single ones.
+
+    It loads the task once and clones it, because loading is what takes long. A row whose episode is over rests until
+    the next reset: it is paid 0 and keeps its last observation and flags, so that rows may end at different times.
+    """
+
+    def __init__(self, task: str, count: int, *, episode_steps: int | None = None) -> None:
+        """DataError when there is no such task, or count is below 1."""
+        if count < 1:
+            raise DataError(f"a batch needs at least one environment; got count={count}")
+        first = Environment(task, episode_steps=episode_steps)
+        self.environments = [first, *(first.clone() for _ in range(count - 1))]
+        self.episode_steps = first.episode_steps
+        self.observation_size = first.observation_space.shape[0]
+        self.action_size = first.action_space.shape[0]
+        self._observation = np.zeros((count, self.observation_size), np.float32)
+        self._terminated = np.ones(count, bool)
+        self._truncated = np.ones(count, bool)
+
+    def __len__(self) -> int:
+        return len(self.environments)
+
+    @property
+    def over(self) -> Bool[np.ndarray, " B"]:
+        """Which rows rest until the next reset."""
+        return self._terminated | self._truncated
+
+    def reset(
+        self, seeds: Sequence[int | Sequence[int]], goals: Float[np.ndarray, "B G"] | None = None
+    ) -> Float32[np.ndarray, "B O"]:
+        """Returns the first observations of new episodes, a seed (and a goal) per row; fewer leave the rest over."""
+        count = len(self)
+        if len(seeds) > count or (goals is not None and len(goals) != len(seeds)):
+            raise DataError(
+                f"a batch of {count} takes up to {count} seeds, with a goal for each or none at all; "
+                f"got {len(seeds)} seeds and {None if goals is None else len(goals)} goals"
+            )
+        self._terminated[:] = self._truncated[:] = True
+        self._observation[:] = 0.0
+        for row, seed in enumerate(seeds):
+            options = None if goals is None else {"goal": goals[row]}
+            self._observation[row], _ = self.environments[row].reset(seed=seed, options=options)
+        self._terminated[: len(seeds)] = self._truncated[: len(seeds)] = False
+        return self._observation.copy()
+
+    def step(self, actions: Float[np.ndarray, "B A"]) -> BatchStep:
+        """Returns what every row's action gave. Rows whose episode is over ignore theirs."""
+        if np.shape(actions) != (len(self), self.action_size):
+            raise DataError(
+                f"actions of this batch have shape {(len(self), self.action_size)}; got {np.shape(actions)}"
+            )
+        reward = np.zeros(len(self))
+        for row in np.flatnonzero(~self.over):
+            taken = self.environments[row].step(actions[row])
+            self._observation[row], reward[row], self._terminated[row], self._truncated[row], _ = taken
+        return BatchStep(self._observation.copy(), reward, self._terminated.copy(), self._truncated.copy())
+
+    def physics_states(self) -> Float64[np.ndarray, "B P"]:
+        """Returns every row's MuJoCo state."""
+        return np.stack([environment.physics_state() for environment in self.environments])
+
+    def goals(self) -> Float64[np.ndarray, "B G"]:
+        """Returns every row's hidden goal; DataError when the task hides none."""
+        if not self.environments[0].has_goal:
+            raise DataError(f"{self.environments[0].task_name} hides no goal")
+        return np.stack([environment.extras()["goal"] for environment in self.environments])
+
+
+def make(task: str, **options: Any) -> Environment:
+    """Returns the environment of a task, named `domain-task`; options as `Environment` takes them."""
+    return Environment(task, **options)
+
+
+def register() -> None:
+    """Registers every task with gymnasium as `rlring/<domain>-<task>-v0`; a second call changes nothing."""
+    for task in task_names():
+        name = f"rlring/{task}-v0"
+        if name not in gymnasium.registry:
+            gymnasium.register(id=name, entry_point="data.dmc:make", kwargs={"task": task})
+
+
+def _own_steps(environment: control.Environment) -> int:
+    # dm_control counts up to a float quotient, which rounding may leave a hair above a whole number.
+    limit = environment._step_limit
+    return math.ceil(limit - 1e-6) if math.isfinite(limit) else _STEPS_WITHOUT_LIMIT

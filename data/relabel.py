@@ -1,0 +1,96 @@
+"""The reward of stored physics states, under the task that paid them or any other of the same body.
+
+ExoRL's trick (Yarats et al. 2022): data gathered without a reward serves every task. Its own code drops the control: it
+computes rewards at control 0, although the actions are in the file, so that all tasks that charge for control come out
+too well paid (by up to a quarter in `cartpole-swingup`, `point_mass-easy`). `control="actual"` pays as the environment
+does, to 1e-6; `control="exorl"` is for comparisons with published numbers.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from data.dmc import Environment, make
+from data.errors import DataError
+from data.tasks import goal_task
+from data.tasks.catalogue import check_task
+from data.trajectory import Trajectory
+
+_DOG = "it pays for the forces under the paws, which follow from the step before and are not in the physics state"
+# Tasks whose reward is no function of state, control and what the episode drew; a test holds all others to 1e-6.
+_REFUSED: dict[str, str] = {f"dog-{task}": _DOG for task in ("fetch", "run", "stand", "trot", "walk")}
+
+
+def relabel(
+    task: str,
+    trajectory: Trajectory,
+    *,
+    control: Literal["actual", "exorl"] = "actual",
+    goal: Float[np.ndarray, " G"] | None = None,
+) -> Float32[np.ndarray, " M"]:
+    """Returns the reward that `task` pays for every step of the trajectory.
+
+    What the task draws for an episode (a hidden goal, a target) is taken from the trajectory's extras, or from `goal`.
+    DataError when the trajectory has no physics states or those of another body, when what was drawn is unknown, and
+    for the tasks whose reward is no function of all this.
+    """
+    check_task(task)
+    if control not in ("actual", "exorl"):
+        raise DataError(f"control {control!r} is unknown; use 'actual' (as paid) or 'exorl' (as if the control were 0)")
+    if task in _REFUSED:
+        raise DataError(f"{task} cannot be relabelled: {_REFUSED[task]}")
+    if trajectory.physics is None:
+        raise DataError(
+            f"{trajectory.source}: no physics states, so its rewards cannot be computed for {task}. "
+            "ExoRL's files and those of data.collect hold them; URLB's do not"
+        )
+    environment = _environment(task)
+    actions, size = trajectory.action, environment.action_space.shape[0]
+    state_size = environment.physics_state().size
+    if actions.shape[1] != size or trajectory.physics.shape[1] != state_size:
+        raise DataError(
+            f"{trajectory.source}: not an episode of {task}'s body, which has {size} actions and {state_size} numbers "
+            f"of physics state; got {actions.shape[1]} and {trajectory.physics.shape[1]}"
+        )
+    extras = _drawn(task, environment, trajectory, goal)
+    hidden = goal_task(task)
+    if hidden is not None:
+        return hidden.reward(trajectory.physics[1:], extras["goal"])
+    environment.set_extras(extras)
+    return environment.rewards_at(trajectory.physics[1:], actions if control == "actual" else None).astype(np.float32)
+
+
+@lru_cache(maxsize=4)
+def _environment(task: str) -> Environment:
+    return make(task)
+
+
+def _drawn(
+    task: str, environment: Environment, trajectory: Trajectory, goal: Float[np.ndarray, " G"] | None
+) -> Mapping[str, np.ndarray]:
+    """Returns the values of this episode for what the task draws, by name."""
+    drawn = {}
+    for key, present in environment.extras().items():
+        if goal is not None:
+            value = np.asarray(goal, np.float64)
+        elif key in trajectory.extras:
+            rows = trajectory.extras[key]
+            if not np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape)):
+                raise DataError(
+                    f"{trajectory.source}: extras {key!r} changes within the episode; {task} draws one a time"
+                )
+            value = rows[0]
+        else:
+            raise DataError(
+                f"{trajectory.source}: {task} draws a {key} for every episode, and this one did not keep its own. "
+                f"Collect it with data.collect, which does, or give the {key} through goal="
+            )
+        if value.shape != present.shape or not np.isfinite(value).all():
+            raise DataError(f"{trajectory.source}: the {key} of {task} is {present.size} finite numbers; got {value!r}")
+        drawn[key] = value
+    if goal is not None and not drawn:
+        raise DataError(f"{task} draws nothing for an episode, so relabel() cannot be given a goal for it")
+    return drawn

@@ -1,0 +1,53 @@
+"""The tasks dm_control lacks, and what a task with a hidden goal can be asked without a simulator (NumPy only)."""
+
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from data.tasks.dark import PointMassDark, ReacherDark
+
+
+class GoalTask(Protocol):
+    """A task whose reward is a function of the physics state and of a goal that no observation shows.
+
+    Every method is plain NumPy over any leading dimensions, so one episode can be relabelled for thousands of goals at
+    once. `physics` is dm_control's own state vector (positions, then velocities), float64, or the observation, which
+    holds the same; the leading dimensions of `goal` broadcast against those of `physics`.
+    """
+
+    name: str
+    goal_size: int
+    radius: float
+    """Distance (metres) from the goal within which the reward is 1."""
+    action_steps: int
+    """Physics steps during which one action is held."""
+    episode_steps: int
+    """Actions in an episode."""
+
+    def reward(self, physics: Float[np.ndarray, "... P"], goal: Float[np.ndarray, "... G"]) -> Float[np.ndarray, "..."]:
+        """Returns 1 within the radius of the goal and 0 elsewhere, float32."""
+
+    def hindsight_goal(self, physics: Float[np.ndarray, "... P"]) -> Float[np.ndarray, "... G"]:
+        """Returns the goal that this state meets exactly: where the body is, float64."""
+
+    def sample_goal(self, rng: np.random.Generator | np.random.RandomState) -> Float[np.ndarray, " G"]:
+        """Returns a goal drawn as the environment draws it, float64."""
+
+    def oracle(
+        self, physics: Float[np.ndarray, "... P"], goal: Float[np.ndarray, "... G"]
+    ) -> Float[np.ndarray, "... A"]:
+        """Returns the action in [-1, 1] of a scripted controller that knows the goal, float32."""
+
+
+_GOAL_TASKS: dict[str, GoalTask] = {task.name: task for task in (PointMassDark(), ReacherDark())}
+
+
+def goal_task(name: str) -> GoalTask | None:
+    """Returns the hidden-goal task of that name, or None when the task hides no goal (or does not exist)."""
+    return _GOAL_TASKS.get(name)
+
+
+def goal_task_names() -> tuple[str, ...]:
+    """Returns the names of the tasks that hide a goal."""
+    return tuple(_GOAL_TASKS)

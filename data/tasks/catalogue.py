@@ -1,0 +1,41 @@
+"""Every task there is, by name: dm_control's suite and our own."""
+
+import difflib
+
+from dm_control import suite
+from dm_control.rl import control
+
+from data.errors import DataError
+from data.tasks import suite as own_tasks
+
+# It hands its terrain to a renderer at every reset, which needs OpenGL even where nothing is rendered.
+_LEFT_OUT = "quadruped-escape"
+
+
+def task_names() -> tuple[str, ...]:
+    """Returns the names of all tasks: dm_control's suite (but `quadruped-escape`) and those of data/tasks."""
+    names = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS} | set(own_tasks.names())
+    return tuple(sorted(names - {_LEFT_OUT}))
+
+
+def check_task(task: str) -> None:
+    """Raises a DataError with the nearest names when there is no such task."""
+    names = task_names()
+    if task == _LEFT_OUT:
+        raise DataError(
+            f"task {task!r} is left out: it needs OpenGL at every reset. Use another of data.dmc.task_names()"
+        )
+    if task not in names:
+        near = difflib.get_close_matches(task.replace("_", "-", 1) if "-" not in task else task, names, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "see data.dmc.task_names()"
+        raise DataError(f"task {task!r} does not exist; {hint} Tasks are named domain-task, such as 'walker-walk'")
+
+
+def load_task(task: str) -> control.Environment:
+    """Returns a new dm_control environment; DataError when there is no such task."""
+    check_task(task)
+    own = own_tasks.load(task)
+    if own is not None:
+        return own
+    # lqr draws its springs when it is loaded: seeded, so that the task is the same one every time.
+    return suite.load(*task.split("-", 1), task_kwargs={"random": 0})

@@ -1,0 +1,108 @@
+"""Tasks in the dark: the goal is fixed for an episode and never observed, only the reward tells where it is.
+
+The observation is position and velocity alone, so nothing but past rewards can say where to go: the setting of
+Algorithm Distillation's Dark Room (Laskin et al. 2022, arXiv 2210.14215) on dm_control's own bodies. One action is held
+for many physics steps, which keeps an episode at 16 actions and whole episodes cheap to put in a context.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class PointMassDark:
+    """dm_control's point mass, started in one corner of a square, looking for a goal anywhere in it.
+
+    A held action of 1 moves the mass at 0.1 m/s and an episode lasts 3.84 s: every goal can be reached, the far ones
+    late. Started in the middle instead, a controller that knows the goal is paid in 10 of the 16 actions and more, or
+    the radius is so small that a random waypoint meets a random goal one time in ten; from the corner both are moderate
+    (7.5 of 16, one in four).
+    """
+
+    name: str = "point_mass-dark"
+    goal_size: int = 2
+    radius: float = 0.06
+    action_steps: int = 12
+    episode_steps: int = 16
+    goal_reach: float = 0.18
+    """Half the side of the square from which goals are drawn, metres. The walls stand at 0.29."""
+    start_reach: float = 0.02
+    """Half the side of the small square in the corner from which the start is drawn, metres."""
+
+    def reward(self, physics: Float[np.ndarray, "... 4"], goal: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "..."]:
+        """Returns 1 where the mass is within the radius of the goal and 0 elsewhere, float32."""
+        return _within(physics[..., :2] - goal, self.radius)
+
+    def hindsight_goal(self, physics: Float[np.ndarray, "... 4"]) -> Float[np.ndarray, "... 2"]:
+        """Returns where the mass is."""
+        return np.array(physics[..., :2], np.float64)
+
+    def sample_goal(self, rng: np.random.Generator | np.random.RandomState) -> Float[np.ndarray, " 2"]:
+        """Returns a goal uniform over the square of goals."""
+        return rng.uniform(-self.goal_reach, self.goal_reach, 2)
+
+    def sample_start(self, rng: np.random.RandomState) -> Float[np.ndarray, " 2"]:
+        """Returns the start position of an episode; it stands still there."""
+        return -self.goal_reach + rng.uniform(-self.start_reach, self.start_reach, 2)
+
+    def oracle(
+        self, physics: Float[np.ndarray, "... 4"], goal: Float[np.ndarray, "... 2"]
+    ) -> Float[np.ndarray, "... 2"]:
+        """Returns a proportional-derivative action, scaled as a whole so that the mass goes straight to the goal."""
+        force = 20.0 * (goal - physics[..., :2]) - 4.0 * physics[..., 2:4]
+        return (force / np.maximum(1.0, np.abs(force).max(-1, keepdims=True))).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ReacherDark:
+    """dm_control's two-link arm, started near the straight pose, looking for a place for its finger."""
+
+    name: str = "reacher-dark"
+    goal_size: int = 2
+    radius: float = 0.05
+    action_steps: int = 4
+    episode_steps: int = 16
+    start_reach: float = 0.1
+    """Half the range of both start angles around the start pose, radians."""
+
+    def reward(self, physics: Float[np.ndarray, "... 4"], goal: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "..."]:
+        """Returns 1 where the finger is within the radius of the goal and 0 elsewhere, float32."""
+        return _within(self.hindsight_goal(physics) - goal, self.radius)
+
+    def hindsight_goal(self, physics: Float[np.ndarray, "... 4"]) -> Float[np.ndarray, "... 2"]:
+        """Returns where the finger is, in the plane (forward kinematics of the two 0.12 m links)."""
+        shoulder = np.asarray(physics[..., 0], np.float64)
+        elbow = shoulder + physics[..., 1]
+        return _LINK * np.stack([np.cos(shoulder) + np.cos(elbow), np.sin(shoulder) + np.sin(elbow)], -1)
+
+    def sample_goal(self, rng: np.random.Generator | np.random.RandomState) -> Float[np.ndarray, " 2"]:
+        """Returns a goal as dm_control's reacher draws its target: any direction, 0.05 to 0.20 m from the shoulder."""
+        angle, distance = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(0.05, 0.20)
+        return distance * np.array([np.sin(angle), np.cos(angle)])
+
+    def sample_start(self, rng: np.random.RandomState) -> Float[np.ndarray, " 2"]:
+        """Returns the two start angles of an episode; the arm stands still there."""
+        return np.array([0.0, np.pi / 2]) + rng.uniform(-self.start_reach, self.start_reach, 2)
+
+    def oracle(
+        self, physics: Float[np.ndarray, "... 4"], goal: Float[np.ndarray, "... 2"]
+    ) -> Float[np.ndarray, "... 2"]:
+        """Returns a proportional-derivative action on the joint angles that put the finger on the goal.
+
+        Of the two elbow poses it takes the one whose elbow bends the way it bends already.
+        """
+        distance = np.linalg.norm(goal, axis=-1)
+        bend = 2.0 * np.arccos(np.clip(distance / (2 * _LINK), 0.0, 1.0)) * np.where(physics[..., 1] < 0, -1.0, 1.0)
+        turn = np.arctan2(goal[..., 1], goal[..., 0]) - bend / 2 - physics[..., 0]
+        turn = (turn + np.pi) % (2 * np.pi) - np.pi
+        error = np.stack([turn, bend - physics[..., 1]], -1)
+        return np.clip(1.0 * error - 0.25 * physics[..., 2:4], -1.0, 1.0).astype(np.float32)
+
+
+_LINK = 0.12  # both links of dm_control's reacher.xml, metres
+
+
+def _within(offset: Float[np.ndarray, "... 2"], radius: float) -> Float[np.ndarray, "..."]:
+    return (offset[..., 0] ** 2 + offset[..., 1] ** 2 <= radius**2).astype(np.float32)

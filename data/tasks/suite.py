@@ -1,0 +1,81 @@
+"""dm_control environments for the tasks that its suite lacks, built on the suite's own bodies."""
+
+from collections.abc import Callable
+
+import mujoco
+import numpy as np
+from dm_control.rl import control
+from dm_control.suite import point_mass, reacher
+
+from data.tasks import GoalTask, exorl, goal_task
+
+
+class HiddenGoal:
+    """What a dm_control task becomes when its goal is drawn for every episode and shown to nobody.
+
+    Mixed in before one of the suite's task classes, whose drawing of the start, observation and reward it replaces.
+    """
+
+    goal: np.ndarray
+    """The goal of the present episode. Given through `next_goal`, or else drawn."""
+    next_goal: np.ndarray | None = None
+    """The goal of the next episode; used once."""
+
+    def __init__(self, goal_task: GoalTask, **options) -> None:
+        self.goal_task = goal_task
+        super().__init__(**options)
+
+    def initialize_episode(self, physics) -> None:
+        """Sets the start position and the goal of an episode."""
+        # The start is drawn first, so that giving a goal does not change it.
+        physics.data.qpos[:] = self.goal_task.sample_start(self.random)
+        drawn = self.goal_task.sample_goal(self.random)
+        self.goal, self.next_goal = (drawn if self.next_goal is None else self.next_goal), None
+
+    def get_observation(self, physics) -> dict[str, np.ndarray]:
+        """Returns position and velocity: nothing in it depends on the goal."""
+        return {"position": physics.position(), "velocity": physics.velocity()}
+
+    def get_reward(self, physics) -> float:
+        """Returns 1 within the radius of the goal, else 0."""
+        return float(self.goal_task.reward(physics.get_state(), self.goal))
+
+    def show_goal(self, physics) -> None:
+        """Moves the model's coloured target to the goal, for a frame about to be drawn."""
+        physics.named.model.geom_pos["target", ["x", "y"]] = self.goal
+        physics.named.model.geom_size["target", 0] = self.goal_task.radius
+        # Not forward(): it would change the solver's warm start, and with it the episode.
+        mujoco.mj_kinematics(physics.model.ptr, physics.data.ptr)
+
+
+class PointMassDark(HiddenGoal, point_mass.PointMass):
+    """`point_mass-dark`."""
+
+
+class ReacherDark(HiddenGoal, reacher.Reacher):
+    """`reacher-dark`."""
+
+
+def load(name: str) -> control.Environment | None:
+    """Returns a new dm_control environment of one of the tasks here, or None when there is none of that name."""
+    builder = _BUILDERS.get(name)
+    return builder() if builder else None
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of the tasks here."""
+    return tuple(_BUILDERS)
+
+
+def _dark(name: str, domain, task_class: type, **options) -> control.Environment:
+    goal = goal_task(name)
+    physics = domain.Physics.from_xml_string(*domain.get_model_and_assets())
+    seconds = goal.episode_steps * goal.action_steps * physics.timestep()
+    return control.Environment(physics, task_class(goal, **options), time_limit=seconds, n_sub_steps=goal.action_steps)
+
+
+_BUILDERS: dict[str, Callable[[], control.Environment]] = {
+    "point_mass-dark": lambda: _dark("point_mass-dark", point_mass, PointMassDark, randomize_gains=False),
+    "reacher-dark": lambda: _dark("reacher-dark", reacher, ReacherDark, target_size=0.05),
+    **exorl.BUILDERS,
+}

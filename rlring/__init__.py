@@ -1,0 +1,26 @@
+"""Exact attention over sequences sharded across devices, for JAX: ring, Ulysses, their hybrid, all-gather.
+
+Importing touches no device.
+"""
+
+from rlring.attention import AttentionConfig, Mask, attention, decode_attention, inverse_order, zigzag_order
+from rlring.cache import KVCache
+from rlring.errors import UsageError
+from rlring.mesh import SEQUENCE_AXES, make_mesh, request_cpu_devices
+from rlring.transformer import Transformer, TransformerConfig
+
+__all__ = [
+    "SEQUENCE_AXES",
+    "AttentionConfig",
+    "KVCache",
+    "Mask",
+    "Transformer",
+    "TransformerConfig",
+    "UsageError",
+    "attention",
+    "decode_attention",
+    "inverse_order",
+    "make_mesh",
+    "request_cpu_devices",
+    "zigzag_order",
+]

@@ -1,0 +1,7 @@
+"""Exact attention over sequences that are split over devices: one function, several schemes."""
+
+from rlring.attention.api import SCHEMES, AttentionConfig, attention
+from rlring.attention.decode import decode_attention
+from rlring.attention.mask import Mask, inverse_order, zigzag_order
+
+__all__ = ["SCHEMES", "AttentionConfig", "Mask", "attention", "decode_attention", "inverse_order", "zigzag_order"]

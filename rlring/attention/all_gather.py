@@ -1,0 +1,57 @@
+"""All-gather attention: every device gathers all keys and values, queries stay.
+
+The whole context is in every memory, but where it fits this often beats the ring: there is no hop to wait for.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+from rlring.attention import blockwise
+from rlring.attention.blockwise import Blocks
+from rlring.attention.mask import Mask
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def all_gather_attention(
+    q: Float[Array, "R G T H"],
+    k: Float[Array, "R S H"],
+    v: Float[Array, "R S H"],
+    mask: Mask,
+    axes: tuple[str, ...],
+    blocks: Blocks,
+) -> Float[Array, "R G T H"]:
+    """Returns attention of this device's queries over the keys of every device of the mesh axes, in q's type.
+
+    Runs inside shard_map; q, k, v and mask are this device's shards. The gathered keys are not kept for the backward.
+    """
+    out, _ = _attention_forward(q, k, v, mask, axes, blocks)
+    return out
+
+
+def _gathered(k, v, mask: Mask, axes):
+    k, v = (lax.all_gather(x, axes, axis=1, tiled=True) for x in (k, v))
+    position, segment = (lax.all_gather(x, axes, axis=1, tiled=True) for x in (mask.k_position, mask.k_segment))
+    return k, v, replace(mask, k_position=position, k_segment=segment)
+
+
+def _attention_forward(q, k, v, mask, axes, blocks):
+    q, mask = blockwise.tie_to_data(q, mask)
+    partial_out = blockwise.forward(q, *_gathered(k, v, mask, axes), blocks)
+    out, lse = blockwise.named_for_remat(*partial_out, q.dtype)
+    return out, (q, k, v, mask, out, lse)
+
+
+def _attention_backward(axes, blocks, residuals, d_out):
+    q, k, v, mask, out, lse = residuals
+    d_out, mask = blockwise.tie_to_data(d_out, mask)
+    dq, dk, dv = blockwise.backward(q, *_gathered(k, v, mask, axes), out, lse, d_out, blocks)
+    # Summed over the devices in float32, and only then rounded.
+    dk, dv = (lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+all_gather_attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,167 @@
+"""attention(): checks the arguments, picks the scheme and runs it on every shard of the mesh."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from rlring.attention.all_gather import all_gather_attention
+from rlring.attention.blockwise import Blocks, blockwise_attention, pad
+from rlring.attention.dense import dense_attention
+from rlring.attention.mask import Mask
+from rlring.attention.ring import ring_attention
+from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.ulysses import check_heads, ulysses_attention
+from rlring.errors import UsageError
+from rlring.mesh import AXES, SEQUENCE_AXES
+
+SCHEMES = ("dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How attention is computed; what is computed depends on none of it.
+
+    Raises:
+        UsageError: an unknown scheme, or a block without tokens.
+    """
+
+    scheme: str = "ring"
+    block_q: int = 512  # tokens; shorter sequences use shorter blocks
+    block_k: int = 512
+    scores: int = 2**20  # of one block, held at once; more falls out of a CPU's cache, accelerators like 2**24
+
+    def __post_init__(self):
+        if self.scheme not in SCHEMES:
+            raise UsageError(f"there is no attention scheme {self.scheme!r}. Choose one of {', '.join(SCHEMES)}.")
+        for name in ("block_q", "block_k", "scores"):
+            if getattr(self, name) < 1:
+                raise UsageError(
+                    f"attention.{name} is at least 1; got {getattr(self, name)}. Leave it out for the default."
+                )
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    config: AttentionConfig,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(q k^T / sqrt(H)) v over the keys that the mask shows, in q's type.
+
+    Arrays are global. On a mesh B is split over "data" and both T and S over ("ring", "ulysses"); lengths that do not
+    divide are padded inside. Without a mesh everything runs on one device, whatever the scheme. With N > K each
+    key/value head serves N // K neighbouring query heads. A row that sees nothing is 0, and so is its gradient.
+
+    Raises:
+        UsageError: shapes that do not fit each other, or a scheme that does not fit the mesh or the heads.
+    """
+    check_shapes(q, k, v, mask)
+    if mesh is None:
+        local = config if config.scheme == "dense" else replace(config, scheme="blockwise")
+        return _on_shard(q, k, v, mask, config=local)
+    check_batch(q, mesh)
+    _check_scheme(q, k, config, mesh)
+    return _on_mesh(q, k, v, mask, config=config, mesh=mesh)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
+    length, shards = q.shape[1], mesh.shape["ring"] * mesh.shape["ulysses"]
+    q_pad, k_pad = -q.shape[1] % shards, -k.shape[1] % shards
+    if q_pad or k_pad:
+        mask = mask.padded(q.shape[1] + q_pad, k.shape[1] + k_pad)
+        q, k, v = (pad(x, 1, x.shape[1] + more) for x, more in ((q, q_pad), (k, k_pad), (v, k_pad)))
+    tokens = P("data", SEQUENCE_AXES)
+    # check_vma off: its types do not pass the loops of the custom VJPs. Every array is split over every axis, so that no
+    # gradient needs a sum over devices.
+    on_shards = jax.shard_map(
+        partial(_on_shard, config=config), mesh=mesh, in_specs=(tokens,) * 4, out_specs=tokens, check_vma=False
+    )
+    return on_shards(q, k, v, mask)[:, :length]
+
+
+@partial(jax.jit, static_argnames="config")
+def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig):
+    blocks = Blocks(config.block_q, config.block_k, config.scores)
+    match config.scheme:
+        case "dense":
+            return dense_attention(q, k, v, mask)
+        case "blockwise":
+            return _by_rows(blockwise_attention, blocks)(q, k, v, mask)
+        case "ring":
+            return _by_rows(ring_attention, "ring", blocks)(q, k, v, mask)
+        case "all_gather":
+            return _by_rows(all_gather_attention, SEQUENCE_AXES, blocks)(q, k, v, mask)
+        case "ulysses":
+            return ulysses_attention(q, k, v, mask, axis="ulysses", local=_by_rows(blockwise_attention, blocks))
+        case "hybrid":  # USP, Fang and Zhao 2405.07719
+            return ulysses_attention(q, k, v, mask, axis="ulysses", local=_by_rows(ring_attention, "ring", blocks))
+    raise AssertionError(config.scheme)
+
+
+def _by_rows(scheme: Callable, *how) -> Callable:
+    """Returns the scheme, which works on rows, as a function of tokens."""
+
+    def run(q, k, v, mask: Mask):
+        rows = scheme(rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v), mask, *how)
+        return tokens_of_rows(rows, q.shape[0])
+
+    return run
+
+
+def check_shapes(q, k, v, mask: Mask) -> None:
+    """Raises UsageError for arrays that do not fit each other."""
+    if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]):
+        raise UsageError(
+            f"attention needs q[B, T, N, H] and k, v[B, S, K, H]; got q{q.shape}, k{k.shape}, v{v.shape}. "
+            "B and H are the same in all three, S and K in k and v."
+        )
+    if q.shape[2] % k.shape[2]:
+        raise UsageError(
+            f"each key/value head serves the same number of query heads; got {q.shape[2]} query heads over "
+            f"{k.shape[2]} key/value heads. Make the number of query heads a multiple."
+        )
+    if not (q.dtype == k.dtype == v.dtype):
+        raise UsageError(f"q, k and v share one type; got {q.dtype}, {k.dtype} and {v.dtype}. Cast them with .astype.")
+    seen = (mask.q_position.shape, mask.k_position.shape, mask.q_segment.shape, mask.k_segment.shape)
+    if seen != (q.shape[:2], k.shape[:2]) * 2:
+        raise UsageError(
+            f"the mask needs q_position and q_segment {q.shape[:2]}, k_position and k_segment {k.shape[:2]}; got "
+            f"{seen[0]}, {seen[2]}, {seen[1]}, {seen[3]}. Broadcast positions over the batch."
+        )
+
+
+def check_batch(q, mesh: Mesh) -> None:
+    """Raises UsageError for a mesh that is not ours, or over whose data axis the batch cannot be split."""
+    if mesh.axis_names != AXES:
+        raise UsageError(
+            f"attention needs a mesh with the axes {AXES}; got {mesh.axis_names}. Make it with rlring.make_mesh."
+        )
+    data = mesh.shape["data"]
+    if q.shape[0] % data:
+        raise UsageError(
+            f"the batch is split over mesh.data={data} devices; got B={q.shape[0]}. Use a multiple of {data}."
+        )
+
+
+def _check_scheme(q, k, config: AttentionConfig, mesh: Mesh) -> None:
+    ring, ulysses = mesh.shape["ring"], mesh.shape["ulysses"]
+    fits_ring = config.scheme in ("ring", "all_gather", "hybrid")
+    fits_ulysses = config.scheme in ("ulysses", "all_gather", "hybrid")
+    if (ring > 1 and not fits_ring) or (ulysses > 1 and not fits_ulysses):
+        wrong = "ring" if ring > 1 and not fits_ring else "ulysses"
+        raise UsageError(
+            f"attention scheme {config.scheme!r} needs mesh.{wrong}=1; got mesh.{wrong}={mesh.shape[wrong]}. "
+            f"Use scheme 'hybrid', which splits the sequence both ways, or another mesh."
+        )
+    if config.scheme in ("ulysses", "hybrid"):
+        check_heads(config.scheme, q.shape[2], k.shape[2], ulysses)

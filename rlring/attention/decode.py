@@ -1,0 +1,72 @@
+"""Decode attention: a few queries against a cache that may be split along the sequence.
+
+Every device attends to its own share of the cache, and the shares are added by their log-sum-exps in one step
+(Flash-Decoding; a ring would wait for each hop with next to no compute to hide it behind).
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from rlring.attention.api import check_batch, check_shapes
+from rlring.attention.blockwise import Blocks, forward
+from rlring.attention.mask import Mask
+from rlring.attention.softmax import finite_lse, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.mesh import SEQUENCE_AXES
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns attention of a few new queries over a cache k, v, in q's type.
+
+    Memory is T * S: for a whole prompt use attention(). On a mesh B is split over "data" and S over
+    ("ring", "ulysses"); every device gets all T queries. Unwritten places of the cache have segment -1.
+
+    Raises:
+        UsageError: shapes that do not fit each other, or the mesh.
+    """
+    check_shapes(q, k, v, mask)
+    if mesh is None:
+        return _on_shard(q, k, v, mask, axes=())
+    check_batch(q, mesh)
+    return _on_mesh(q, k, v, mask, mesh=mesh)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _on_mesh(q, k, v, mask: Mask, *, mesh: Mesh):
+    more = -k.shape[1] % (mesh.shape["ring"] * mesh.shape["ulysses"])
+    if more:
+        mask = mask.padded(q.shape[1], k.shape[1] + more)
+        k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (k, v))
+    batch, cache = P("data"), P("data", SEQUENCE_AXES)
+    mask_specs = replace(mask, q_position=batch, q_segment=batch, k_position=cache, k_segment=cache)
+    on_shards = jax.shard_map(
+        partial(_on_shard, axes=SEQUENCE_AXES), mesh=mesh, in_specs=(batch, cache, cache, mask_specs), out_specs=batch
+    )
+    return on_shards(q, k, v, mask)
+
+
+@partial(jax.jit, static_argnames="axes")
+def _on_shard(q, k, v, mask: Mask, *, axes: tuple[str, ...]):
+    whole = Blocks(q.shape[1], k.shape[1], q.size * k.shape[1])  # one block: there are few queries
+    here = forward(rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v), mask, whole)
+    out = here.out
+    if axes:
+        # softmax.merge() of all devices' parts at once.
+        top = finite_lse(lax.pmax(here.lse, axes))
+        weight = jnp.exp(here.lse - top)
+        total = lax.psum(weight, axes)
+        out = lax.psum(out * weight[..., None], axes) / jnp.where(total == 0.0, 1.0, total)[..., None]
+    return tokens_of_rows(out, q.shape[0]).astype(q.dtype)

@@ -1,0 +1,177 @@
+"""Mask: which query sees which key, from positions and segments that travel with the tokens."""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int32
+
+from rlring.errors import UsageError
+
+NOWHERE = -1  # the segment of a token that is not there
+
+
+class Bounds(NamedTuple):
+    """The least and greatest position and segment of each block of tokens: enough to skip a block unread."""
+
+    low_position: Int32[Array, "B blocks"]  # over tokens that are there; low > high where there is none
+    high_position: Int32[Array, "B blocks"]
+    low_segment: Int32[Array, "B blocks"]  # over tokens that are there
+    high_segment: Int32[Array, "B blocks"]
+    is_whole: Bool[Array, "B blocks"]  # every token of the block is there
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mask:
+    """Which query sees which key: those of its own segment, if asked only those not later, or not too far back.
+
+    Segment -1 is nowhere: such a token sees nothing and is not seen. Positions need not be sorted, contiguous or unique: any permutation of the tokens is exact, and tokens that share
+    a position see each other (block-causal). Example, causal, window 2, `#` visible:
+
+        segment    0 0 0 1 1 -1          key   0 0 0 1 1 -1
+        position   0 1 2 0 1  2                0 1 2 0 1  2
+                                    query 0 0  # . . . .  .
+                                          0 1  # # . . .  .
+                                          0 2  . # # . .  .
+                                          1 0  . . . # .  .
+                                          1 1  . . . # #  .
+                                         -1 2  . . . . .  .
+    """
+
+    q_position: Int32[Array, "B T"]
+    k_position: Int32[Array, "B S"]
+    q_segment: Int32[Array, "B T"]
+    k_segment: Int32[Array, "B S"]
+    is_causal: bool = field(default=True, metadata={"static": True})  # k_position <= q_position
+    window: int | None = field(default=None, metadata={"static": True})  # q_position - k_position < window
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise UsageError(
+                f"a window holds at least the token itself; got window={self.window}. Use None for no window."
+            )
+
+    @classmethod
+    def causal(
+        cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: int | None = None
+    ) -> Self:
+        """Returns the mask of causal self-attention; without `segment` every token is in segment 0."""
+        segment = jnp.zeros_like(position) if segment is None else segment
+        return cls(position, position, segment, segment, True, window)
+
+    @classmethod
+    def full(
+        cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: int | None = None
+    ) -> Self:
+        """Returns the mask of self-attention that also looks ahead; a window still limits how far back."""
+        return replace(cls.causal(position, segment, window), is_causal=False)
+
+    def visible(self) -> Bool[Array, "B T S"]:
+        """Returns the whole mask: quadratic, so only for blocks and tests."""
+        q_position, k_position = self.q_position[:, :, None], self.k_position[:, None, :]
+        q_segment, k_segment = self.q_segment[:, :, None], self.k_segment[:, None, :]
+        seen = (q_segment == k_segment) & (q_segment >= 0)
+        if self.is_causal:
+            seen &= k_position <= q_position
+        if self.window is not None:
+            seen &= q_position - k_position < self.window
+        return seen
+
+    def block(self, q_start, q_size: int, k_start, k_size: int) -> Self:
+        """Returns the mask of q_size queries from q_start and k_size keys from k_start; starts may be traced."""
+        return replace(
+            self,
+            q_position=lax.dynamic_slice_in_dim(self.q_position, q_start, q_size, 1),
+            k_position=lax.dynamic_slice_in_dim(self.k_position, k_start, k_size, 1),
+            q_segment=lax.dynamic_slice_in_dim(self.q_segment, q_start, q_size, 1),
+            k_segment=lax.dynamic_slice_in_dim(self.k_segment, k_start, k_size, 1),
+        )
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.q_position.shape[0]
+
+    def repeated(self, times: int) -> Self:
+        """Returns the mask with each row `times` times: one for each key/value head."""
+        return self if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+
+    def padded(self, q_length: int, k_length: int) -> Self:
+        """Returns the mask with tokens in no segment appended up to the given lengths."""
+        q_pad = ((0, 0), (0, q_length - self.q_position.shape[1]))
+        k_pad = ((0, 0), (0, k_length - self.k_position.shape[1]))
+        return replace(
+            self,
+            q_position=jnp.pad(self.q_position, q_pad),
+            k_position=jnp.pad(self.k_position, k_pad),
+            q_segment=jnp.pad(self.q_segment, q_pad, constant_values=NOWHERE),
+            k_segment=jnp.pad(self.k_segment, k_pad, constant_values=NOWHERE),
+        )
+
+    def q_bounds(self, size: int) -> Bounds:
+        """Returns the bounds of each block of `size` queries; `size` divides T."""
+        return _bounds(self.q_position, self.q_segment, size)
+
+    def k_bounds(self, size: int) -> Bounds:
+        """Returns the bounds of each block of `size` keys; `size` divides S."""
+        return _bounds(self.k_position, self.k_segment, size)
+
+    def may_see(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        """Returns, by block, False only where in no row any query of q sees any key of k. q and k broadcast."""
+        seen = (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
+        seen &= (q.low_position <= q.high_position) & (k.low_position <= k.high_position)
+        if self.is_causal:
+            seen &= k.low_position <= q.high_position
+        if self.window is not None:
+            seen &= q.low_position - k.high_position < self.window
+        return seen.any(0)
+
+    def sees_all(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        """Returns, by block, True only where every query of q sees every key of k, in all rows of the batch."""
+        seen = q.is_whole & k.is_whole & (q.low_segment == q.high_segment)
+        seen &= (q.low_segment == k.low_segment) & (k.low_segment == k.high_segment)
+        if self.is_causal:
+            seen &= k.high_position <= q.low_position
+        if self.window is not None:
+            seen &= q.high_position - k.low_position < self.window
+        return seen.all(0)
+
+
+def _bounds(position: Int32[Array, "B T"], segment: Int32[Array, "B T"], size: int) -> Bounds:
+    position, segment = (x.reshape(x.shape[0], -1, size) for x in (position, segment))
+    there, far = segment >= 0, jnp.iinfo(jnp.int32).max
+    return Bounds(
+        jnp.where(there, position, far).min(2),
+        jnp.where(there, position, -far).max(2),
+        jnp.where(there, segment, far).min(2),
+        segment.max(2),
+        there.all(2),
+    )
+
+
+def zigzag_order(length: int, ring: int) -> np.ndarray:
+    """Returns order[length]: which token stands at place i so that ring shard r holds chunks r and 2 * ring - 1 - r.
+
+    Under a causal mask every shard then has the same work. length 8, ring 2: [0 1 6 7 | 2 3 4 5].
+
+    Raises:
+        UsageError: 2 * ring does not divide length.
+    """
+    if length % (2 * ring):
+        raise UsageError(
+            f"the zigzag order cuts the sequence into 2 * ring = {2 * ring} equal chunks; got length={length}. "
+            f"Pad the sequence to {-(-length // (2 * ring)) * 2 * ring} tokens."
+        )
+    chunks = np.arange(length).reshape(2 * ring, -1)
+    return np.concatenate([chunks[[r, 2 * ring - 1 - r]].reshape(-1) for r in range(ring)])
+
+
+def inverse_order(order: np.ndarray) -> np.ndarray:
+    """Returns the order that undoes `order`: x[order][inverse_order(order)] is x."""
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse

@@ -1,0 +1,168 @@
+"""Ring attention (Liu et al. 2310.01889): queries stay, keys and values go once around the ring of devices.
+
+A hop's transfer is issued before the hop's compute, so that the two can overlap. Keys, values, positions and segments
+travel as one buffer, in one collective a hop; a device that sees nothing of what it holds skips the compute, never the
+collective. In the backward the gradients of keys and values follow their keys one hop late, in float32.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from rlring.attention import blockwise
+from rlring.attention.blockwise import Blocks, Gradients
+from rlring.attention.mask import Mask
+from rlring.attention.softmax import Partial, merge, nothing
+
+SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
+UNROLLED_HOPS = 8  # the hops of a longer ring are a loop: the program must not grow with the cluster
+
+
+class _Parcel(NamedTuple):
+    """What goes around the ring: some keys with all that is to be known about them."""
+
+    k: Float[Array, "R S H"]
+    v: Float[Array, "R S H"]
+    position: Int32[Array, "B S"]
+    segment: Int32[Array, "B S"]
+
+    def mask(self, mask: Mask) -> Mask:
+        return replace(mask, k_position=self.position, k_segment=self.segment)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def ring_attention(
+    q: Float[Array, "R G T H"],
+    k: Float[Array, "R S H"],
+    v: Float[Array, "R S H"],
+    mask: Mask,
+    axis: str,
+    blocks: Blocks,
+) -> Float[Array, "R G T H"]:
+    """Returns attention of this device's queries over the keys of every device of the mesh axis, in q's type.
+
+    Runs inside shard_map; q, k, v and mask are this device's shards. Exact for any layout of the tokens over the ring.
+    """
+    return _forward(q, k, v, mask, axis, blocks).out.astype(q.dtype)
+
+
+def _forward(q, k, v, mask, axis, blocks) -> Partial:
+    blocks = _within_halves(blocks, q, k)
+
+    def attend(parcel: _Parcel) -> Partial:
+        hop_mask = parcel.mask(mask)
+        compute = partial(blockwise.forward, q, parcel.k, parcel.v, hop_mask, blocks)
+        return lax.cond(_sees(hop_mask), compute, partial(nothing, q))
+
+    def hop(state, is_last=False):
+        total, parcel = state
+        arriving = None if is_last else _shift(parcel, axis)
+        return merge(total, attend(parcel)), arriving
+
+    home = _Parcel(k, v, mask.k_position, mask.k_segment)
+    hops = lax.axis_size(axis) - 1
+    if hops == 0:
+        return attend(home)
+    arriving = _shift(home, axis)
+    total, _ = hop(_repeat(hop, hops - 1, (attend(home), arriving)), is_last=True)
+    return total
+
+
+def _attention_forward(q, k, v, mask, axis, blocks):
+    q, mask = blockwise.tie_to_data(q, mask)
+    out, lse = blockwise.named_for_remat(*_forward(q, k, v, mask, axis, blocks), q.dtype)
+    return out, (q, k, v, mask, out, lse)
+
+
+def _attention_backward(axis, blocks, residuals, d_out):
+    q, k, v, mask, out, lse = residuals
+    d_out, mask = blockwise.tie_to_data(d_out, mask)
+    dq, dk, dv = _backward(q, k, v, mask, out, lse, d_out, axis, blocks)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _backward(q, k, v, mask, out, lse, d_out, axis, blocks) -> Gradients:
+    blocks = _within_halves(blocks, q, k)
+
+    def differentiate(parcel: _Parcel) -> Gradients:
+        hop_mask = parcel.mask(mask)
+        compute = partial(blockwise.backward, q, parcel.k, parcel.v, hop_mask, out, lse, d_out, blocks)
+        return lax.cond(_sees(hop_mask), compute, partial(_no_gradients, q, k))
+
+    def hop(state, is_first=False, is_last=False):
+        dq, behind, parcel = state  # behind: what the hops before this one found for the keys that are here now
+        arriving = None if is_last else _shift(parcel, axis)
+        behind = None if is_first else _shift(behind, axis)
+        here = differentiate(parcel)
+        found = (here.dk, here.dv) if is_first else (behind[0] + here.dk, behind[1] + here.dv)
+        return dq + here.dq, found, arriving
+
+    home = _Parcel(k, v, mask.k_position, mask.k_segment)
+    hops = lax.axis_size(axis) - 1
+    if hops == 0:
+        return differentiate(home)
+    arriving = _shift(home, axis)
+    dq, dk, dv = differentiate(home)
+    state = hop((dq, None, arriving), is_first=True, is_last=hops == 1)
+    if hops > 1:
+        state = hop(_repeat(hop, hops - 2, state), is_last=True)
+    dq, found, _ = state
+    dk_elsewhere, dv_elsewhere = _shift(found, axis)
+    return Gradients(dq, dk + dk_elsewhere, dv + dv_elsewhere)
+
+
+def _no_gradients(q, k) -> Gradients:
+    zero = jnp.zeros(k.shape, jnp.float32)
+    return Gradients(jnp.zeros(q.shape, jnp.float32), zero, zero)
+
+
+ring_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _sees(mask: Mask) -> Bool[Array, ""]:
+    """Returns whether any query may see any key."""
+    return mask.may_see(mask.q_bounds(mask.q_position.shape[1]), mask.k_bounds(mask.k_position.shape[1]))[0]
+
+
+def _within_halves(blocks: Blocks, q, k) -> Blocks:
+    """Returns blocks that do not reach over the middle of a shard.
+
+    With the zigzag order the two halves of a shard are far apart, and a block with tokens of both is always seen.
+    """
+
+    def within(block, length):
+        return min(block, -(-length // 2)) if length >= SHORTEST_HALVED else block
+
+    return blocks._replace(q=within(blocks.q, q.shape[2]), k=within(blocks.k, k.shape[1]))
+
+
+def _repeat(step, times: int, state):
+    if times <= UNROLLED_HOPS:
+        for _ in range(times):
+            state = step(state)
+        return state
+    return lax.fori_loop(0, times, lambda _, state: step(state), state)
+
+
+def _shift(tree, axis: str):
+    """Returns the tree that the device before this one on the ring holds, in one collective.
+
+    The arrays travel as the bits of one buffer of integers, which no backend rounds, flushes or canonicalises.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    unit = jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in leaves)}")
+    bits = [lax.bitcast_convert_type(x, unit).reshape(-1) for x in leaves]
+    devices = lax.axis_size(axis)
+    arrived = lax.ppermute(jnp.concatenate(bits), axis, [(r, (r + 1) % devices) for r in range(devices)])
+    unpacked, start = [], 0
+    for x, flat in zip(leaves, bits, strict=True):
+        shape = x.shape if x.dtype.itemsize == unit.itemsize else (*x.shape, x.dtype.itemsize // unit.itemsize)
+        part = lax.slice_in_dim(arrived, start, start + flat.size).reshape(shape)
+        unpacked.append(lax.bitcast_convert_type(part, x.dtype))
+        start += flat.size
+    return jax.tree.unflatten(structure, unpacked)

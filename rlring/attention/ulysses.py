@@ -1,0 +1,46 @@
+"""Ulysses attention (2309.14509): an all-to-all turns a split of the sequence into a split of the heads.
+
+Each device then sees the whole sequence for its own heads, runs any local scheme on it, and the out goes back.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from rlring.attention.mask import Mask
+from rlring.errors import UsageError
+
+
+def ulysses_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    axis: str,
+    local: Callable[[Array, Array, Array, Mask], Array],
+) -> Float[Array, "B T N H"]:
+    """Returns local(q, k, v, mask) computed with the whole of the mesh axis' sequence and a share of the heads.
+
+    Runs inside shard_map. Where there are fewer key/value heads than devices each is copied for the devices that read
+    it; check_heads() says whether that works out.
+    """
+    devices = lax.axis_size(axis)
+    copies = max(1, devices // k.shape[2])
+    k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+    q, k, v = (lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+    whole = jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), mask)
+    return lax.all_to_all(local(q, k, v, whole), axis, split_axis=1, concat_axis=2, tiled=True)
+
+
+def check_heads(scheme: str, heads: int, kv_heads: int, devices: int) -> None:
+    """Raises UsageError when the heads cannot be split over `devices`."""
+    if heads % devices or (kv_heads % devices and devices % kv_heads):
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        raise UsageError(
+            f"attention scheme {scheme!r} splits the heads over mesh.ulysses={devices} devices; got {heads} query heads "
+            f"and {kv_heads} key/value heads. Use mesh.ulysses in {fitting}, or scheme 'ring', which splits no heads."
+        )

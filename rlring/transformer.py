@@ -1,0 +1,247 @@
+"""The Transformer: pre-norm blocks scanned over depth, rotary positions, attention over a sharded sequence."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from rlring import cache as kv_cache
+from rlring.attention import AttentionConfig, Mask, attention, decode_attention
+from rlring.cache import KVCache
+from rlring.errors import UsageError
+from rlring.mesh import SEQUENCE_AXES
+
+ACTIVATIONS = P("data", SEQUENCE_AXES, None)  # of [B, T, D]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a Transformer, and how it is computed."""
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int | None = None
+    """Heads of keys and values; each serves heads / kv_heads query heads. None: as many as heads."""
+    head_size: int | None = None
+    """None: width / heads."""
+    feed_forward: int | None = None
+    """Inner width of the feed-forward layer. None: 4 * width."""
+    feed_forward_tile: int = 4096
+    """Tokens a device feeds forward at a time (blockwise feed-forward, Liu and Abbeel 2023)."""
+    rope_base: float = 10_000.0
+    rope_fraction: float = 1.0
+    """Share of each head that is rotated; the rest looks things up by what they are, however far back they stand."""
+    compute_type: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations; weights are kept in float32."""
+    remat: Literal["none", "attention", "all"] = "none"
+    """What the backward pass computes again: nothing; all but the attention (so the ring runs once); everything but a
+    block's input."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def __post_init__(self) -> None:
+        if self.head_size is None and self.width % self.heads:
+            raise UsageError(
+                f"width {self.width} does not divide by {self.heads} heads; change one of them or set head_size."
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise UsageError(
+                f"{self.heads} heads do not divide by {self.kv_heads} kv_heads; choose kv_heads among the divisors."
+            )
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """D, N, K, H, F."""
+        return (
+            self.width,
+            self.heads,
+            self.kv_heads or self.heads,
+            self.head_size or self.width // self.heads,
+            self.feed_forward or 4 * self.width,
+        )
+
+
+def rotate(x_BTNH: Array, position: Int[Array, "B T"], base: float, fraction: float = 1.0) -> Array:
+    """Returns `x` with rotary position embedding (Su et al. 2021, equation 34). Positions travel with the tokens: any
+    order is exact."""
+    half = int(x_BTNH.shape[-1] * fraction) // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None].astype(jnp.float32) * frequency  # B T 1 H/2, float32: positions reach millions
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), [half, 2 * half], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+
+
+def rms_norm(x: Array, scale: Array) -> Array:
+    """Returns `x` scaled to unit root mean square (Zhang and Sennrich 2019); float32, because bfloat16 squares lose
+    the tail."""
+    x32 = x.astype(jnp.float32)
+    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)
+    return (normal * scale).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """One layer: attention, then a gated feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        D, N, K, H, F = config.sizes
+        self.config = config
+
+        def weight(shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> nnx.Param:
+            initial = jax.random.truncated_normal(rngs.params(), -2, 2, shape, jnp.float32)
+            return nnx.Param(initial * (scale / fan_in**0.5))
+
+        residual = (2 * config.layers) ** -0.5  # the residual stream sums 2 L outputs
+        self.attention_norm = nnx.Param(jnp.ones(D))
+        self.query = weight((D, N, H), D)
+        self.key = weight((D, K, H), D)
+        self.value = weight((D, K, H), D)
+        self.output = weight((N, H, D), N * H, residual)
+        self.feed_forward_norm = nnx.Param(jnp.ones(D))
+        self.gate = weight((D, F), D)
+        self.up = weight((D, F), D)
+        self.down = weight((F, D), F, residual)
+
+    def project(self, x: Float[Array, "B T D"], position: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
+        """Returns the queries, keys and values of `x`, queries and keys rotated to their positions."""
+        with jax.named_scope("project"):
+            normal = rms_norm(x, self.attention_norm[...])
+            q_BTNH = jnp.einsum("btd,dnh->btnh", normal, self.query[...].astype(x.dtype))
+            k_BTKH = jnp.einsum("btd,dkh->btkh", normal, self.key[...].astype(x.dtype))
+            v_BTKH = jnp.einsum("btd,dkh->btkh", normal, self.value[...].astype(x.dtype))
+            base, fraction = self.config.rope_base, self.config.rope_fraction
+            return rotate(q_BTNH, position, base, fraction), rotate(k_BTKH, position, base, fraction), v_BTKH
+
+    def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"], mesh: Mesh | None) -> Array:
+        """Returns the block's output, given what its queries attended to."""
+        with jax.named_scope("output"):
+            x = x + jnp.einsum("btnh,nhd->btd", attended, self.output[...].astype(x.dtype))
+        with jax.named_scope("feed_forward"):
+            weights = (self.feed_forward_norm[...], self.gate[...], self.up[...], self.down[...])
+            return x + feed_forward(x, weights, tile=self.config.feed_forward_tile, mesh=mesh)
+
+
+def feed_forward(x: Float[Array, "B T D"], weights: tuple[Array, ...], *, tile: int, mesh: Mesh | None) -> Array:
+    """Returns the gated feed-forward (SwiGLU, Shazeer 2020) of `x`, `tile` tokens a device at a time, so that the
+    inner activations are never kept for more than one tile (Blockwise Parallel Transformer, Liu and Abbeel 2023).
+    """
+
+    def whole(x: Array, weights: tuple[Array, ...]) -> Array:
+        norm, gate, up, down = weights
+        normal = rms_norm(x, norm)
+        inner = jax.nn.silu(normal @ gate.astype(x.dtype)) * (normal @ up.astype(x.dtype))
+        return inner @ down.astype(x.dtype)
+
+    def tiled(x: Array, weights: tuple[Array, ...]) -> Array:
+        B, T, D = x.shape
+        tiles = -(-T // tile)
+        padded = jnp.pad(x, [(0, 0), (0, tiles * tile - T), (0, 0)])  # rows of zeros stay rows of their own
+        pieces = padded.reshape(B, tiles, tile, D).swapaxes(0, 1)
+        pieces = jax.lax.map(jax.checkpoint(lambda piece: whole(piece, weights)), pieces)
+        return pieces.swapaxes(0, 1).reshape(B, tiles * tile, D)[:, :T]
+
+    shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
+    if x.shape[1] <= tile * shards:
+        return whole(x, weights)
+    if mesh is None:
+        return tiled(x, weights)
+    return jax.shard_map(tiled, mesh=mesh, in_specs=(ACTIVATIONS, P()), out_specs=ACTIVATIONS)(x, weights)
+
+
+class Transformer(nnx.Module):
+    """Maps embedded tokens [B, T, D] to features [B, T, D]; token `i` sees what the mask lets it see.
+
+    The sequence may stand in any order (zigzag for a balanced ring): positions and segments travel in the mask. On a
+    mesh the batch is split over "data" and the sequence over ("ring", "ulysses").
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stacked_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.blocks = stacked_blocks(rngs)
+        self.norm = nnx.Param(jnp.ones(config.width))
+
+    def __call__(self, x: Float[Array, "B T D"], mask: Mask, *, mesh: Mesh | None = None) -> Float[Array, "B T D"]:
+        """Returns the features of every token."""
+        x, _ = self._scan(x, mask, mesh, keep=False)
+        return x
+
+    def prefill(
+        self, x: Float[Array, "B T D"], mask: Mask, *, capacity: int, mesh: Mesh | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Returns the features of a prompt and a cache of `capacity` slots that begins with it."""
+        x, (key, value) = self._scan(x, mask, mesh, keep=True)
+        cache = kv_cache.from_prompt(key, value, mask.q_position, mask.q_segment, capacity=capacity, mesh=mesh)
+        return x, cache
+
+    def empty_cache(self, batch: int, *, capacity: int, mesh: Mesh | None = None) -> KVCache:
+        """Returns a cache of `capacity` slots for `batch` rows that have seen nothing yet."""
+        _, _, K, H, _ = self.config.sizes
+        nothing = jnp.zeros((self.config.layers, batch, 0, K, H), self.config.compute_type)
+        nowhere = jnp.zeros((batch, 0), jnp.int32)
+        return kv_cache.from_prompt(nothing, nothing, nowhere, nowhere, capacity=capacity, mesh=mesh)
+
+    def decode(
+        self,
+        x: Float[Array, "B T D"],
+        position: Int[Array, "B T"],
+        segment: Int[Array, "B T"],
+        cache: KVCache,
+        *,
+        window: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Returns the features of a few new tokens that see the cache and each other, and the cache with them
+        written."""
+        cache, slot = cache.place(position, segment, mesh=mesh)
+        mask = cache.mask(position, segment, window=window)
+        graph, blocks = nnx.split(self.blocks)
+
+        def layer(carry, params):
+            x, key, value, index = carry
+            block = nnx.merge(graph, params)
+            q, k, v = block.project(x, position)
+            key = kv_cache.write(key, k, slot, layer=index, mesh=mesh)
+            value = kv_cache.write(value, v, slot, layer=index, mesh=mesh)
+            attended = decode_attention(q, key[index].astype(q.dtype), value[index].astype(q.dtype), mask, mesh=mesh)
+            return (block.finish(x, attended, mesh=None), key, value, index + 1), None
+
+        x = x.astype(self.config.compute_type)
+        (x, key, value, _), _ = jax.lax.scan(layer, (x, cache.key, cache.value, jnp.int32(0)), blocks)
+        cache = KVCache(key, value, cache.position, cache.segment, cache.written)
+        return rms_norm(x, self.norm[...]), cache
+
+    def _scan(self, x: Array, mask: Mask, mesh: Mesh | None, *, keep: bool) -> tuple[Array, tuple[Array, Array] | None]:
+        config = self.config
+        graph, blocks = nnx.split(self.blocks)
+
+        def layer(x, params):
+            block = nnx.merge(graph, params)
+            q, k, v = block.project(x, mask.q_position)
+            with jax.named_scope("attention"):
+                attended = attention(q, k, v, mask, config=config.attention, mesh=mesh)
+            return constrain(block.finish(x, attended, mesh), mesh), ((k, v) if keep else None)
+
+        if config.remat == "attention":
+            policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        elif config.remat == "all":
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        x, kept = jax.lax.scan(layer, constrain(x.astype(config.compute_type), mesh), blocks)
+        return rms_norm(x, self.norm[...]), kept
+
+
+def constrain(x: Float[Array, "B T D"], mesh: Mesh | None) -> Array:
+    """Returns `x` laid out as activations are."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ACTIVATIONS))

@@ -1,0 +1,110 @@
+"""Configs: every file loads, what is written back is equal, and every mistake has its one message."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.cli import ConfigError
+from agents.config import Config, SweepConfig, dump, load, parse_override
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MINIMAL = """
+name = "a"
+[data]
+tasks = ["walker-walk"]
+episodes = "e"
+stores = ["s.h5"]
+[agent]
+kind = "agentic_transformer"
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.toml")), ids=lambda path: path.stem)
+def test_every_config_of_the_repository_loads(path):
+    if "[runs." in path.read_text():
+        assert load(SweepConfig, path).configs()
+    else:
+        load(Config, path)
+
+
+def test_a_config_written_back_is_equal(minimal, tmp_path):
+    config = load(
+        Config, minimal, ["train.updates=7", "optimizer.learning_rate=1e-4", "chain.target=3.5", "mesh.ring=2"]
+    )
+    assert (config.train.updates, config.optimizer.learning_rate, config.chain.target) == (7, 1e-4, 3.5)
+    (tmp_path / "config.json").write_text(dump(config))
+    assert load(Config, tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.updats=3"], r"unknown key 'train.updats'; did you mean 'updates'\?"),
+        (["trian.updates=3"], r"unknown key 'trian'; did you mean 'train'\?"),
+        (["train.updates=0"], r"'train.updates': Input should be greater than 0; got 0"),
+        (['train.updates="3"'], r"'train.updates': Input should be a valid integer; got '3'"),
+        (
+            ["agent.kind=dt"],
+            r"'agent.kind': Input should be 'agentic_transformer', 'decision_transformer' or 'bc'; got 'dt'",
+        ),
+        (
+            ["attention.scheme=ring", "mesh.ulysses=2"],
+            r"attention.scheme 'ring' does not fit mesh.ring=1, mesh.ulysses=2",
+        ),
+        (["mesh.data=3"], r"train.batch=16 does not divide over mesh.data=3 devices"),
+        (['data.stores=["a", "b"]'], r"1 tasks need as many stores; got 2"),
+        (["train"], r"'train' is no override; write it as section.key=value"),
+        (["a..b=1"], r"'a..b=1' is no override"),
+    ],
+)
+def test_mistakes(minimal, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(Config, minimal, overrides)
+
+
+def test_missing_and_broken_files(minimal, tmp_path):
+    with pytest.raises(ConfigError, match=r"no config at .*aa.toml. Did you mean .*a.toml\?"):
+        load(Config, tmp_path / "aa.toml")
+    minimal.write_text(MINIMAL + "[train\n")
+    with pytest.raises(ConfigError, match=r"cannot be read: .*line 9, column 7"):
+        load(Config, minimal)
+    minimal.write_text(MINIMAL.replace('name = "a"', ""))
+    with pytest.raises(ConfigError, match=r"'name' is missing; add it"):
+        load(Config, minimal)
+
+
+@given(st.sampled_from(sorted(Config.model_fields)), st.characters(categories=["Ll"]))
+def test_any_misspelt_key_is_rejected(name, letter):
+    from agents.config import validate
+
+    misspelt = name + letter
+    with pytest.raises(ConfigError, match=f"unknown key '{misspelt}'"):
+        validate(Config, {misspelt: 1}, source="x")
+
+
+def test_an_override_takes_toml_values():
+    assert parse_override("a.b=1e-4") == {"a": {"b": 1e-4}}
+    assert parse_override("a=[1, 2]") == {"a": [1, 2]}
+    assert parse_override("a=some words") == {"a": "some words"}
+
+
+def test_runs_of_a_sweep_win_over_what_is_shared(tmp_path):
+    text = MINIMAL.replace('name = "a"', 'name = "s"\nseeds = [3, 4]').replace("[data]", "[shared.data]")
+    text = text.replace("[agent]", "[shared.train]\nupdates = 5\n[runs.X.train]\nbatch = 2\n[runs.X.agent]")
+    path = tmp_path / "s.toml"
+    path.write_text(text)
+    first, second = load(SweepConfig, path).configs()
+    assert (first.name, second.name, second.seed) == ("s/X-3", "s/X-4", 4)
+    assert (first.train.updates, first.train.batch) == (5, 2)
+    path.write_text(text.replace("batch = 2", "bach = 2"))
+    with pytest.raises(ConfigError, match=r"runs.X: unknown key 'train.bach'; did you mean 'batch'\?"):
+        load(SweepConfig, path).configs()

@@ -1,0 +1,178 @@
+"""Training: the same losses on every mesh, after every interruption; and every way in which a run can be refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+
+from agents.checkpoint import Checkpoints, read_metrics
+from agents.cli import ConfigError
+from agents.evaluate import load_agent
+from agents.train import main, train
+from data import DataError
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float]]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: (line["loss/action"], line["gradient/global_norm"]) for line in lines}
+
+
+@pytest.fixture
+def golden(tiny):
+    """30 losses on one device."""
+
+    def make(*overrides: str):
+        return losses(train(tiny("train.updates=30", "name=golden", *overrides), progress=False))
+
+    return make
+
+
+@pytest.mark.parametrize("tokens", ["fused", "rsar"])
+def test_losses_are_the_same_on_every_mesh(golden, tiny, tokens):
+    want = golden(f"agent.tokens={tokens}")
+    assert len(want) == 30
+    assert want[30][0] < want[1][0]
+    meshes = ["mesh.ring=2", "mesh.ring=4", "mesh.ring=8", "mesh.data=2 mesh.ring=2", "mesh.data=4"]
+    for mesh in meshes if tokens == "fused" else meshes[1:2]:
+        name = mesh.replace("=", "").replace(" ", "")
+        config = tiny("train.updates=30", f"name={name}", f"agent.tokens={tokens}", *mesh.split())
+        got = losses(train(config, progress=False))
+        np.testing.assert_allclose([got[s][0] for s in want], [want[s][0] for s in want], atol=1e-5, err_msg=mesh)
+
+
+@pytest.mark.parametrize("kind", ["decision_transformer", "bc"])
+def test_the_baselines_learn(tiny, kind):
+    config = tiny(f"agent.kind={kind}", "train.updates=60", "optimizer.learning_rate=1e-2")
+    got = losses(train(config, progress=False))
+    assert np.mean([got[s][0] for s in range(50, 61)]) < np.mean([got[s][0] for s in range(1, 11)]) - 0.1
+
+
+@pytest.mark.parametrize("ring", [1, 4])
+def test_a_stopped_and_resumed_run_logs_the_same_bits(tiny, ring):
+    mesh = f"mesh.ring={ring}"
+    whole = losses(train(tiny("name=whole", mesh), progress=False))
+    # Stop after update 7 of 12: two past the checkpoint of update 5, which the run continues from.
+    folder = train(tiny("name=part", mesh), progress=False)
+    with Checkpoints(folder) as checkpoints:
+        for step in checkpoints.manager.all_steps():
+            if step > 5:
+                checkpoints.manager.delete(step)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # and a line torn in the middle
+    train(tiny("name=part", mesh), resume=True, progress=False)
+    assert losses(folder) == whole
+
+
+def test_kill_minus_nine_at_any_moment_changes_no_bit(write_config, tmp_path):
+    """Real processes, killed in the middle of training and then resumed to the end."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+
+    def command(name: str, *more: str) -> list[str]:
+        overrides = ["train.updates=300", "train.checkpoint_every=20", "mesh.ring=2"]
+        return [sys.executable, "-m", "agents.train", str(write_config), f"name={name}", *overrides, *more]
+
+    subprocess.run(command("whole"), check=True, capture_output=True, env=environment)
+    want = losses(tmp_path / "runs/whole")
+    assert len(want) == 300
+    metrics = tmp_path / "runs/killed/metrics.jsonl"
+    wait = np.random.default_rng().uniform(0.0, 1.0)
+    for attempt in range(2):
+        process = subprocess.Popen(
+            command("killed", *["--resume"] * attempt),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        begun = len(read_metrics(metrics))
+        while process.poll() is None and len(read_metrics(metrics)) <= begun + 25:
+            time.sleep(0.02)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command("killed", "--resume"), check=True, capture_output=True, env=environment)
+    assert losses(tmp_path / "runs/killed") == want, f"waited {wait} s before each kill"
+
+
+def test_sigterm_checkpoints_and_ends(write_config, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "agents.train", str(write_config), "train.updates=100000", "train.log_every=5"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(read_metrics(tmp_path / "runs/tiny/metrics.jsonl")) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    last = read_metrics(tmp_path / "runs/tiny/metrics.jsonl")[-1]["step"]
+    with Checkpoints(tmp_path / "runs/tiny") as checkpoints:
+        assert checkpoints.latest() == last
+
+
+def test_a_checkpoint_goes_onto_any_mesh(trained):
+    folder = trained("mesh.ring=4")
+    one = load_agent(folder)
+    four = load_agent(folder, ["evaluate.mesh.ring=4"])
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+        assert len(b.sharding.device_set) == 4
+        np.testing.assert_array_equal(a, b)
+
+
+def test_metrics_say_what_a_person_asks(trained):
+    folder = trained()
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    assert last["step"] == 12
+    assert last["throughput/tokens_per_second"] > 0
+    assert last["memory/peak_bytes"] > 1e7
+    assert {"loss/action", "action/mean_squared_error", "gradient/global_norm", "learning_rate"} <= last.keys()
+    assert json.loads((folder / "config.json").read_text())["agent"]["kind"] == "agentic_transformer"
+
+
+def test_refusals(tiny, trained, tmp_path):
+    trained()
+    with pytest.raises(ConfigError, match=r"runs/tiny already holds a run. Add --resume"):
+        train(tiny(), progress=False)
+    with pytest.raises(
+        ConfigError, match=r"trained with other settings: model.width, name. Resume with the same config"
+    ):
+        train(tiny("model.width=32"), resume=True, progress=False)
+    with pytest.raises(DataError, match=r"no store at nowhere.h5. Make it with: python -m data.build"):
+        train(tiny("name=b", 'data.stores=["nowhere.h5"]'), progress=False)
+    with pytest.raises(DataError, match=r"is a store of task 'point_mass-dark'; asked for 'reacher-dark'"):
+        train(tiny("name=c", 'data.tasks=["reacher-dark"]'), progress=False)
+    assert not (tmp_path / "runs/b").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained):
+    folder = trained()
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["width"] = 32
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"a checkpoint of another model .*in the checkpoint.*in the config"):
+        load_agent(folder)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny, dataset, tmp_path):
+    broken = tmp_path / "nan.h5"
+    broken.write_bytes(dataset[1].read_bytes())
+    with h5py.File(broken, "r+") as file:
+        file["action"][:] = np.nan
+    with pytest.raises(FloatingPointError, match=r"loss/action.* is not a number after update 1 of runs/tiny. Lower"):
+        train(tiny(f'data.stores=["{broken}"]'), progress=False)
+
+
+def test_the_command_line_answers_with_one_line(write_config, capsys):
+    assert main([str(write_config), "train.updats=1"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {write_config}: unknown key 'train.updats'; did you mean 'updates'?\n"
+    assert main([str(write_config), "train.updates=3"]) == 0
+    assert "3 updates, loss" in capsys.readouterr().out
+    assert main([str(write_config), "train.updates=3"]) == 2

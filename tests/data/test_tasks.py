@@ -1,0 +1,190 @@
+"""tasks: hidden goals seen from outside the simulator, and ExoRL's tasks on the suite's bodies."""
+
+import numpy as np
+import pytest
+
+from data.dmc import EnvironmentBatch, make
+from data.policies import controller
+from data.tasks import goal_task, goal_task_names
+
+DARK = ["point_mass-dark", "reacher-dark"]
+
+
+def test_goal_tasks_by_name():
+    assert goal_task_names() == tuple(DARK)
+    assert goal_task("point_mass-dark").name == "point_mass-dark"
+    assert goal_task("walker-walk") is None
+
+
+@pytest.mark.parametrize("name", DARK)
+def test_the_goal_is_paid_and_never_shown(name: str):
+    task = goal_task(name)
+    here, there = EnvironmentBatch(name, 1), EnvironmentBatch(name, 1)
+    rng = np.random.default_rng(0)
+    first, second = task.sample_goal(rng), task.sample_goal(rng)
+    np.testing.assert_array_equal(here.reset([3], first[None]), there.reset([3], second[None]))
+    paid = []
+    for _ in range(task.episode_steps):
+        action = task.oracle(here.physics_states(), first)
+        one, other = here.step(action), there.step(action)
+        np.testing.assert_array_equal(one.observation, other.observation)
+        np.testing.assert_array_equal(one.observation, here.physics_states().astype(np.float32))
+        paid.append((one.reward[0], other.reward[0]))
+        state = here.physics_states()[0]
+        assert paid[-1] == (task.reward(state, first), task.reward(state, second))
+    assert one.truncated[0]
+    assert sum(p[0] for p in paid) > sum(p[1] for p in paid)
+
+
+@pytest.mark.parametrize("name", DARK)
+def test_a_goal_lasts_an_episode_and_the_next_one_is_drawn(name: str):
+    environment = make(name)
+    environment.reset(seed=0, options={"goal": [0.1, 0.1]})
+    np.testing.assert_array_equal(environment.extras()["goal"], [0.1, 0.1])
+    environment.reset(seed=0)
+    drawn = environment.extras()["goal"]
+    assert not np.array_equal(drawn, [0.1, 0.1])
+    environment.reset(seed=0)
+    np.testing.assert_array_equal(environment.extras()["goal"], drawn)
+
+
+def test_reacher_kinematics_are_mujocos():
+    environment = make("reacher-dark")
+    for seed in range(5):
+        environment.reset(seed=seed)
+        environment.set_physics_state(np.random.default_rng(seed).uniform(-2.5, 2.5, 4))
+        finger = environment._physics.named.data.geom_xpos["finger", ["x", "y"]]
+        computed = goal_task("reacher-dark").hindsight_goal(environment.physics_state())
+        np.testing.assert_allclose(computed, finger, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", DARK)
+def test_everything_is_vectorised(name: str):
+    task, rng = goal_task(name), np.random.default_rng(0)
+    physics = rng.uniform(-0.2, 0.2, (5, 7, 4))
+    goal = np.stack([task.sample_goal(rng) for _ in range(5)])
+    reward = task.reward(physics, goal[:, None])
+    action = task.oracle(physics, goal[:, None])
+    hindsight = task.hindsight_goal(physics)
+    assert (reward.shape, reward.dtype) == ((5, 7), np.float32)
+    assert (action.shape, action.dtype) == ((5, 7, 2), np.float32)
+    assert (hindsight.shape, hindsight.dtype) == ((5, 7, task.goal_size), np.float64)
+    assert np.abs(action).max() <= 1
+    for i in range(5):
+        for j in range(7):
+            assert reward[i, j] == task.reward(physics[i, j], goal[i])
+            np.testing.assert_allclose(action[i, j], task.oracle(physics[i, j], goal[i]), atol=1e-6)
+    np.testing.assert_array_equal(task.reward(physics, hindsight), 1.0)
+
+
+def test_reward_at_the_edge_of_the_radius():
+    task = goal_task("point_mass-dark")
+    goal = np.array([0.1, 0.0])
+    edge = np.array([[0.1 + task.radius - 1e-9, 0, 0, 0], [0.1 + task.radius + 1e-9, 0, 0, 0]])
+    assert task.reward(edge, goal).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("point_mass-dark", 7.0, 8.0), ("reacher-dark", 7.3, 8.5)])
+def test_the_oracle_finds_every_goal(name: str, least: float, most: float):
+    task = goal_task(name)
+    batch = EnvironmentBatch(name, 100)
+    batch.reset([(0, row) for row in range(100)])
+    total = np.zeros(100)
+    for _ in range(batch.episode_steps):
+        total += batch.step(task.oracle(batch.physics_states(), batch.goals())).reward
+    assert total.min() > 0
+    assert least < total.mean() < most
+
+
+def test_walker_flip_pays_walker_stand_scaled_by_the_turn():
+    flip, stand = make("walker-flip"), make("walker-stand")
+    standing = np.zeros(18)
+    paid = []
+    for turn in (0.0, 2.0, 20.0, -20.0):
+        state = standing.copy()
+        state[9 + 2] = turn  # the velocity of the joint that turns the torso
+        paid.append(flip.rewards_at(state[None], None)[0] / stand.rewards_at(state[None], None)[0])
+    assert paid[0] == pytest.approx(1 / 6)
+    assert max(paid[1:]) > 1 / 6
+    assert max(paid) == pytest.approx(1.0)
+    assert min(paid) == pytest.approx(1 / 6)
+
+
+def test_the_walls_of_the_maze_hold_and_its_start_follows_the_seed():
+    environment = make("point_mass_maze-reach_top_right")
+    starts = [environment.reset(seed=seed)[1]["physics"] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(starts[0], starts[1])
+    assert not np.array_equal(starts[0], starts[2])
+    for start in starts:
+        assert -0.29 <= start[0] <= -0.15
+        assert 0.15 <= start[1] <= 0.29
+    environment.set_physics_state(np.array([-0.15, 0.1, 0.0, 0.0]))
+    for _ in range(300):
+        *_, info = environment.step(np.array([1.0, 0.0]))
+    assert -0.05 < info["physics"][0] < -0.02  # the wall is 0.04 m thick, the mass has a radius of 0.01 m
+    # Around the wall, where 0.18 m of it end, the way is free.
+    environment.set_physics_state(np.array([-0.15, 0.23, 0.0, 0.0]))
+    for _ in range(300):
+        *_, info = environment.step(np.array([1.0, 0.0]))
+    assert info["physics"][0] > 0.15
+
+
+# A task, a velocity or position of its body by index, and values of it with the rewards that ExoRL's formulas give.
+EXORL = [
+    ("cheetah-run_backward", 9, {-12.0: 1.0, -4.0: 0.4, 0.0: 0.0, 4.0: 0.0}),
+    ("hopper-hop_backward", 7, {-2.5: 1.0, -1.5: 0.75, 0.5: 0.0}),
+]
+
+
+@pytest.mark.parametrize(("task", "index", "expected"), EXORL)
+def test_speeds_backward(task: str, index: int, expected: dict[float, float]):
+    environment = make(task)
+    state = np.zeros(environment.physics_state().size)
+    for speed, reward in expected.items():
+        state[index] = speed
+        assert environment.rewards_at(state[None], None)[0] == pytest.approx(reward, abs=1e-6)
+
+
+@pytest.mark.parametrize(("domain", "index", "base"), [("cheetah", 11, 1.0), ("hopper", 9, 1.0)])
+def test_flips_pay_the_turn_one_way_and_mirrored_the_other(domain: str, index: int, base: float):
+    forward, backward = make(f"{domain}-flip"), make(f"{domain}-flip_backward")
+    state = np.zeros(forward.physics_state().size)
+    paid = []
+    for turn in (-100.0, -1.0, 0.0, 1.0, 100.0):
+        state[index] = turn
+        paid.append([environment.rewards_at(state[None], None)[0] for environment in (forward, backward)])
+    paid = np.array(paid)
+    np.testing.assert_allclose(paid[:, 0], paid[::-1, 1], atol=1e-9)
+    rising = paid[:, 0] if paid[-1, 0] > 0 else paid[:, 1]
+    assert rising[:3].tolist() == [0.0, 0.0, 0.0]
+    assert 0 < rising[3] < rising[4] == base
+
+
+def test_quadruped_tasks():
+    state = np.zeros(make("quadruped-stand").physics_state().size)
+    state[2:4] = 5.0, 1.0  # 5 m up, upright
+    assert make("quadruped-stand").rewards_at(state[None], None)[0] == pytest.approx(1.0)
+    assert make("quadruped-jump").rewards_at(state[None], None)[0] == pytest.approx(1.0)
+    assert make("quadruped-roll").rewards_at(state[None], None)[0] == pytest.approx(0.5)
+    velocity = len(state) - 12 - 22  # positions, 22 velocities, 12 activations
+    for direction in range(3):
+        moving = state.copy()
+        moving[velocity + direction] = -2.5
+        assert make("quadruped-roll").rewards_at(moving[None], None)[0] == pytest.approx(1.0)
+        assert make("quadruped-roll_fast").rewards_at(moving[None], None)[0] == pytest.approx(0.75)
+    state[3:7] = 0.0, 1.0, 0.0, 0.0  # upside down
+    assert make("quadruped-stand").rewards_at(state[None], None)[0] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "least"),
+    [("point_mass-hard", 500), ("reacher-hard", 700), ("pendulum-swingup", 500), ("cartpole-swingup", 700)],
+)
+def test_scripted_controllers_solve_their_task(task: str, least: float):
+    environment = make(task)
+    _, info = environment.reset(seed=0)
+    control, total = controller(environment), 0.0
+    for _ in range(environment.episode_steps):
+        _, reward, _, _, info = environment.step(control(info["physics"]))
+        total += reward
+    assert total > least

@@ -1,0 +1,87 @@
+"""From nothing to a plot through the command line, interrupted and continued."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agents.sweep import main
+
+SWEEP = """
+name = "small"
+title = "a small sweep"
+[shared.data]
+tasks = ["point_mass-dark"]
+episodes = "datasets/pm"
+stores = ["stores/pm.h5"]
+collect = { policy = "waypoints", episodes = 120, workers = 1 }
+[shared.train]
+updates = 20
+batch = 4
+[shared.model]
+width = 16
+layers = 1
+heads = 2
+[shared.evaluate]
+contexts = [0, 2]
+groups = 6
+[runs.AT]
+agent = { kind = "agentic_transformer" }
+chain = { trajectories = 3, lengths = "mixed" }
+mesh = { ring = 2 }
+evaluate = { foreign = true }
+[runs.DT]
+agent = { kind = "decision_transformer", window = 4 }
+[runs."BC-10%"]
+agent = { kind = "bc", top_fraction = 0.5 }
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("small.toml").write_text(SWEEP)
+    return "small.toml"
+
+
+def test_from_nothing_to_a_plot(sweep, capsys):
+    assert main([sweep, "--dry-run"]) == 0
+    assert (
+        "train     small/AT-0: agentic_transformer, 20 updates of 4 chains of 3, 2 devices" in capsys.readouterr().out
+    )
+    assert not Path("runs").exists()
+
+    assert main([sweep]) == 0
+    run = Path("runs/small")
+    assert (run / "return_vs_context.png").read_bytes().startswith(b"\x89PNG")
+    assert "a small sweep" in (run / "report.html").read_text()
+    rows = list(csv.DictReader((run / "summary.csv").open()))
+    wanted = "agent,task,mode,context_trajectories,context_tokens,statistic,iqm,ci_low,ci_high,seeds,episodes"
+    assert list(rows[0])[:11] == wanted.split(",")
+    agents = {row["agent"] for row in rows}
+    assert agents == {"AT", "AT (foreign context)", "DT", "BC-10%", "oracle"}
+    oracle = next(row for row in rows if row["agent"] == "oracle" and row["statistic"] == "mean")
+    assert float(oracle["mean"]) > 5
+    capsys.readouterr()
+
+    assert main([sweep]) == 0
+    assert "nothing to do: runs/small is complete" in capsys.readouterr().out
+
+    # What is missing is made again, and nothing else.
+    before = (run / "results.jsonl").read_bytes()
+    shutil.rmtree(run / "DT-0")
+    (run / "sweep.json").unlink()
+    assert main([sweep]) == 0
+    error = capsys.readouterr().err
+    assert "train small/DT-0" in error
+    assert "train small/AT-0" not in error
+    assert (run / "results.jsonl").read_bytes() == before
+
+
+def test_mistakes_are_one_line(sweep, capsys):
+    assert main([sweep, "runs.AT.model.widht=3"]) == 2
+    assert capsys.readouterr().err == "error: runs.AT: unknown key 'model.widht'; did you mean 'width'?\n"
+    assert main(["smal.toml"]) == 2
+    assert "Did you mean small.toml?" in capsys.readouterr().err
+    assert not Path("runs").exists()

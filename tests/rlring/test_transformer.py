@@ -1,0 +1,118 @@
+"""The Transformer: sharding changes nothing, decoding step by step equals one full pass, memory is linear in length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rlring import AttentionConfig, Mask, Transformer, TransformerConfig, UsageError, make_mesh, zigzag_order
+
+
+def make(scheme="blockwise", **changes):
+    attention = AttentionConfig(scheme=scheme, block_q=16, block_k=16)
+    config = TransformerConfig(
+        **{"width": 32, "layers": 3, "heads": 4, "kv_heads": 2, "attention": attention} | changes
+    )
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+def tokens(batch=2, length=64, width=32):
+    x = jax.random.normal(jax.random.key(1), (batch, length, width))
+    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return x, position
+
+
+def relative(a, b):
+    return float(jnp.abs(a - b).max() / jnp.abs(b).max())
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("ring", [1, 4])
+def test_prefill_then_decode_equals_one_full_pass(window, ring):
+    mesh = make_mesh(ring=ring) if ring > 1 else None
+    model = make("ring" if ring > 1 else "blockwise")
+    x, position = tokens()
+    segment = jnp.zeros_like(position).at[1, 5:9].set(-1)  # a row with a hole in it
+    full = jax.jit(lambda x: model(x, Mask.causal(position, segment, window=window), mesh=mesh))(x)
+
+    prompt = 32
+    mask = Mask.causal(position[:, :prompt], segment[:, :prompt], window=window)
+    features, cache = jax.jit(lambda x: model.prefill(x, mask, capacity=64, mesh=mesh))(x[:, :prompt])
+    assert relative(features, full[:, :prompt]) < 1e-5
+    decode = jax.jit(lambda x, p, s, c: model.decode(x, p, s, c, window=window, mesh=mesh))
+    for start in range(prompt, 64, 4):
+        new = slice(start, start + 4)
+        features, cache = decode(x[:, new], position[:, new], segment[:, new], cache)
+        assert relative(features, full[:, new]) < 1e-5
+
+
+def test_a_window_bounds_the_cache():
+    """A cache little longer than the window, written round and round, gives what the full pass gives."""
+    model, window = make(), 7
+    x, position = tokens()
+    segment = jnp.zeros_like(position)
+    full = model(x, Mask.causal(position, segment, window=window))
+    cache = model.empty_cache(2, capacity=window + 1)
+    decode = jax.jit(lambda x, p, s, c: model.decode(x, p, s, c, window=window))
+    for t in range(64):
+        features, cache = decode(x[:, t : t + 1], position[:, t : t + 1], segment[:, t : t + 1], cache)
+        assert relative(features, full[:, t : t + 1]) < 1e-5
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "all"])
+def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat):
+    x, position = tokens()
+    reference = make()
+
+    def loss(model, x, position, mesh):
+        y = model(x, Mask.causal(position), mesh=mesh)
+        return jnp.sum(jnp.sin(3 * y) * (1 + position[..., None] % 5)) / y.size
+
+    want, want_gradient = nnx.value_and_grad(loss)(reference, x, position, None)
+    for ring in (2, 8):
+        model = make("ring", remat=remat, feed_forward_tile=4)
+        order = zigzag_order(64, ring)
+        mesh = make_mesh(ring=ring)
+        got, gradient = nnx.jit(nnx.value_and_grad(loss), static_argnums=3)(
+            model, x[:, order], position[:, order], mesh
+        )
+        assert abs(got - want) < 1e-6
+        for leaf, want_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
+            assert relative(leaf, want_leaf) < 2e-5
+
+
+@pytest.mark.parametrize("ring", [1, 4])
+@pytest.mark.parametrize("remat", ["none", "all"])
+def test_compiled_memory_is_linear_in_length(ring, remat):
+    """The trap of DESIGN: what depends on positions alone must not be kept for every layer and every pair of blocks."""
+    mesh = make_mesh(ring=ring) if ring > 1 else None
+    attention = AttentionConfig(scheme="ring" if ring > 1 else "blockwise")
+    config = TransformerConfig(width=32, layers=4, heads=2, remat=remat, attention=attention)
+    graph, params = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
+
+    def bytes_at(length):
+        def loss(params, x, position):
+            return jnp.square(nnx.merge(graph, params)(x, Mask.causal(position), mesh=mesh)).mean()
+
+        x = jax.ShapeDtypeStruct((1, length, 32), jnp.float32)
+        position = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        compiled = jax.jit(jax.grad(loss)).lower(params, x, position).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    sizes = np.array([bytes_at(length) for length in (4096, 8192, 16384, 32768, 65536)])
+    growth = sizes[1:] / sizes[:-1]
+    assert growth.max() < 2.1, f"temporary bytes {sizes.tolist()} from 4K to 64K tokens"
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(UsageError, match=r"width 30 does not divide by 4 heads; change one"):
+        TransformerConfig(width=30, heads=4)
+    with pytest.raises(UsageError, match=r"4 heads do not divide by 3 kv_heads; choose"):
+        TransformerConfig(width=32, heads=4, kv_heads=3)
+
+    model = make()
+    x, position = tokens()
+    _, cache = model.prefill(x, Mask.causal(position), capacity=66)
+    with pytest.raises(UsageError, match=r"cache of 66 slots over 1 devices cannot take 4 tokens"):
+        model.decode(x[:, :4], position[:, :4], position[:, :4], cache)
