@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-LOG_STD_RANGE = (-5.0, 1.0)
+# Below a standard deviation of 0.22 there is nothing to win for an action in [-1, 1], and much to lose: with a bound of
+# exp(-5) the likelihood of the few actions that can be foretold exactly (a body at rest) drowned all others.
+LOG_STD_RANGE = (-1.5, 0.5)
 
 
 class Gaussian(NamedTuple):

@@ -56,7 +56,7 @@ def test_from_nothing_to_a_plot(sweep, capsys):
     run = Path("runs/small")
     assert (run / "return_vs_context.png").read_bytes().startswith(b"\x89PNG")
     assert "a small sweep" in (run / "report.html").read_text()
-    rows = list(csv.DictReader((run / "summary.csv").open()))
+    rows = list(csv.DictReader((run / "summary.csv").read_text().splitlines()))
     wanted = "agent,task,mode,context_trajectories,context_tokens,statistic,iqm,ci_low,ci_high,seeds,episodes"
     assert list(rows[0])[:11] == wanted.split(",")
     agents = {row["agent"] for row in rows}
