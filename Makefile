@@ -17,15 +17,15 @@ quickstart: $(VENV)/installed
 	$(RUN) -m agents.sweep configs/quickstart.toml
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" --numprocesses 2
 
 test-slow: $(VENV)/installed
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow --numprocesses 2
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/pyrefly check
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(RUN)
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/installed

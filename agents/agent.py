@@ -1,13 +1,11 @@
-"""What every agent offers, and how one is made from a config."""
+"""What every agent offers."""
 
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from agents.config import Config
 from data import ChainBatch, TrajectoryStore
 
 Params = Any  # a pytree of arrays
@@ -73,17 +71,3 @@ class Agent(Protocol):
         """Returns actions in [-1, 1], sampled with `key` or the distribution's mean without, and the memory after
         them."""
         ...
-
-
-def make_agent(config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None) -> Agent:
-    """Returns the agent that a config names."""
-    from agents.agentic_transformer import AgenticTransformer
-    from agents.bc import BehaviourCloning
-    from agents.decision_transformer import DecisionTransformer
-
-    kinds = {
-        "agentic_transformer": AgenticTransformer,
-        "decision_transformer": DecisionTransformer,
-        "bc": BehaviourCloning,
-    }
-    return kinds[config.agent.kind](config, scales, action_size, episode_steps, mesh)

@@ -1,7 +1,9 @@
 """Checkpoints of a run: weights, optimizer state and what is needed to act, through orbax (asynchronous, atomic, any
 mesh)."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +51,14 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, meta: Meta) -> None:
-        """Begins to write `state`; returns as soon as it has been copied off the devices."""
+        """Begins to write `state`; returns as soon as it has been copied off the devices.
+
+        OSError when the disk has no room for it: asked before, because a write that fails half-way leaves the threads
+        of the storage library in disorder.
+        """
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) * 11 // 10 + 2**20
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError(errno.ENOSPC, f"a checkpoint needs {needed / 2**20:.1f} MiB", str(self.folder))
         saved = meta._replace(
             scales={name: np.asarray(value).tolist() for name, value in meta.scales._asdict().items()}
         )

@@ -13,10 +13,11 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from agents.agent import Agent, Memory, Now, Params, make_agent
+from agents.agent import Agent, Memory, Now, Params
 from agents.checkpoint import Checkpoints, Meta, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, load
+from agents.kinds import make_agent
 from agents.results import Result, append_results, read_results
 from agents.statistics import summarize, write_summary
 from data import ChainBatch, ChainSampler, DataError, TrajectoryStore

@@ -74,11 +74,16 @@ def draw(config: SweepConfig, source: Path, folder: Path, results: Sequence[Resu
 
     rows = summarize(results)
     write_summary(folder / SUMMARY, rows)
-    drawn = plot(results, folder / PLOT, config.title or config.name)
+    title = config.title or config.name
+    drawn = plot(results, folder / PLOT, title)
+    more = [plot(results, folder / "return_vs_context_mean.png", title, aggregate="mean")]
+    if any(result.mode == "self" for result in results):
+        more.append(plot(results, folder / "return_vs_episode.png", title, mode="self"))
     write_report(
         folder / REPORT,
-        title=config.title or config.name,
+        title=title,
         plot=drawn,
+        more_plots=more,
         rows=rows,
         results=results,
         commands=[f"python -m agents.sweep {shlex.quote(str(source))}"],

@@ -21,11 +21,12 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from agents.agent import Agent, Sampler, Scales, make_agent
+from agents.agent import Agent, Sampler, Scales
 from agents.checkpoint import Checkpoints, Meta, read_metrics, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, dump, load
 from agents.datasets import open_stores
+from agents.kinds import make_agent
 from agents.optimizer import make_optimizer, schedule
 from data import ChainBatch, ChainSampler, TrajectoryStore
 from data.atomic_file import write_text
@@ -74,8 +75,8 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
             state = checkpoints.restore(state, replicated)
         update_state = make_update(agent, optimizer)
         tokens = config.train.batch * sampler.moments * agent.tokens_per_moment
-        with _metrics(folder / "metrics.jsonl", config, first) as log:
-            bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not progress)
+        bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not progress)
+        with bar, _metrics(folder / "metrics.jsonl", config, first) as log:
             last_time, last_update, saved = time.monotonic(), first, first
             for update, batch in batches(config, agent, sampler, first, mesh):
                 state, metrics = update_state(state, batch)
@@ -103,7 +104,6 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
                     saved = done
                 if ends:
                     break
-            bar.close()
         if stop():
             raise KeyboardInterrupt
     return folder

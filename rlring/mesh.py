@@ -28,25 +28,25 @@ def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1) -> Mesh:
     sizes = (data, ring, ulysses)
     if min(sizes) < 1:
         raise UsageError(
-            f"a mesh axis has at least one device; got data={data}, ring={ring}, ulysses={ulysses}. Use 1 to turn an axis off."
+            f"a mesh axis has at least one device; got data={data}, ring={ring}, ulysses={ulysses}. "
+            "Use 1 to turn an axis off."
         )
     wanted, devices = data * ring * ulysses, jax.devices()
     if wanted > len(devices):
         raise UsageError(
             f"a mesh of data={data}, ring={ring}, ulysses={ulysses} needs {wanted} devices; this process sees "
-            f"{len(devices)} ({devices[0].platform}). Make the mesh smaller, or on a CPU ask for virtual devices before the "
-            f"first JAX computation: rlring.mesh.request_cpu_devices({wanted}), or JAX_NUM_CPU_DEVICES={wanted} in the environment."
+            f"{len(devices)} ({devices[0].platform}). Make it smaller, or on a CPU ask for virtual devices before "
+            f"the first JAX computation: rlring.request_cpu_devices({wanted}), or JAX_NUM_CPU_DEVICES={wanted} in the "
+            "environment."
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
 
 
 def request_cpu_devices(count: int) -> None:
-    """Makes this process see `count` virtual CPU devices, with patient collectives. Call it before the first
-    computation.
+    """Makes this process see `count` virtual CPU devices, with patient collectives. Call it before any computation.
 
     Of several calls the largest count holds. Only the CPU backend is told: where JAX picks a GPU or a TPU it changes
-    nothing. What the user put into XLA_FLAGS
-    stays. A no-op once JAX is up with enough devices.
+    nothing. What the user put into XLA_FLAGS stays. A no-op once JAX is up with enough devices.
 
     Raises:
         UsageError: JAX is up already and sees fewer devices.
@@ -57,8 +57,9 @@ def request_cpu_devices(count: int) -> None:
         seen = len(jax.devices())
         if seen < count:
             raise UsageError(
-                f"{count} virtual CPU devices were asked for after JAX had started with {seen}. Call request_cpu_devices "
-                f"before the first JAX computation, or set JAX_NUM_CPU_DEVICES={count} in the environment."
+                f"{count} virtual CPU devices were asked for after JAX had started with {seen}. Call "
+                f"request_cpu_devices before the first JAX computation, or set JAX_NUM_CPU_DEVICES={count} in the "
+                "environment."
             ) from backend_is_up
         return
     flags = os.environ.get("XLA_FLAGS", "")

@@ -3,5 +3,15 @@
 from rlring.attention.api import SCHEMES, AttentionConfig, attention
 from rlring.attention.decode import decode_attention
 from rlring.attention.mask import Mask, inverse_order, zigzag_order
+from rlring.attention.sparse import SparsePattern
 
-__all__ = ["SCHEMES", "AttentionConfig", "Mask", "attention", "decode_attention", "inverse_order", "zigzag_order"]
+__all__ = [
+    "SCHEMES",
+    "AttentionConfig",
+    "Mask",
+    "SparsePattern",
+    "attention",
+    "decode_attention",
+    "inverse_order",
+    "zigzag_order",
+]

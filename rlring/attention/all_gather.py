@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rlring.attention import blockwise
-from rlring.attention.blockwise import Blocks
+from rlring.attention.blocks import Blocks
 from rlring.attention.mask import Mask
 
 

@@ -5,36 +5,38 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from rlring.attention.all_gather import all_gather_attention
-from rlring.attention.blockwise import Blocks, blockwise_attention, pad
+from rlring.attention.blocks import Blocks, pad
+from rlring.attention.blockwise import blockwise_attention
 from rlring.attention.dense import dense_attention
 from rlring.attention.mask import Mask
 from rlring.attention.ring import ring_attention
 from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.sparse import SparsePattern, check_mask, sparse_attention
 from rlring.attention.ulysses import check_heads, ulysses_attention
 from rlring.errors import UsageError
 from rlring.mesh import AXES, SEQUENCE_AXES
 
-SCHEMES = ("dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")
+SCHEMES = ("dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse")
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How attention is computed; what is computed depends on none of it.
+    """How attention is computed; what is computed depends on none of it but `sparse`.
 
     Raises:
-        UsageError: an unknown scheme, or a block without tokens.
+        UsageError: an unknown scheme, a block without tokens, or a pattern without the scheme that follows it.
     """
 
     scheme: str = "ring"
     block_q: int = 512  # tokens; shorter sequences use shorter blocks
     block_k: int = 512
     scores: int = 2**20  # of one block, held at once; more falls out of a CPU's cache, accelerators like 2**24
+    sparse: SparsePattern | None = None  # which blocks of the context each head sees; with scheme "sparse"
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -44,6 +46,11 @@ class AttentionConfig:
                 raise UsageError(
                     f"attention.{name} is at least 1; got {getattr(self, name)}. Leave it out for the default."
                 )
+        if (self.scheme == "sparse") != (self.sparse is not None):
+            raise UsageError(
+                f"scheme 'sparse' and attention.sparse go together; got scheme {self.scheme!r} with sparse="
+                f"{self.sparse}. Use scheme='sparse' with sparse=SparsePattern(...), or neither of the two."
+            )
 
 
 def attention(
@@ -65,8 +72,10 @@ def attention(
         UsageError: shapes that do not fit each other, or a scheme that does not fit the mesh or the heads.
     """
     check_shapes(q, k, v, mask)
+    if config.scheme == "sparse":
+        check_mask(mask)
     if mesh is None:
-        local = config if config.scheme == "dense" else replace(config, scheme="blockwise")
+        local = config if config.scheme in ("dense", "sparse") else replace(config, scheme="blockwise")
         return _on_shard(q, k, v, mask, config=local)
     check_batch(q, mesh)
     _check_scheme(q, k, config, mesh)
@@ -81,16 +90,15 @@ def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
         mask = mask.padded(q.shape[1] + q_pad, k.shape[1] + k_pad)
         q, k, v = (pad(x, 1, x.shape[1] + more) for x, more in ((q, q_pad), (k, k_pad), (v, k_pad)))
     tokens = P("data", SEQUENCE_AXES)
-    # check_vma off: its types do not pass the loops of the custom VJPs. Every array is split over every axis, so that no
+    # check_vma off: its types do not pass the loops of the custom VJPs. Every array is split over every axis, so no
     # gradient needs a sum over devices.
-    on_shards = jax.shard_map(
-        partial(_on_shard, config=config), mesh=mesh, in_specs=(tokens,) * 4, out_specs=tokens, check_vma=False
-    )
+    run = partial(_on_shard, config=config, axis="ulysses")
+    on_shards = jax.shard_map(run, mesh=mesh, in_specs=(tokens,) * 4, out_specs=tokens, check_vma=False)
     return on_shards(q, k, v, mask)[:, :length]
 
 
-@partial(jax.jit, static_argnames="config")
-def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig):
+@partial(jax.jit, static_argnames=("config", "axis"))
+def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, axis: str | None = None):
     blocks = Blocks(config.block_q, config.block_k, config.scores)
     match config.scheme:
         case "dense":
@@ -105,6 +113,8 @@ def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig):
             return ulysses_attention(q, k, v, mask, axis="ulysses", local=_by_rows(blockwise_attention, blocks))
         case "hybrid":  # USP, Fang and Zhao 2405.07719
             return ulysses_attention(q, k, v, mask, axis="ulysses", local=_by_rows(ring_attention, "ring", blocks))
+        case "sparse":
+            return sparse_attention(q, k, v, mask, pattern=config.sparse, blocks=blocks, axis=axis)
     raise AssertionError(config.scheme)
 
 
@@ -156,12 +166,17 @@ def check_batch(q, mesh: Mesh) -> None:
 def _check_scheme(q, k, config: AttentionConfig, mesh: Mesh) -> None:
     ring, ulysses = mesh.shape["ring"], mesh.shape["ulysses"]
     fits_ring = config.scheme in ("ring", "all_gather", "hybrid")
-    fits_ulysses = config.scheme in ("ulysses", "all_gather", "hybrid")
+    fits_ulysses = config.scheme in ("ulysses", "all_gather", "hybrid", "sparse")
     if (ring > 1 and not fits_ring) or (ulysses > 1 and not fits_ulysses):
         wrong = "ring" if ring > 1 and not fits_ring else "ulysses"
+        instead = "Use scheme 'hybrid', which splits the sequence both ways, or another mesh."
+        if config.scheme == "sparse":
+            instead = (
+                "Split the sequence over mesh.ulysses, which gives each device the whole sequence for some of the "
+                "heads, or use scheme 'ring', 'all_gather' or 'hybrid', which follow no pattern."
+            )
         raise UsageError(
-            f"attention scheme {config.scheme!r} needs mesh.{wrong}=1; got mesh.{wrong}={mesh.shape[wrong]}. "
-            f"Use scheme 'hybrid', which splits the sequence both ways, or another mesh."
+            f"attention scheme {config.scheme!r} needs mesh.{wrong}=1; got mesh.{wrong}={mesh.shape[wrong]}. {instead}"
         )
-    if config.scheme in ("ulysses", "hybrid"):
+    if config.scheme in ("ulysses", "hybrid", "sparse"):
         check_heads(config.scheme, q.shape[2], k.shape[2], ulysses)

@@ -7,7 +7,6 @@ Three loops, each only where there is something to split: over rows, over the bl
 the other side that the mask shows. In the largest array, the scores of a block, no pass is made that can be saved.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,27 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32
 
-from rlring.attention.mask import Bounds, Mask
+from rlring.attention.blocks import Blocks, by_rows, joined, pad, pick, take, visits
+from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, finite_lse
-
-
-class Blocks(NamedTuple):
-    """How attention is cut into blocks."""
-
-    q: int  # queries
-    k: int  # keys
-    scores: int  # scores held at once: rows of the batch that do not fit into it together take turns
-
-    def fit(self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"]) -> "Blocks":
-        """Returns blocks no longer than the sequences."""
-        return self._replace(q=min(self.q, q.shape[2]), k=min(self.k, k.shape[1]))
-
-    def rows(self, rows: int, group: int) -> int:
-        """Returns how many of the rows are worked on at once; it divides their number."""
-        most = max(1, self.scores // (group * self.q * self.k))
-        return next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
 
 
 class Gradients(NamedTuple):
@@ -93,7 +76,7 @@ def forward(
     """
     blocks = blocks.fit(q, k)
     attend = partial(_forward_rows, blocks=blocks)
-    return _by_rows(attend, blocks.rows(*q.shape[:2]), (q, k, v, mask.repeated(q.shape[0] // mask.rows)))
+    return by_rows(attend, blocks.rows(*q.shape[:2]), (q, k, v, mask.repeated(q.shape[0] // mask.rows)))
 
 
 def backward(
@@ -112,28 +95,28 @@ def backward(
     delta = jnp.einsum("rgth,rgth->rgt", out, d_out, preferred_element_type=jnp.float32)
     mask = mask.repeated(q.shape[0] // mask.rows)
     differentiate = partial(_backward_rows, blocks=blocks)
-    return _by_rows(differentiate, blocks.rows(*q.shape[:2]), (q, k, v, mask, finite_lse(lse), delta, d_out))
+    return by_rows(differentiate, blocks.rows(*q.shape[:2]), (q, k, v, mask, finite_lse(lse), delta, d_out))
 
 
 def _forward_rows(q, k, v, mask: Mask, *, blocks: Blocks) -> Partial:
     length, group = q.shape[2], q.shape[1]
     if length <= blocks.q and k.shape[1] <= blocks.k:
         return _first(_flat(q), k, v, _visible(mask, group)).finish(group)  # short: faster without any loop
-    q, k, v, mask = _padded(q, k, v, mask, blocks)
+    q, k, v, mask = blocks.padded(q, k, v, mask)
     q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
 
     def attend_from(i):
-        q_block = _flat(_take(q, i, blocks.q, 2))
+        q_block = _flat(take(q, i, blocks.q, 2))
 
         def attend_to(j, running, *, is_masked):
-            visible = _visible(_mask_block(mask, i, j, blocks), group) if is_masked else None
-            return _next(running, q_block, _take(k, j, blocks.k, 1), _take(v, j, blocks.k, 1), visible)
+            visible = _visible(blocks.mask(mask, i, j), group) if is_masked else None
+            return _next(running, q_block, take(k, j, blocks.k, 1), take(v, j, blocks.k, 1), visible)
 
-        visits = _visits(mask, _pick(q_bounds, i), k_bounds)
-        return visits.walk(attend_to, _Running.start(q_block)).finish(group)
+        plan = visits(mask, pick(q_bounds, i), k_bounds)
+        return plan.walk(attend_to, _Running.start(q_block)).finish(group)
 
     parts = lax.map(attend_from, jnp.arange(q.shape[2] // blocks.q))
-    return Partial(*(_joined(part, 2)[:, :, :length] for part in parts))
+    return Partial(*(joined(part, 2)[:, :, :length] for part in parts))
 
 
 def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, blocks: Blocks) -> Gradients:
@@ -142,29 +125,29 @@ def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, blocks: Blocks) ->
         flat = (_flat(x) for x in (lse, delta, d_out))
         dq, dk, dv = _gradients(_flat(q), k, v, _visible(mask, group), *flat)
         return Gradients(dq.reshape(q.shape), dk.mT, dv.mT)
-    q, k, v, mask = _padded(q, k, v, mask, blocks)
+    q, k, v, mask = blocks.padded(q, k, v, mask)
     lse, delta, d_out = (pad(x, 2, q.shape[2]) for x in (lse, delta, d_out))
     q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
 
     def gradients_of(dq, j):
-        k_block, v_block = _take(k, j, blocks.k, 1), _take(v, j, blocks.k, 1)
+        k_block, v_block = take(k, j, blocks.k, 1), take(v, j, blocks.k, 1)
 
         def add_from(i, gradients, *, is_masked):
-            visible = _visible(_mask_block(mask, i, j, blocks), group) if is_masked else None
-            q_block, *rest = (_flat(_take(x, i, blocks.q, 2)) for x in (q, lse, delta, d_out))
+            visible = _visible(blocks.mask(mask, i, j), group) if is_masked else None
+            q_block, *rest = (_flat(take(x, i, blocks.q, 2)) for x in (q, lse, delta, d_out))
             dq, dk, dv = gradients
             dq_more, dk_more, dv_more = _gradients(q_block, k_block, v_block, visible, *rest)
-            dq_block = _take(dq, i, blocks.q, 2)
+            dq_block = take(dq, i, blocks.q, 2)
             dq_block += dq_more.reshape(dq_block.shape)
             return lax.dynamic_update_slice_in_dim(dq, dq_block, i * blocks.q, 2), dk + dk_more, dv + dv_more
 
         zero = jnp.zeros(k_block.mT.shape, jnp.float32)
-        visits = _visits(mask, q_bounds, _pick(k_bounds, j))
-        dq, dk, dv = visits.walk(add_from, (dq, zero, zero))
+        plan = visits(mask, q_bounds, pick(k_bounds, j))
+        dq, dk, dv = plan.walk(add_from, (dq, zero, zero))
         return dq, (dk.mT, dv.mT)
 
     dq, parts = lax.scan(gradients_of, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[1] // blocks.k))
-    dk, dv = (_joined(part, 1)[:, :k_length] for part in parts)
+    dk, dv = (joined(part, 1)[:, :k_length] for part in parts)
     return Gradients(dq[:, :, :q_length], dk, dv)
 
 
@@ -238,70 +221,6 @@ def _visible(mask: Mask, group: int) -> Bool[Array, "R Q S"]:
     return jnp.broadcast_to(visible_RTS[:, None], (rows, group, length, keys)).reshape(rows, group * length, keys)
 
 
-# Which blocks, and where they lie.
-
-
-class _Visits(NamedTuple):
-    """The other side's blocks in the order of work: seen as a whole, seen in part, not seen."""
-
-    order: Int32[Array, "blocks"]
-    whole: Int32[Array, ""]
-    seen: Int32[Array, ""]
-
-    def walk(self, step: Callable, state):
-        """Returns the state after step(block, state, is_masked=...) at every block that is seen."""
-
-        def loop(start, stop, state, is_masked):
-            return lax.fori_loop(start, stop, lambda n, s: step(self.order[n], s, is_masked=is_masked), state)
-
-        return loop(self.whole, self.seen, loop(0, self.whole, state, False), True)
-
-
-def _visits(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> _Visits:
-    whole, seen = mask.sees_all(q_bounds, k_bounds), mask.may_see(q_bounds, k_bounds)
-    order = jnp.argsort(2 - whole.astype(jnp.int32) - seen)  # what is seen as a whole is seen
-    return _Visits(order, whole.sum(), seen.sum())
-
-
-def _by_rows(function: Callable, rows: int, arrays):
-    """Returns function(*arrays), computed for so many rows at a time."""
-    total = arrays[0].shape[0]
-    if rows == total:
-        return function(*arrays)
-    parts = jax.tree.map(lambda x: x.reshape(total // rows, rows, *x.shape[1:]), arrays)
-    results = lax.map(lambda part: function(*part), parts)
-    return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), results)
-
-
-def _pick(bounds: Bounds, block) -> Bounds:
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, block, 1, 1), bounds)
-
-
-def _mask_block(mask: Mask, i, j, blocks: Blocks) -> Mask:
-    return mask.block(i * blocks.q, blocks.q, j * blocks.k, blocks.k)
-
-
-def _take(x: Array, block, size: int, dimension: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, block * size, size, dimension)
-
-
 def _flat(x: Array) -> Array:
     """Returns [R, G, T, ...] as [R, G * T, ...]."""
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
-
-
-def _joined(parts: Array, dimension: int) -> Array:
-    """Returns [blocks, ..., size, ...] as [..., blocks * size, ...]."""
-    moved = jnp.moveaxis(parts, 0, dimension)
-    shape = moved.shape
-    return moved.reshape(*shape[:dimension], shape[dimension] * shape[dimension + 1], *shape[dimension + 2 :])
-
-
-def pad(x: Array, dimension: int, length: int) -> Array:
-    """Returns x with zeros appended up to the length."""
-    return jnp.pad(x, [(0, length - size if d == dimension else 0) for d, size in enumerate(x.shape)])
-
-
-def _padded(q, k, v, mask: Mask, blocks: Blocks):
-    q_length, k_length = -(-q.shape[2] // blocks.q) * blocks.q, -(-k.shape[1] // blocks.k) * blocks.k
-    return pad(q, 2, q_length), pad(k, 1, k_length), pad(v, 1, k_length), mask.padded(q_length, k_length)

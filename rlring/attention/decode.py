@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from rlring.attention.api import check_batch, check_shapes
-from rlring.attention.blockwise import Blocks, forward
+from rlring.attention.blocks import Blocks, pad
+from rlring.attention.blockwise import forward
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import finite_lse, rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.mesh import SEQUENCE_AXES
@@ -49,7 +50,7 @@ def _on_mesh(q, k, v, mask: Mask, *, mesh: Mesh):
     more = -k.shape[1] % (mesh.shape["ring"] * mesh.shape["ulysses"])
     if more:
         mask = mask.padded(q.shape[1], k.shape[1] + more)
-        k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (k, v))
+        k, v = (pad(x, 1, x.shape[1] + more) for x in (k, v))
     batch, cache = P("data"), P("data", SEQUENCE_AXES)
     mask_specs = replace(mask, q_position=batch, q_segment=batch, k_position=cache, k_segment=cache)
     on_shards = jax.shard_map(

@@ -1,7 +1,7 @@
 """Mask: which query sees which key, from positions and segments that travel with the tokens."""
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ class Bounds(NamedTuple):
 class Mask:
     """Which query sees which key: those of its own segment, if asked only those not later, or not too far back.
 
-    Segment -1 is nowhere: such a token sees nothing and is not seen. Positions need not be sorted, contiguous or unique: any permutation of the tokens is exact, and tokens that share
-    a position see each other (block-causal). Example, causal, window 2, `#` visible:
+    Segment -1 is nowhere: such a token sees nothing and is not seen. Positions need not be sorted, contiguous or
+    unique: any permutation of the tokens is exact, and tokens that share a position see each other (block-causal).
+    Example, causal, window 2, `#` visible:
 
         segment    0 0 0 1 1 -1          key   0 0 0 1 1 -1
         position   0 1 2 0 1  2                0 1 2 0 1  2
@@ -58,7 +59,7 @@ class Mask:
     @classmethod
     def causal(
         cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: int | None = None
-    ) -> Self:
+    ) -> "Mask":
         """Returns the mask of causal self-attention; without `segment` every token is in segment 0."""
         segment = jnp.zeros_like(position) if segment is None else segment
         return cls(position, position, segment, segment, True, window)
@@ -66,7 +67,7 @@ class Mask:
     @classmethod
     def full(
         cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: int | None = None
-    ) -> Self:
+    ) -> "Mask":
         """Returns the mask of self-attention that also looks ahead; a window still limits how far back."""
         return replace(cls.causal(position, segment, window), is_causal=False)
 
@@ -81,7 +82,7 @@ class Mask:
             seen &= q_position - k_position < self.window
         return seen
 
-    def block(self, q_start, q_size: int, k_start, k_size: int) -> Self:
+    def block(self, q_start, q_size: int, k_start, k_size: int) -> "Mask":
         """Returns the mask of q_size queries from q_start and k_size keys from k_start; starts may be traced."""
         return replace(
             self,
@@ -96,11 +97,11 @@ class Mask:
         """B."""
         return self.q_position.shape[0]
 
-    def repeated(self, times: int) -> Self:
+    def repeated(self, times: int) -> "Mask":
         """Returns the mask with each row `times` times: one for each key/value head."""
         return self if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
 
-    def padded(self, q_length: int, k_length: int) -> Self:
+    def padded(self, q_length: int, k_length: int) -> "Mask":
         """Returns the mask with tokens in no segment appended up to the given lengths."""
         q_pad = ((0, 0), (0, q_length - self.q_position.shape[1]))
         k_pad = ((0, 0), (0, k_length - self.k_position.shape[1]))

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention import blockwise
-from rlring.attention.blockwise import Blocks, Gradients
+from rlring.attention.blocks import Blocks
+from rlring.attention.blockwise import Gradients
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, merge, nothing
 
@@ -87,6 +88,8 @@ def _attention_backward(axis, blocks, residuals, d_out):
 
 
 def _backward(q, k, v, mask, out, lse, d_out, axis, blocks) -> Gradients:
+    # The other way round: a compiler that sees both passes would else keep the keys of all devices since the forward.
+    shift = partial(_shift, axis=axis, step=-1)
     blocks = _within_halves(blocks, q, k)
 
     def differentiate(parcel: _Parcel) -> Gradients:
@@ -96,8 +99,8 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, blocks) -> Gradients:
 
     def hop(state, is_first=False, is_last=False):
         dq, behind, parcel = state  # behind: what the hops before this one found for the keys that are here now
-        arriving = None if is_last else _shift(parcel, axis)
-        behind = None if is_first else _shift(behind, axis)
+        arriving = None if is_last else shift(parcel)
+        behind = None if is_first else shift(behind)
         here = differentiate(parcel)
         found = (here.dk, here.dv) if is_first else (behind[0] + here.dk, behind[1] + here.dv)
         return dq + here.dq, found, arriving
@@ -106,13 +109,13 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, blocks) -> Gradients:
     hops = lax.axis_size(axis) - 1
     if hops == 0:
         return differentiate(home)
-    arriving = _shift(home, axis)
+    arriving = shift(home)
     dq, dk, dv = differentiate(home)
     state = hop((dq, None, arriving), is_first=True, is_last=hops == 1)
     if hops > 1:
         state = hop(_repeat(hop, hops - 2, state), is_last=True)
     dq, found, _ = state
-    dk_elsewhere, dv_elsewhere = _shift(found, axis)
+    dk_elsewhere, dv_elsewhere = shift(found)
     return Gradients(dq, dk + dk_elsewhere, dv + dv_elsewhere)
 
 
@@ -149,8 +152,8 @@ def _repeat(step, times: int, state):
     return lax.fori_loop(0, times, lambda _, state: step(state), state)
 
 
-def _shift(tree, axis: str):
-    """Returns the tree that the device before this one on the ring holds, in one collective.
+def _shift(tree, axis: str, step: int = 1):
+    """Returns the tree that the device `step` before this one on the ring holds, in one collective.
 
     The arrays travel as the bits of one buffer of integers, which no backend rounds, flushes or canonicalises.
     """
@@ -158,7 +161,7 @@ def _shift(tree, axis: str):
     unit = jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in leaves)}")
     bits = [lax.bitcast_convert_type(x, unit).reshape(-1) for x in leaves]
     devices = lax.axis_size(axis)
-    arrived = lax.ppermute(jnp.concatenate(bits), axis, [(r, (r + 1) % devices) for r in range(devices)])
+    arrived = lax.ppermute(jnp.concatenate(bits), axis, [(r, (r + step) % devices) for r in range(devices)])
     unpacked, start = [], 0
     for x, flat in zip(leaves, bits, strict=True):
         shape = x.shape if x.dtype.itemsize == unit.itemsize else (*x.shape, x.dtype.itemsize // unit.itemsize)

@@ -41,6 +41,7 @@ def check_heads(scheme: str, heads: int, kv_heads: int, devices: int) -> None:
     if heads % devices or (kv_heads % devices and devices % kv_heads):
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
         raise UsageError(
-            f"attention scheme {scheme!r} splits the heads over mesh.ulysses={devices} devices; got {heads} query heads "
-            f"and {kv_heads} key/value heads. Use mesh.ulysses in {fitting}, or scheme 'ring', which splits no heads."
+            f"attention scheme {scheme!r} splits the heads over mesh.ulysses={devices} devices; got {heads} query "
+            f"heads and {kv_heads} key/value heads. Use mesh.ulysses in {fitting}, or scheme 'ring', which splits no "
+            "heads."
         )

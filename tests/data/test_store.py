@@ -35,18 +35,6 @@ def write(path, lengths=(3, 1, 5), **options):
     return write_store(path, episodes(lengths), task="walker-walk", source="a test", **options)
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     sizes=st.tuples(st.integers(1, 4), st.integers(1, 3)),

@@ -1,0 +1,20 @@
+"""The agents there are, by the name that a config gives them."""
+
+from jax.sharding import Mesh
+
+from agents.agent import Agent, Scales
+from agents.agentic_transformer import AgenticTransformer
+from agents.bc import BehaviourCloning
+from agents.config import Config
+from agents.decision_transformer import DecisionTransformer
+
+KINDS = {
+    "agentic_transformer": AgenticTransformer,
+    "decision_transformer": DecisionTransformer,
+    "bc": BehaviourCloning,
+}
+
+
+def make_agent(config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None) -> Agent:
+    """Returns the agent that a config names."""
+    return KINDS[config.agent.kind](config, scales, action_size, episode_steps, mesh)

@@ -1,0 +1,92 @@
+"""Blocks: how attention is cut into pieces, which of them are worth a visit, and in what order."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from rlring.attention.mask import Bounds, Mask
+
+
+class Blocks(NamedTuple):
+    """How attention is cut into blocks."""
+
+    q: int  # queries
+    k: int  # keys
+    scores: int  # scores held at once: rows of the batch that do not fit into it together take turns
+
+    def fit(self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"]) -> "Blocks":
+        """Returns blocks no longer than the sequences."""
+        return self._replace(q=min(self.q, q.shape[2]), k=min(self.k, k.shape[1]))
+
+    def rows(self, rows: int, group: int) -> int:
+        """Returns how many of the rows are worked on at once; it divides their number."""
+        most = max(1, self.scores // (group * self.q * self.k))
+        return next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+
+    def padded(self, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array, Array, Mask]:
+        """Returns all four with lengths that are multiples of the blocks; what is added is nowhere."""
+        q_length, k_length = -(-q.shape[2] // self.q) * self.q, -(-k.shape[1] // self.k) * self.k
+        return pad(q, 2, q_length), pad(k, 1, k_length), pad(v, 1, k_length), mask.padded(q_length, k_length)
+
+    def mask(self, mask: Mask, i: Int32[Array, ""], j: Int32[Array, ""]) -> Mask:
+        """Returns the mask of query block i and key block j."""
+        return mask.block(i * self.q, self.q, j * self.k, self.k)
+
+
+class Visits(NamedTuple):
+    """The other side's blocks in the order of work: seen as a whole, seen in part, not seen."""
+
+    order: Int32[Array, "blocks"]
+    whole: Int32[Array, ""]
+    seen: Int32[Array, ""]
+
+    def walk(self, step: Callable, state):
+        """Returns the state after step(block, state, is_masked=...) at every block that is seen."""
+
+        def loop(start, stop, state, is_masked):
+            return lax.fori_loop(start, stop, lambda n, s: step(self.order[n], s, is_masked=is_masked), state)
+
+        return loop(self.whole, self.seen, loop(0, self.whole, state, False), True)
+
+
+def visits(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> Visits:
+    """Returns the plan for one block of queries and all blocks of keys, or the other way round."""
+    whole, seen = mask.sees_all(q_bounds, k_bounds), mask.may_see(q_bounds, k_bounds)
+    order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
+    return Visits(order, whole.sum(), seen.sum())
+
+
+def by_rows(function: Callable, rows: int, arrays):
+    """Returns function(*arrays), computed for so many rows at a time."""
+    total = arrays[0].shape[0]
+    if rows == total:
+        return function(*arrays)
+    parts = jax.tree.map(lambda x: x.reshape(total // rows, rows, *x.shape[1:]), arrays)
+    results = lax.map(lambda part: function(*part), parts)
+    return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), results)
+
+
+def pick(bounds: Bounds, block) -> Bounds:
+    """Returns the bounds of one block."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, block, 1, 1), bounds)
+
+
+def take(x: Array, block, size: int, dimension: int) -> Array:
+    """Returns one block of x."""
+    return lax.dynamic_slice_in_dim(x, block * size, size, dimension)
+
+
+def joined(parts: Array, dimension: int) -> Array:
+    """Returns [blocks, ..., size, ...] as [..., blocks * size, ...]."""
+    moved = jnp.moveaxis(parts, 0, dimension)
+    shape = moved.shape
+    return moved.reshape(*shape[:dimension], shape[dimension] * shape[dimension + 1], *shape[dimension + 2 :])
+
+
+def pad(x: Array, dimension: int, length: int) -> Array:
+    """Returns x with zeros appended up to the length."""
+    return jnp.pad(x, [(0, length - size if d == dimension else 0) for d, size in enumerate(x.shape)])

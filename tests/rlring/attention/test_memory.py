@@ -1,0 +1,54 @@
+"""Memory of a scan over layers of checkpointed attention under grad is linear in the length: asked of the compiler."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlring.attention import AttentionConfig, Mask, attention
+from rlring.mesh import make_mesh
+
+
+def temporary_bytes(length: int, config: AttentionConfig, mesh, policy=None) -> int:
+    @partial(jax.checkpoint, policy=policy)
+    def layer(x, mask):
+        return x + attention(x, x, x, mask, config=config, mesh=mesh)
+
+    def loss(x, mask):
+        out, _ = jax.lax.scan(lambda x, _: (layer(x, mask), None), x, length=2)
+        return out.sum()
+
+    x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+    position = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    mask = jax.eval_shape(Mask.causal, position)
+    return jax.jit(jax.grad(loss)).lower(x, mask).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mesh"),
+    [("blockwise", {}), ("ring", {"ring": 4}), ("all_gather", {"ring": 4}), ("ulysses", {"ulysses": 2})],
+    ids=str,
+)
+def test_linear_in_the_length(scheme, mesh):
+    config, mesh = AttentionConfig(scheme, scores=2**16), make_mesh(**mesh) if mesh else None
+    short, middle, long = (temporary_bytes(length, config, mesh) for length in (2**12, 2**14, 2**16))
+    # Four times the tokens, at most four times the memory; what does not grow (the scores of a block) only helps.
+    assert long <= 4.2 * middle
+    assert long <= 17 * short
+
+
+def test_a_policy_keeps_the_out():
+    """With the two names kept, the backward does not run the forward again."""
+    mesh, config = make_mesh(ring=4), AttentionConfig("ring")
+    x, mask = jnp.zeros((1, 64, 2, 8)), Mask.causal(jnp.arange(64, dtype=jnp.int32)[None])
+
+    def permutes(policy):
+        layer = jax.checkpoint(lambda x: attention(x, x, x, mask, config=config, mesh=mesh), policy=policy)
+        # Before compilation: XLA on CPU undoes what jax.checkpoint asks for where it can see both passes.
+        text = jax.jit(jax.grad(lambda x: (layer(x) ** 2).sum())).lower(x).as_text()
+        return text.count("stablehlo.collective_permute")
+
+    names = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+    assert permutes(names) == 3 * 3  # forward 3, backward 3 for keys and values, 3 for their gradients
+    assert permutes(jax.checkpoint_policies.nothing_saveable) == 4 * 3
