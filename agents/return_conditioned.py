@@ -17,7 +17,6 @@ from agents.tokens import Moments, Tokenizer
 from data import ChainBatch
 from rlring import AttentionConfig, KVCache, Mask, Transformer, TransformerConfig, zigzag_order
 
-
 SHORTEST_ZIGZAG = 256  # tokens a device; below, zigzag was measured slower than the natural order (1.35x)
 
 

@@ -198,7 +198,8 @@ def test_a_full_disk_ends_with_one_line(write_config, tiny_disk, monkeypatch, ca
     monkeypatch.chdir(tiny_disk)
     assert main([str(write_config)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the disk is full: could not write") and "runs/tiny/checkpoints" in error
+    assert error.startswith("error: the disk is full: could not write")
+    assert "runs/tiny/checkpoints" in error
     with Checkpoints(tiny_disk / "runs/tiny") as checkpoints:
         assert checkpoints.latest() is None
 
