@@ -1,0 +1,302 @@
+"""S2 attention (2407.17678): every head reads its own shard of the context, and what it does not read is not computed.
+
+A query sees its near past in full, and of the rest every stride-th block of positions, another one for each key/value
+head. So the keys fall into two parts, each of which is a dense problem for blockwise.forward() and backward():
+
+    near   all keys in their order, seen through a band along the diagonal: tiles outside of the band are not visited
+    far    the strided keys of each head, gathered once into a sequence that is shorter by the stride, and seen causally
+
+A key that is both belongs to near, so the parts are disjoint: their outs merge by lse, and their gradients add up.
+That is the paper's MergeQ: a tile of queries holds as many sparsity blocks as fit, what it visits is the union of what
+they see, a mask per entry does the rest, and each key is gathered once for all tiles of its head.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, Integer
+
+from rlring.attention import blockwise
+from rlring.attention.blocks import Blocks
+from rlring.attention.blockwise import Gradients
+from rlring.attention.mask import NOWHERE, Bounds, Mask
+from rlring.attention.softmax import Partial, merge, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.ulysses import ulysses_attention
+from rlring.errors import UsageError
+
+SMALLEST_TILE = 128  # tokens; products of less cost more than the scores they save
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """Which blocks of keys the heads see: block j of positions is seen from block i >= j if it is near or strided.
+
+        near      i - j < local_blocks, so always the block itself
+        strided   (j + head * step + offset) % stride == 0, with step = max(1, stride // kv_heads)
+
+    `head` counts key/value heads: all query heads that share one see the same. Blocks are counted in positions, not in
+    places, so the pattern does not depend on the layout, and a key that has left the near past of the queries is either
+    kept for ever or never needed again. Example, local_blocks 2, stride 4, two key/value heads, `#` near, `+` strided:
+
+        head 0   block i   0  # . . . . . . .     head 1   0  # . . . . . . .
+                           1  # # . . . . . .              1  # # . . . . . .
+                           2  + # # . . . . .              2  . # # . . . . .
+                           3  + . # # . . . .              3  . . # # . . . .
+                           4  + . . # # . . .              4  . . + # # . . .
+                           5  + . . . # # . .              5  . . + . # # . .
+                           6  + . . . + # # .              6  . . + . . # # .
+                           7  + . . . + . # #              7  . . + . . . # #
+
+    Raises:
+        UsageError: a block, local_blocks or stride below 1.
+    """
+
+    block: int = 64  # positions
+    local_blocks: int = 16
+    stride: int = 8  # 1 sees all that is causal
+    offset: int = 0
+
+    def __post_init__(self):
+        for name in ("block", "local_blocks", "stride"):
+            if getattr(self, name) < 1:
+                reason = ": a token sees itself" if name == "local_blocks" else ""
+                raise UsageError(
+                    f"sparse.{name} is at least 1{reason}; got {getattr(self, name)}. Leave it out for the default."
+                )
+
+    def is_strided(
+        self,
+        block: Integer[Array | np.ndarray, "..."],
+        head: Integer[Array | np.ndarray, "..."] | int,
+        *,
+        kv_heads: int,
+    ) -> Bool[Array | np.ndarray, "..."]:
+        """Returns whether key/value head `head` of `kv_heads` sees these blocks from afar; the two broadcast."""
+        step = max(1, self.stride // kv_heads)
+        return (block + head * step + self.offset) % self.stride == 0
+
+    def density(self, length: int, *, kv_heads: int) -> float:
+        """Returns which share of the causal blocks is seen by positions 0 to length - 1, in the mean over the heads."""
+        blocks = -(-length // self.block)
+        strided = self.is_strided(np.arange(blocks), np.arange(kv_heads)[:, None], kv_heads=kv_heads)
+        seen_from = np.maximum(blocks - self.local_blocks - np.arange(blocks), 0)  # by how many blocks, if strided
+        near = np.minimum(np.arange(blocks) + 1, self.local_blocks).sum()
+        return float((near + (strided * seen_from).sum() / kv_heads) / (blocks * (blocks + 1) / 2))
+
+
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    pattern: SparsePattern,
+    blocks: Blocks,
+    axis: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns attention over the keys that both the mask and the pattern show, in q's type.
+
+    Exact for any layout of the tokens; fast where neighbours in the layout are neighbours in position. With a mesh
+    axis, inside shard_map, the sequence is split over it, and for the compute the heads are (ulysses_attention).
+    """
+    kv_heads = k.shape[2]
+
+    def local(q, k, v, mask: Mask):
+        head = jnp.arange(k.shape[2], dtype=jnp.int32)
+        if axis is not None:  # ulysses_attention copies the key/value heads where there are fewer than devices
+            copies = k.shape[2] * lax.axis_size(axis) // kv_heads
+            head = (head + lax.axis_index(axis) * k.shape[2]) // copies
+        rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
+        return tokens_of_rows(_attention(*rows, mask, head, kv_heads, pattern, blocks), q.shape[0])
+
+    return local(q, k, v, mask) if axis is None else ulysses_attention(q, k, v, mask, axis=axis, local=local)
+
+
+def check_mask(mask: Mask) -> None:
+    """Raises UsageError for a mask that does not go with a pattern."""
+    if not mask.is_causal or mask.window is not None:
+        raise UsageError(
+            "attention scheme 'sparse' needs a causal mask without a window; got "
+            f"is_causal={mask.is_causal}, window={mask.window}. Its window is sparse.local_blocks * sparse.block; "
+            "for any other mask use another scheme."
+        )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, mask: Mask, heads, kv_heads: int, pattern: SparsePattern, blocks: Blocks):
+    return _forward(q, k, v, mask, heads, kv_heads, pattern, blocks).out.astype(q.dtype)
+
+
+def _attention_forward(q, k, v, mask, heads, kv_heads, pattern, blocks):
+    q, mask = blockwise.tie_to_data(q, mask)
+    total = _forward(q, k, v, mask, heads, kv_heads, pattern, blocks)
+    out, lse = blockwise.named_for_remat(*total, q.dtype)
+    return out, (q, k, v, mask, heads, out, lse)
+
+
+def _attention_backward(kv_heads, pattern, blocks, residuals, d_out):
+    q, k, v, mask, heads, out, lse = residuals
+    d_out, mask = blockwise.tie_to_data(d_out, mask)
+    dq, dk, dv = _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
+    near = blockwise.forward(q, k, v, _NearMask.of(mask, pattern), _near_blocks(blocks, pattern))
+    far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
+
+    def add(chunk, total: Partial) -> Partial:
+        keys = far.keys(chunk)
+        seen = far.mask(mask, keys, pattern)
+        return merge(total, blockwise.forward(q, keys.take(k), keys.take(v), seen, far_blocks))
+
+    return lax.fori_loop(0, far.chunks, add, near)
+
+
+def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) -> Gradients:
+    near_blocks = _near_blocks(blocks, pattern)
+    near = blockwise.backward(q, k, v, _NearMask.of(mask, pattern), out, lse, d_out, near_blocks)
+    far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
+
+    def add(chunk, total: Gradients) -> Gradients:
+        keys = far.keys(chunk)
+        seen = far.mask(mask, keys, pattern)
+        dq, dk, dv = blockwise.backward(q, keys.take(k), keys.take(v), seen, out, lse, d_out, far_blocks)
+        return Gradients(total.dq + dq, total.dk + far.put(dk, chunk), total.dv + far.put(dv, chunk))
+
+    return lax.fori_loop(0, far.chunks, add, near)
+
+
+def _near_blocks(blocks: Blocks, pattern: SparsePattern) -> Blocks:
+    """Returns tiles of which not too much lies outside of the band."""
+    size = max(SMALLEST_TILE, pattern.local_blocks * pattern.block // 4)
+    return blocks._replace(q=min(blocks.q, size), k=min(blocks.k, size))
+
+
+def _far_blocks(blocks: Blocks, length: int, pattern: SparsePattern) -> Blocks:
+    """Returns tiles of which not too much lies above the diagonal, which the stride has made flat."""
+    size = max(SMALLEST_TILE, length // pattern.stride // 8)
+    return blocks._replace(k=min(blocks.k, size))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _NearMask(Mask):
+    """A causal mask that shows no more than the last local_blocks blocks of positions."""
+
+    pattern: SparsePattern = field(default=SparsePattern(), metadata={"static": True})
+
+    @classmethod
+    def of(cls, mask: Mask, pattern: SparsePattern) -> "_NearMask":
+        return cls(mask.q_position, mask.k_position, mask.q_segment, mask.k_segment, pattern=pattern)
+
+    def visible(self) -> Bool[Array, "B T S"]:
+        return super().visible() & self._is_near(self.q_position[:, :, None], self.k_position[:, None, :])
+
+    def may_see(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        # In all rows at once: with other bounds in each, more is visited than need be.
+        near = self._is_near(q.low_position, k.high_position).any(0)
+        return super().may_see(q, k) & near
+
+    def sees_all(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        return super().sees_all(q, k) & self._is_near(q.high_position, k.low_position).all(0)
+
+    def _is_near(self, q_position, k_position):
+        return q_position // self.pattern.block - k_position // self.pattern.block < self.pattern.local_blocks
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _SeenMask(_NearMask):
+    """A causal mask that shows near and far: which keys are strided travels with the keys."""
+
+    is_strided: Bool[Array, "B S"] = field(kw_only=True)
+
+    def visible(self) -> Bool[Array, "B T S"]:
+        return Mask.visible(self) & (
+            self._is_near(self.q_position[:, :, None], self.k_position[:, None, :]) | self.is_strided[:, None]
+        )
+
+
+def seen_mask(mask: Mask, pattern: SparsePattern, *, kv_heads: int) -> Mask:
+    """Returns the mask of each row, a key/value head of a sequence, with the pattern in it.
+
+    For one block of a few queries, as decode has. The strided keys are not skipped by it but masked.
+    """
+    check_mask(mask)
+    is_strided = _strided(mask, jnp.arange(kv_heads, dtype=jnp.int32), kv_heads, pattern)
+    of_rows = _NearMask.of(mask.repeated(kv_heads), pattern)
+    return _SeenMask(**{f.name: getattr(of_rows, f.name) for f in fields(of_rows)}, is_strided=is_strided)
+
+
+def _strided(mask: Mask, heads: Int32[Array, "K"], kv_heads: int, pattern: SparsePattern) -> Bool[Array, "R S"]:
+    block = mask.k_position[:, None, :] // pattern.block
+    is_strided = pattern.is_strided(block, heads[:, None], kv_heads=kv_heads) & (mask.k_segment >= 0)[:, None, :]
+    return is_strided.reshape(-1, is_strided.shape[2])
+
+
+class _FarKeys(NamedTuple):
+    """Some strided keys of each row: their places, and which of them are there."""
+
+    place: Int32[Array, "R C"]
+    is_there: Bool[Array, "R C"]
+
+    def take(self, x: Array) -> Array:
+        """Returns [R, C, ...] of [R, S, ...]."""
+        return jax.vmap(lambda x, place: x[place])(x, self.place)
+
+
+class _Far(NamedTuple):
+    """The strided keys of each row, in the order of their places.
+
+    They are worked on in chunks of as many as the sequence 0, 1, 2 ... has, so that only for layouts with more of them,
+    such as many short packed sequences, there is a second chunk.
+    """
+
+    is_strided: Bool[Array, "R S"]
+    count: Int32[Array, "R S"]  # of the strided keys up to here
+    size: int  # of a chunk
+
+    @classmethod
+    def of(cls, mask: Mask, heads: Int32[Array, "K"], kv_heads: int, pattern: SparsePattern) -> "_Far":
+        is_strided, length = _strided(mask, heads, kv_heads, pattern), mask.k_position.shape[1]
+        blocks = -(-length // pattern.block)
+        size = -(-blocks // pattern.stride) * pattern.block
+        return cls(is_strided, jnp.cumsum(is_strided, 1, dtype=jnp.int32), min(size, length))
+
+    @property
+    def chunks(self) -> Int32[Array, ""]:
+        return -(-self.count[:, -1].max() // self.size)
+
+    def keys(self, chunk: Int32[Array, ""]) -> _FarKeys:
+        """Returns the keys of one chunk."""
+        number = chunk * self.size + jnp.arange(1, self.size + 1, dtype=jnp.int32)
+        place = jax.vmap(lambda count: jnp.searchsorted(count, number))(self.count)
+        length = self.count.shape[1]
+        return _FarKeys(jnp.minimum(place, length - 1).astype(jnp.int32), place < length)
+
+    def put(self, x: Array, chunk: Int32[Array, ""]) -> Array:
+        """Returns [R, S, ...] with the keys' values [R, C, ...] in their places, and 0 elsewhere."""
+        place = self.count - 1 - chunk * self.size
+        is_here = self.is_strided & (place >= 0) & (place < self.size)
+        # A gather: scattering is slow wherever it is not sure that no two values meet.
+        spread = jax.vmap(lambda x, place: x[place])(x, jnp.clip(place, 0, self.size - 1))
+        return jnp.where(is_here[..., None], spread, 0.0)
+
+    def mask(self, mask: Mask, keys: _FarKeys, pattern: SparsePattern) -> Mask:
+        """Returns the mask of these keys, in blocks: causal, and beyond the near ones."""
+        mask = mask.repeated(self.count.shape[0] // mask.rows)
+        return replace(
+            mask,
+            q_position=mask.q_position // pattern.block - pattern.local_blocks,
+            k_position=keys.take(mask.k_position) // pattern.block,
+            k_segment=jnp.where(keys.is_there, keys.take(mask.k_segment), NOWHERE),
+        )

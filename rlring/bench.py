@@ -1,0 +1,196 @@
+"""How fast attention is, and how much it holds: python -m rlring.bench [--schemes ring ...] [--lengths 4096 ...]
+
+Prints a Markdown table; --traffic prints instead when the links of known devices hide the ring. Progress is on stderr.
+rlring.timing says how it is measured, rlring.traffic what the model of the traffic assumes.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+import jaxlib
+
+from rlring.errors import UsageError
+from rlring.mesh import request_cpu_devices
+from rlring.timing import EXACT, ONE_DEVICE, Measurement, Settings, measure
+from rlring.traffic import traffic_table
+
+MATMUL = {"cpu": 2048}  # the side of the square matrices; elsewhere:
+LARGE_MATMUL = 8192
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What the numbers hold for."""
+
+    command: str
+    date: str
+    rlring: str
+    jax: str
+    jaxlib: str
+    torch: str | None
+    python: str
+    platform: str
+    device_kind: str
+    system: str
+    cores: int
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the verb and returns its exit status: 0, 2 for arguments that cannot work, 130 when interrupted."""
+    arguments = _arguments(argv)
+    try:
+        if arguments.heads % arguments.kv_heads:
+            raise UsageError(
+                f"--heads is a multiple of --kv-heads; got {arguments.heads} and {arguments.kv_heads}. "
+                "Leave --kv-heads out for as many."
+            )
+        if arguments.traffic:
+            print(traffic_table(arguments.heads, arguments.kv_heads))
+            return 0
+        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+            raise UsageError(f"--json {arguments.json}: there is no folder {arguments.json.parent}. Make it first.")
+        if not set(arguments.schemes) <= set(ONE_DEVICE):
+            request_cpu_devices(max(arguments.devices))
+        command = shlex.join(["python", "-m", "rlring.bench", *(sys.argv[1:] if argv is None else argv)])
+        versions = _versions(command)
+        settings = Settings(
+            schemes=tuple(arguments.schemes),
+            lengths=tuple(arguments.lengths),
+            devices=tuple(arguments.devices),
+            heads=arguments.heads,
+            kv_heads=arguments.kv_heads,
+            head_size=arguments.head_size,
+            batch=arguments.batch,
+            type=arguments.type,
+            repeats=arguments.repeats,
+            matmul=arguments.matmul or MATMUL.get(versions.platform, LARGE_MATMUL),
+        )
+        measurements = measure(settings)
+        print(table(measurements, settings, versions))
+        if arguments.json is not None:
+            _write(arguments.json, settings, versions, measurements)
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def table(measurements: Iterable[Measurement], settings: Settings, versions: Versions) -> str:
+    """Returns the measurements as a Markdown table, with what was measured and where below it."""
+    columns = ["scheme", "tokens", "devices", "mesh"]
+    for name in ("forward", "forward+backward"):
+        columns += [f"{name} ms (min)", "x blockwise", "of peak", "temporary MiB"]
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * 2 + " --- |" + " ---: |" * 8]
+    for m in measurements:
+        axes = [f"{name} {size}" for name, size in (("ring", m.ring), ("ulysses", m.ulysses)) if size > 1]
+        cells = [m.scheme, str(m.length), str(m.devices), " x ".join(axes) or "-"]
+        for one in (m.forward, m.forward_backward):
+            ratio = "-" if one.ratio_to_blockwise is None else f"{one.ratio_to_blockwise:.2f}"
+            held = "-" if one.temporary_bytes is None else f"{one.temporary_bytes / 2**20:.1f}"
+            cells += [f"{one.median_ms:.1f} ({one.min_ms:.1f})", ratio, f"{one.share_of_peak:.0%}", held]
+        lines.append("| " + " | ".join(cells) + " |")
+    torch = f", torch {versions.torch}" if versions.torch else ""
+    note = (
+        f"`{versions.command}`: causal, batch {settings.batch}, {settings.heads} query heads over {settings.kv_heads} "
+        f"key/value heads of size {settings.head_size}, {settings.type}; median (min) of {settings.repeats} "
+        f"interleaved rounds; peak: a product of {settings.matmul} x {settings.matmul} matrices on each device; "
+        f"temporary memory of one device, from the compiler. {versions.device_kind} ({versions.platform}), "
+        f"{versions.cores} cores, rlring {versions.rlring}, jax {versions.jax}, jaxlib {versions.jaxlib}{torch}, "
+        f"{versions.date}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _versions(command: str) -> Versions:
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    device = jax.devices()[0]
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return Versions(
+        command=command,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        rlring=version("rlring") or "not installed",
+        jax=jax.__version__,
+        jaxlib=jaxlib.__version__,
+        torch=version("torch"),
+        python=platform.python_version(),
+        platform=device.platform,
+        device_kind=device.device_kind,
+        system=platform.platform(),
+        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+    )
+
+
+def _write(path: Path, settings: Settings, versions: Versions, measurements: list[Measurement]) -> None:
+    """Writes the file whole or not at all."""
+    content = {
+        "versions": asdict(versions),
+        "settings": asdict(settings),
+        "measurements": [asdict(m) for m in measurements],
+    }
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python -m rlring.bench", description="Time and memory of attention, by scheme and length.")
+    add = parser.add_argument
+    add("--schemes", nargs="+", choices=EXACT, default=["blockwise", "ring", "all_gather", "hybrid"])
+    add("--lengths", nargs="+", type=_count, default=[4096, 8192], help="tokens")
+    add("--heads", type=_count, default=4, help="query heads")
+    add("--kv-heads", type=_count, help="key/value heads; as many as query heads if left out")
+    add("--head-size", type=_count, default=64)
+    add("--batch", type=_count, default=1)
+    add("--type", choices=("float32", "bfloat16"), default="float32")
+    add(
+        "--devices", nargs="+", type=_count, default=[8], help="over which the sequence is split; virtual ones on a CPU"
+    )
+    add("--repeats", type=_count, default=5, help="rounds, in each of which every candidate runs once")
+    add(
+        "--matmul",
+        type=_count,
+        help=f"side of the matrices that give the peak: {MATMUL['cpu']} on a CPU, {LARGE_MATMUL} else",
+    )
+    add("--json", type=Path, metavar="F", help="also write everything into this file")
+    add("--traffic", action="store_true", help="measure nothing; print when the links of known devices hide the ring")
+    arguments = parser.parse_args(argv)
+    arguments.kv_heads = arguments.kv_heads or arguments.heads
+    return arguments
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
