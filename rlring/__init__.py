@@ -3,7 +3,15 @@
 Importing touches no device.
 """
 
-from rlring.attention import AttentionConfig, Mask, attention, decode_attention, inverse_order, zigzag_order
+from rlring.attention import (
+    AttentionConfig,
+    Mask,
+    SparsePattern,
+    attention,
+    decode_attention,
+    inverse_order,
+    zigzag_order,
+)
 from rlring.cache import KVCache
 from rlring.errors import UsageError
 from rlring.mesh import SEQUENCE_AXES, make_mesh, request_cpu_devices
@@ -14,6 +22,7 @@ __all__ = [
     "AttentionConfig",
     "KVCache",
     "Mask",
+    "SparsePattern",
     "Transformer",
     "TransformerConfig",
     "UsageError",

@@ -204,6 +204,11 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Returns the features of a few new tokens that see the cache and each other, and the cache with them
         written."""
+        if self.config.attention.scheme == "sparse":
+            raise UsageError(
+                "decoding sees the whole cache, which a model of scheme 'sparse' never saw; got scheme 'sparse'. "
+                "Compute full passes, or use a dense scheme."
+            )
         cache, slot = cache.place(position, segment, mesh=mesh)
         mask = cache.mask(position, segment, window=window)
         graph, blocks = nnx.split(self.blocks)

@@ -210,7 +210,9 @@ class _NearMask(Mask):
         return super().sees_all(q, k) & self._is_near(q.high_position, k.low_position).all(0)
 
     def _is_near(self, q_position, k_position):
-        return q_position // self.pattern.block - k_position // self.pattern.block < self.pattern.local_blocks
+        # No division of keys: the same for every pair of tokens, it would cost more than the attention itself.
+        block = self.pattern.block
+        return k_position >= (q_position // block - (self.pattern.local_blocks - 1)) * block
 
 
 @jax.tree_util.register_dataclass

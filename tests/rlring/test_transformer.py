@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from rlring import AttentionConfig, Mask, Transformer, TransformerConfig, UsageError, make_mesh, zigzag_order
+from rlring import (
+    AttentionConfig,
+    Mask,
+    SparsePattern,
+    Transformer,
+    TransformerConfig,
+    UsageError,
+    make_mesh,
+    zigzag_order,
+)
 
 
 def make(scheme="blockwise", **changes):
@@ -79,6 +88,15 @@ def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat
         assert abs(got - want) < 1e-6
         for leaf, want_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
             assert relative(leaf, want_leaf) < 2e-5
+
+
+def test_a_sparse_model_does_not_silently_decode_densely():
+    attention = AttentionConfig(scheme="sparse", sparse=SparsePattern(block=16, local_blocks=1, stride=2))
+    model = Transformer(TransformerConfig(width=32, layers=1, heads=2, attention=attention), rngs=nnx.Rngs(0))
+    x, position = tokens()
+    _, cache = model.prefill(x, Mask.causal(position), capacity=128)
+    with pytest.raises(UsageError, match=r"a model of scheme 'sparse' never saw"):
+        model.decode(x[:, :1], position[:, :1], position[:, :1], cache)
 
 
 def test_heads_that_do_not_divide_are_refused():
