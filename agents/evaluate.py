@@ -25,6 +25,7 @@ from data.dmc import EnvironmentBatch
 from data.tasks import goal_task
 from rlring import make_mesh, request_cpu_devices
 
+GROUPS_OF_A_SEED = 1_000_000
 SHORTEST_PROMPT = 256  # moments; shorter ones are padded to it, so that small contexts share one compiled program
 
 
@@ -218,7 +219,7 @@ def context_tokens(agent: Agent, prompt: ChainBatch) -> int:
 def group_id(seed: int, index: int) -> int:
     """Returns the number by which results know a goal (or start): of two evaluation seeds no two groups are the
     same."""
-    return seed * 1_000_000 + index
+    return seed * GROUPS_OF_A_SEED + index
 
 
 def is_complete(results: Sequence[Result], condition: Condition, loaded: Loaded) -> bool:

@@ -27,7 +27,7 @@ def sweep(config: SweepConfig, source: Path) -> Path | None:
     """Runs what is missing of a sweep and returns its folder; None when nothing was."""
     # Imported late: a dry run, and a bad config, answer at once.
     from agents.datasets import prepare
-    from agents.evaluate import evaluate, evaluate_oracle
+    from agents.evaluate import GROUPS_OF_A_SEED, evaluate, evaluate_oracle
     from agents.train import RUNS, train
     from rlring import request_cpu_devices
 
@@ -52,9 +52,11 @@ def sweep(config: SweepConfig, source: Path) -> Path | None:
     gathered = []
     for one in runs:
         say(f"evaluate {one.name}")
+        write_text(RUNS / one.name / "config.json", dump(one))  # what is evaluated may have changed since training
         evaluate(RUNS / one.name)
         agent = Path(one.name).name.rpartition("-")[0]
         found = read_results(RUNS / one.name)
+        found = [result for result in found if result.group // GROUPS_OF_A_SEED == one.evaluate.seed]
         gathered += [replace(result, agent=agent, experiment=config.name) for result in found]
     if config.baseline:
         gathered += [replace(result, experiment=config.name) for result in evaluate_oracle(runs[0])]

@@ -79,6 +79,15 @@ def test_from_nothing_to_a_plot(sweep, capsys):
     assert (run / "results.jsonl").read_bytes() == before
 
 
+def test_other_goals_are_evaluated_without_training_again(sweep, capsys):
+    assert main([sweep]) == 0
+    capsys.readouterr()
+    assert main([sweep, "shared.evaluate.seed=1"]) == 0
+    assert "train small" not in capsys.readouterr().err
+    rows = list(csv.DictReader(Path("runs/small/summary.csv").read_text().splitlines()))
+    assert {row["episodes"] for row in rows} == {"6"}  # those of seed 0 are not counted in
+
+
 def test_mistakes_are_one_line(sweep, capsys):
     assert main([sweep, "runs.AT.model.widht=3"]) == 2
     assert capsys.readouterr().err == "error: runs.AT: unknown key 'model.widht'; did you mean 'width'?\n"
