@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 from agents.agent import Metrics, Now, Params, Scales
 from agents.config import Config
 from agents.gaussian import Gaussian, GaussianHead, action_loss
-from agents.tokens import Moments, Tokenizer
+from agents.tokens import TOKENS_PER_MOMENT, Moments, Tokenizer
 from data import ChainBatch
 from rlring import AttentionConfig, KVCache, Mask, Transformer, TransformerConfig, zigzag_order
 
@@ -74,7 +74,7 @@ class ReturnConditionedAgent:
 
     @property
     def tokens_per_moment(self) -> int:
-        return {"fused": 1, "rsar": 4}[self.config.agent.tokens]
+        return TOKENS_PER_MOMENT[self.config.agent.tokens]
 
     @property
     def window(self) -> int | None:

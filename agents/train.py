@@ -61,7 +61,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     meta = describe(config, stores)
     agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
     sampler = agent.sampler(stores)
-    meta = meta._replace(targets=targets(agent, stores))
+    meta = meta._replace(targets=targets(sampler, stores))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", dump(config))
     optimizer = make_optimizer(config)
@@ -128,9 +128,8 @@ def return_scale(config: Config, store: TrajectoryStore) -> float:
     ).typical_target()
 
 
-def targets(agent: Agent, stores: Sequence[TrajectoryStore]) -> dict[str, float]:
+def targets(sampler: Sampler, stores: Sequence[TrajectoryStore]) -> dict[str, float]:
     """Returns the typical return that training chains ask for, by task."""
-    sampler = agent.sampler(list(stores))
     samplers = getattr(sampler, "samplers", [sampler])
     return {store.task: float(own.typical_target()) for store, own in zip(stores, samplers, strict=True)}
 
