@@ -10,6 +10,7 @@ from rlring.attention import (
     attention,
     decode_attention,
     inverse_order,
+    striped_order,
     zigzag_order,
 )
 from rlring.cache import KVCache
@@ -31,5 +32,6 @@ __all__ = [
     "inverse_order",
     "make_mesh",
     "request_cpu_devices",
+    "striped_order",
     "zigzag_order",
 ]

@@ -2,7 +2,7 @@
 
 from rlring.attention.api import SCHEMES, AttentionConfig, attention
 from rlring.attention.decode import decode_attention
-from rlring.attention.mask import Mask, inverse_order, zigzag_order
+from rlring.attention.mask import Mask, inverse_order, striped_order, zigzag_order
 from rlring.attention.sparse import SparsePattern
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "attention",
     "decode_attention",
     "inverse_order",
+    "striped_order",
     "zigzag_order",
 ]

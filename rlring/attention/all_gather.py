@@ -10,8 +10,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from rlring.attention import blockwise
-from rlring.attention.blocks import Blocks
+from rlring.attention.local import Kernel, named_for_remat, tie_to_data
 from rlring.attention.mask import Mask
 
 
@@ -22,13 +21,13 @@ def all_gather_attention(
     v: Float[Array, "R S H"],
     mask: Mask,
     axes: tuple[str, ...],
-    blocks: Blocks,
+    kernel: Kernel,
 ) -> Float[Array, "R G T H"]:
     """Returns attention of this device's queries over the keys of every device of the mesh axes, in q's type.
 
     Runs inside shard_map; q, k, v and mask are this device's shards. The gathered keys are not kept for the backward.
     """
-    out, _ = _attention_forward(q, k, v, mask, axes, blocks)
+    out, _ = _attention_forward(q, k, v, mask, axes, kernel)
     return out
 
 
@@ -38,17 +37,17 @@ def _gathered(k, v, mask: Mask, axes):
     return k, v, replace(mask, k_position=position, k_segment=segment)
 
 
-def _attention_forward(q, k, v, mask, axes, blocks):
-    q, mask = blockwise.tie_to_data(q, mask)
-    partial_out = blockwise.forward(q, *_gathered(k, v, mask, axes), blocks)
-    out, lse = blockwise.named_for_remat(*partial_out, q.dtype)
+def _attention_forward(q, k, v, mask, axes, kernel):
+    q, mask = tie_to_data(q, mask)
+    partial_out = kernel.forward(q, *_gathered(k, v, mask, axes))
+    out, lse = named_for_remat(*partial_out, q.dtype)
     return out, (q, k, v, mask, out, lse)
 
 
-def _attention_backward(axes, blocks, residuals, d_out):
+def _attention_backward(axes, kernel, residuals, d_out):
     q, k, v, mask, out, lse = residuals
-    d_out, mask = blockwise.tie_to_data(d_out, mask)
-    dq, dk, dv = blockwise.backward(q, *_gathered(k, v, mask, axes), out, lse, d_out, blocks)
+    d_out, mask = tie_to_data(d_out, mask)
+    dq, dk, dv = kernel.backward(q, *_gathered(k, v, mask, axes), out, lse, d_out)
     # Summed over the devices in float32, and only then rounded.
     dk, dv = (lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

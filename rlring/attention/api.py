@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from rlring.attention.all_gather import all_gather_attention
 from rlring.attention.blocks import Blocks, pad
-from rlring.attention.blockwise import blockwise_attention
+from rlring.attention.blockwise import BlockwiseKernel
 from rlring.attention.dense import dense_attention
+from rlring.attention.local import local_attention
 from rlring.attention.mask import Mask
 from rlring.attention.ring import ring_attention
 from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
@@ -100,30 +101,32 @@ def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
 @partial(jax.jit, static_argnames=("config", "axis"))
 def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, axis: str | None = None):
     blocks = Blocks(config.block_q, config.block_k, config.scores)
+    one_device, ring = _by_rows(local_attention, blocks), _by_rows(ring_attention, blocks, "ring")
     match config.scheme:
         case "dense":
             return dense_attention(q, k, v, mask)
         case "blockwise":
-            return _by_rows(blockwise_attention, blocks)(q, k, v, mask)
+            return one_device(q, k, v, mask)
         case "ring":
-            return _by_rows(ring_attention, "ring", blocks)(q, k, v, mask)
+            return ring(q, k, v, mask)
         case "all_gather":
-            return _by_rows(all_gather_attention, SEQUENCE_AXES, blocks)(q, k, v, mask)
+            return _by_rows(all_gather_attention, blocks, SEQUENCE_AXES)(q, k, v, mask)
         case "ulysses":
-            return ulysses_attention(q, k, v, mask, axis="ulysses", local=_by_rows(blockwise_attention, blocks))
+            return ulysses_attention(q, k, v, mask, axis="ulysses", local=one_device)
         case "hybrid":  # USP, Fang and Zhao 2405.07719
-            return ulysses_attention(q, k, v, mask, axis="ulysses", local=_by_rows(ring_attention, "ring", blocks))
+            return ulysses_attention(q, k, v, mask, axis="ulysses", local=ring)
         case "sparse":
             return sparse_attention(q, k, v, mask, pattern=config.sparse, blocks=blocks, axis=axis)
     raise AssertionError(config.scheme)
 
 
-def _by_rows(scheme: Callable, *how) -> Callable:
-    """Returns the scheme, which works on rows, as a function of tokens."""
+def _by_rows(scheme: Callable, blocks: Blocks, *axes) -> Callable:
+    """Returns the scheme, which works on rows, as a function of tokens; axes are those that its sequence is split over."""
 
     def run(q, k, v, mask: Mask):
-        rows = scheme(rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v), mask, *how)
-        return tokens_of_rows(rows, q.shape[0])
+        kernel = BlockwiseKernel(blocks.within_halves(q.shape[1], k.shape[1]) if axes else blocks)
+        rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
+        return tokens_of_rows(scheme(*rows, mask, *axes, kernel), q.shape[0])
 
     return run
 

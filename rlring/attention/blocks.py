@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Int32
 from rlring.attention.mask import Bounds, Mask
 
 
+SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
+
+
 class Blocks(NamedTuple):
     """How attention is cut into blocks."""
 
@@ -21,6 +24,18 @@ class Blocks(NamedTuple):
     def fit(self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"]) -> "Blocks":
         """Returns blocks no longer than the sequences."""
         return self._replace(q=min(self.q, q.shape[2]), k=min(self.k, k.shape[1]))
+
+    def within_halves(self, q_length: int, k_length: int) -> "Blocks":
+        """Returns blocks none of which reaches over the middle of a shard of these lengths.
+
+        With the zigzag order the two halves of a shard are far apart, and a block with tokens of both is always seen.
+        """
+
+        def within(block: int, length: int) -> int:
+            half = -(-length // 2)
+            return -(-half // -(-half // block)) if length >= SHORTEST_HALVED else block
+
+        return self._replace(q=within(self.q, q_length), k=within(self.k, k_length))
 
     def rows(self, rows: int, group: int) -> int:
         """Returns how many of the rows are worked on at once; it divides their number."""

@@ -1,8 +1,5 @@
 """Blockwise attention on one device: memory linear in length (Rabe and Staats 2112.05682, FlashAttention-2 2307.08691).
 
-forward() and backward() are the block interface: what a hop of the ring, a gathered context or a head-split context
-runs locally. backward() takes the *global* out and lse, so the gradients over disjoint sets of keys simply add up.
-
 Three loops, each only where there is something to split: over rows, over the blocks of one side, over those blocks of
 the other side that the mask shows. In the largest array, the scores of a block, no pass is made that can be saved.
 """
@@ -13,67 +10,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32
 
 from rlring.attention.blocks import Blocks, by_rows, joined, pad, pick, take, visits
+from rlring.attention.local import Gradients
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, finite_lse
 
 
-class Gradients(NamedTuple):
-    """Always float32: the gradient of a key is a sum over every query of a long context."""
+class BlockwiseKernel(NamedTuple):
+    """The kernel in plain JAX: every mask, every type, every device."""
 
-    dq: Float32[Array, "R G T H"]
-    dk: Float32[Array, "R S H"]
-    dv: Float32[Array, "R S H"]
+    blocks: Blocks
 
+    def forward(self, q, k, v, mask: Mask) -> Partial:
+        return forward(q, k, v, mask, self.blocks)
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blockwise_attention(
-    q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask, blocks: Blocks
-) -> Float[Array, "R G T H"]:
-    """Returns attention in q's type. Lengths need not be multiples of the blocks, and may be shorter."""
-    return forward(q, k, v, mask, blocks).out.astype(q.dtype)
-
-
-def _attention_forward(q, k, v, mask, blocks):
-    q, mask = tie_to_data(q, mask)
-    out, lse = named_for_remat(*forward(q, k, v, mask, blocks), q.dtype)
-    return out, (q, k, v, mask, out, lse)
-
-
-def _attention_backward(blocks, residuals, d_out):
-    q, k, v, mask, out, lse = residuals
-    d_out, mask = tie_to_data(d_out, mask)
-    dq, dk, dv = backward(q, k, v, mask, out, lse, d_out, blocks)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-blockwise_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def tie_to_data(data: Array, mask: Mask) -> tuple[Array, Mask]:
-    """Returns both unchanged, but what follows from the mask now waits for the data.
-
-    The trap: in a scan over layers what depends on positions alone is the same for all layers, so without this the
-    masks of all pairs of blocks are computed ahead of the scan and kept for the backward: quadratic in the length.
-    """
-    return lax.optimization_barrier((data, mask))
-
-
-def named_for_remat(out: Array, lse: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Returns out in the compute type and lse, by names with which a remat policy can keep them."""
-    return checkpoint_name(out.astype(dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
+        return backward(q, k, v, mask, out, lse, d_out, self.blocks)
 
 
 def forward(
     q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask, blocks: Blocks
 ) -> Partial:
-    """Returns attention of q over these keys, and its lse; queries that see nothing have out 0 and lse -inf.
-
-    The mask has B rows, R a multiple of B.
-    """
+    """Kernel.forward."""
     blocks = blocks.fit(q, k)
     attend = partial(_forward_rows, blocks=blocks)
     return by_rows(attend, blocks.rows(*q.shape[:2]), (q, k, v, mask.repeated(q.shape[0] // mask.rows)))
@@ -89,7 +49,7 @@ def backward(
     d_out: Float[Array, "R G T H"],
     blocks: Blocks,
 ) -> Gradients:
-    """Returns what these keys add to the gradients, from the out and lse over *all* keys."""
+    """Kernel.backward."""
     blocks = blocks.fit(q, k)
     # FlashAttention-2, equation 4: what the softmax's normalisation adds to the gradient, without the keys.
     delta = jnp.einsum("rgth,rgth->rgt", out, d_out, preferred_element_type=jnp.float32)

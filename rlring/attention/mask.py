@@ -171,6 +171,23 @@ def zigzag_order(length: int, ring: int) -> np.ndarray:
     return np.concatenate([chunks[[r, 2 * ring - 1 - r]].reshape(-1) for r in range(ring)])
 
 
+def striped_order(length: int, ring: int) -> np.ndarray:
+    """Returns order[length]: which token stands at place i so that ring shard r holds tokens r, r + ring, r + 2 * ring...
+
+    Striped Attention (2311.09431): under a causal mask every pair of shards then has the same work, a triangle of each
+    hop. The zigzag order balances as well, but in whole rectangles. length 8, ring 2: [0 2 4 6 | 1 3 5 7].
+
+    Raises:
+        UsageError: ring does not divide length.
+    """
+    if length % ring:
+        raise UsageError(
+            f"the striped order gives all ring = {ring} shards the same number of tokens; got length={length}. "
+            f"Pad the sequence to {-(-length // ring) * ring} tokens."
+        )
+    return np.arange(length).reshape(-1, ring).T.reshape(-1)
+
+
 def inverse_order(order: np.ndarray) -> np.ndarray:
     """Returns the order that undoes `order`: x[order][inverse_order(order)] is x."""
     inverse = np.empty_like(order)

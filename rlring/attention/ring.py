@@ -5,6 +5,7 @@ travel as one buffer, in one collective a hop; a device that sees nothing of wha
 collective. In the backward the gradients of keys and values follow their keys one hop late, in float32.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -14,14 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlring.attention import blockwise
-from rlring.attention.blocks import Blocks
-from rlring.attention.blockwise import Gradients
+from rlring.attention.local import Gradients, Kernel, named_for_remat, tie_to_data
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, merge, nothing
+from rlring.mesh import AXES
 
-SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
 UNROLLED_HOPS = 8  # the hops of a longer ring are a loop: the program must not grow with the cluster
+BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
 
 
 class _Parcel(NamedTuple):
@@ -43,80 +43,113 @@ def ring_attention(
     v: Float[Array, "R S H"],
     mask: Mask,
     axis: str,
-    blocks: Blocks,
+    kernel: Kernel,
 ) -> Float[Array, "R G T H"]:
     """Returns attention of this device's queries over the keys of every device of the mesh axis, in q's type.
 
     Runs inside shard_map; q, k, v and mask are this device's shards. Exact for any layout of the tokens over the ring.
     """
-    return _forward(q, k, v, mask, axis, blocks).out.astype(q.dtype)
+    return _forward(q, k, v, mask, axis, kernel).out.astype(q.dtype)
 
 
-def _forward(q, k, v, mask, axis, blocks) -> Partial:
-    blocks = _within_halves(blocks, q, k)
-
-    def attend(parcel: _Parcel) -> Partial:
-        hop_mask = parcel.mask(mask)
-        compute = partial(blockwise.forward, q, parcel.k, parcel.v, hop_mask, blocks)
-        return lax.cond(_sees(hop_mask), compute, partial(nothing, q))
-
-    def hop(state, is_last=False):
-        total, parcel = state
-        arriving = None if is_last else _shift(parcel, axis)
-        return merge(total, attend(parcel)), arriving
-
-    home = _Parcel(k, v, mask.k_position, mask.k_segment)
-    hops = lax.axis_size(axis) - 1
-    if hops == 0:
-        return attend(home)
-    arriving = _shift(home, axis)
-    total, _ = hop(_repeat(hop, hops - 1, (attend(home), arriving)), is_last=True)
-    return total
-
-
-def _attention_forward(q, k, v, mask, axis, blocks):
-    q, mask = blockwise.tie_to_data(q, mask)
-    out, lse = blockwise.named_for_remat(*_forward(q, k, v, mask, axis, blocks), q.dtype)
+def _attention_forward(q, k, v, mask, axis, kernel):
+    q, mask = tie_to_data(q, mask)
+    out, lse = named_for_remat(*_forward(q, k, v, mask, axis, kernel), q.dtype)
     return out, (q, k, v, mask, out, lse)
 
 
-def _attention_backward(axis, blocks, residuals, d_out):
+def _attention_backward(axis, kernel, residuals, d_out):
     q, k, v, mask, out, lse = residuals
-    d_out, mask = blockwise.tie_to_data(d_out, mask)
-    dq, dk, dv = _backward(q, k, v, mask, out, lse, d_out, axis, blocks)
+    d_out, mask = tie_to_data(d_out, mask)
+    dq, dk, dv = _backward(q, k, v, mask, out, lse, d_out, axis, kernel)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-def _backward(q, k, v, mask, out, lse, d_out, axis, blocks) -> Gradients:
-    # The other way round: a compiler that sees both passes would else keep the keys of all devices since the forward.
-    shift = partial(_shift, axis=axis, step=-1)
-    blocks = _within_halves(blocks, q, k)
+def _forward(q, k, v, mask, axis, kernel) -> Partial:
+    def ring(hops: int) -> Partial:
+        def attend(parcel: _Parcel) -> Partial:
+            hop_mask = parcel.mask(mask)
+            return lax.cond(_sees(hop_mask), partial(kernel.forward, q, parcel.k, parcel.v, hop_mask), nothing_of_q)
 
-    def differentiate(parcel: _Parcel) -> Gradients:
-        hop_mask = parcel.mask(mask)
-        compute = partial(blockwise.backward, q, parcel.k, parcel.v, hop_mask, out, lse, d_out, blocks)
-        return lax.cond(_sees(hop_mask), compute, partial(_no_gradients, q, k))
+        def hop(state, is_last=False):
+            total, parcel = state
+            arriving = None if is_last else _shift(parcel, axis)
+            return merge(total, attend(parcel)), arriving
 
-    def hop(state, is_first=False, is_last=False):
-        dq, behind, parcel = state  # behind: what the hops before this one found for the keys that are here now
-        arriving = None if is_last else shift(parcel)
-        behind = None if is_first else shift(behind)
-        here = differentiate(parcel)
-        found = (here.dk, here.dv) if is_first else (behind[0] + here.dk, behind[1] + here.dv)
-        return dq + here.dq, found, arriving
+        home = _Parcel(k, v, mask.k_position, mask.k_segment)
+        if hops == 0:
+            return attend(home)
+        arriving = _shift(home, axis)
+        total, _ = hop(_repeat(hop, hops - 1, (attend(home), arriving)), is_last=True)
+        return total
 
-    home = _Parcel(k, v, mask.k_position, mask.k_segment)
-    hops = lax.axis_size(axis) - 1
-    if hops == 0:
-        return differentiate(home)
-    arriving = shift(home)
-    dq, dk, dv = differentiate(home)
-    state = hop((dq, None, arriving), is_first=True, is_last=hops == 1)
-    if hops > 1:
-        state = hop(_repeat(hop, hops - 2, state), is_last=True)
-    dq, found, _ = state
-    dk_elsewhere, dv_elsewhere = shift(found)
-    return Gradients(dq, dk + dk_elsewhere, dv + dv_elsewhere)
+    nothing_of_q = partial(nothing, q)
+    return _as_far_as_seen(ring, mask, axis)
+
+
+def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
+    def ring(hops: int) -> Gradients:
+        # A whole ring turns the other way round: a compiler that sees both passes would else keep the keys of all
+        # devices since the forward. Where few hops are enough they are those of the forward.
+        step = -1 if hops == lax.axis_size(axis) - 1 else 1
+        shift = partial(_shift, axis=axis, step=step)
+
+        def differentiate(parcel: _Parcel) -> Gradients:
+            hop_mask = parcel.mask(mask)
+            compute = partial(kernel.backward, q, parcel.k, parcel.v, hop_mask, out, lse, d_out)
+            return lax.cond(_sees(hop_mask), compute, partial(_no_gradients, q, k))
+
+        def hop(state, is_first=False, is_last=False):
+            dq, behind, parcel = state  # behind: what the hops before this one found for the keys that are here now
+            arriving = None if is_last else shift(parcel)
+            behind = None if is_first else shift(behind)
+            here = differentiate(parcel)
+            found = (here.dk, here.dv) if is_first else (behind[0] + here.dk, behind[1] + here.dv)
+            return dq + here.dq, found, arriving
+
+        home = _Parcel(k, v, mask.k_position, mask.k_segment)
+        if hops == 0:
+            return differentiate(home)
+        arriving = shift(home)
+        dq, dk, dv = differentiate(home)
+        state = hop((dq, None, arriving), is_first=True, is_last=hops == 1)
+        if hops > 1:
+            state = hop(_repeat(hop, hops - 2, state), is_last=True)
+        dq, found, _ = state
+        dk_elsewhere, dv_elsewhere = _shift(found, axis, step=-hops * step)
+        return Gradients(dq, dk + dk_elsewhere, dv + dv_elsewhere)
+
+    return _as_far_as_seen(ring, mask, axis)
+
+
+def _as_far_as_seen(ring: Callable, mask: Mask, axis: str):
+    """Returns ring(hops): only as many hops as a window needs while the tokens stand in their order.
+
+    Whether they do is known when it runs. If any device of the mesh sees farther, all of them go once around.
+    """
+    devices = lax.axis_size(axis)
+    if not mask.is_causal or mask.window is None:
+        return ring(devices - 1)
+    near = -(-(mask.window - 1) // mask.k_position.shape[1])
+    if near >= devices - 1:
+        return ring(devices - 1)
+    # The same on every device, so that all of them enter the same collectives.
+    is_seen_beyond = lax.pmax(_sees_beyond(mask, near, axis), AXES)
+    return lax.cond(is_seen_beyond, partial(ring, devices - 1), partial(ring, near))
+
+
+def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
+    """Returns whether any query of this device may see any key from more than so many devices before it."""
+
+    def size(length):
+        return length // next(n for n in range(BLOCKS_COMPARED, 0, -1) if length % n == 0)
+
+    devices, rows = lax.axis_size(axis), mask.rows
+    k_bounds = lax.all_gather(mask.k_bounds(size(mask.k_position.shape[1])), axis)
+    beyond = (lax.axis_index(axis) - jnp.arange(hops + 1, devices)) % devices
+    k_bounds = jax.tree.map(lambda x: jnp.moveaxis(x[beyond], 1, 0).reshape(rows, 1, -1), k_bounds)
+    q_bounds = jax.tree.map(lambda x: x[:, :, None], mask.q_bounds(size(mask.q_position.shape[1])))
+    return mask.may_see(q_bounds, k_bounds).any()
 
 
 def _no_gradients(q, k) -> Gradients:
@@ -130,18 +163,6 @@ ring_attention.defvjp(_attention_forward, _attention_backward)
 def _sees(mask: Mask) -> Bool[Array, ""]:
     """Returns whether any query may see any key."""
     return mask.may_see(mask.q_bounds(mask.q_position.shape[1]), mask.k_bounds(mask.k_position.shape[1]))[0]
-
-
-def _within_halves(blocks: Blocks, q, k) -> Blocks:
-    """Returns blocks that do not reach over the middle of a shard.
-
-    With the zigzag order the two halves of a shard are far apart, and a block with tokens of both is always seen.
-    """
-
-    def within(block, length):
-        return min(block, -(-length // 2)) if length >= SHORTEST_HALVED else block
-
-    return blocks._replace(q=within(blocks.q, q.shape[2]), k=within(blocks.k, k.shape[1]))
 
 
 def _repeat(step, times: int, state):

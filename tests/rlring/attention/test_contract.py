@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlring.attention import AttentionConfig, Mask, attention, zigzag_order
+from rlring.attention import AttentionConfig, Mask, attention, striped_order, zigzag_order
 from rlring.mesh import make_mesh
 
 CASES = [
@@ -24,16 +24,21 @@ CASES = [
     ("hybrid", {"ring": 2, "ulysses": 2}),
     ("hybrid", {"ring": 2, "ulysses": 4}),
 ]
+POWERS = (1, 2, 4, 8)
+EVERY_MESH = [{"ring": r, "ulysses": u} for r in POWERS for u in POWERS if r * u <= 8]
+EVERY_CASE = [("blockwise", {}), ("ring", {"data": 2, "ring": 4}), ("hybrid", {"data": 2, "ring": 2, "ulysses": 2})]
+EVERY_CASE += [("ring", {"ring": r}) for r in POWERS] + [("ulysses", {"ulysses": u}) for u in POWERS]
+EVERY_CASE += [(scheme, mesh) for scheme in ("all_gather", "hybrid") for mesh in EVERY_MESH]
 ONE_OF_EACH = [CASES[n] for n in (0, 2, 5, 8, 9)]
 HEADS, SIZE = 4, 8
 BLOCKS = {"block_q": 6, "block_k": 5, "scores": 130}  # divide no length; two sequences do not fit at once
 LENGTH = 48
 
 
-def arrays(kv_heads: int, length: int = LENGTH, dtype=jnp.float32):
+def arrays(kv_heads: int, length: int = LENGTH, dtype=jnp.float32, heads: int = HEADS, rows: int = 2):
     """q, k, v and the gradient of the out."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(2, length, heads, SIZE) for heads in (HEADS, kv_heads, kv_heads, HEADS)]
+    shapes = [(rows, length, heads, SIZE) for heads in (heads, kv_heads, kv_heads, heads)]
     return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -49,6 +54,7 @@ def causal_masks(length: int = LENGTH) -> dict[str, Mask]:
         "empty": Mask.causal(position, jnp.full_like(position, -1)),
         "first_rows_see_nothing": replace(Mask.causal(position), k_position=position + 20),
         "zigzag": Mask.causal(position[:, zigzag_order(length, 4)]),
+        "striped": Mask.causal(position[:, striped_order(length, 4)], packed[:, striped_order(length, 4)]),
         "shuffled": Mask.causal(jax.random.permutation(jax.random.key(1), position, axis=1, independent=True), packed),
     }
 
@@ -146,3 +152,28 @@ def test_the_same_bits_twice(scheme, mesh):
     once, again = (run(inputs, mask, AttentionConfig(scheme, **BLOCKS), mesh) for _ in range(2))
     for a, b in zip(once, again, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize(("scheme", "mesh"), EVERY_CASE, ids=str)
+def test_everything(scheme, mesh, kv_heads):
+    """Every scheme on every mesh, every mask, both types; the masks of a kind share a batch, each is judged alone."""
+    mesh, config = make_mesh(**mesh) if mesh else None, AttentionConfig(scheme, **BLOCKS)
+    masks = causal_masks()
+    together = jax.tree.map(lambda *rows: jnp.concatenate(rows), *masks.values())
+    inputs = arrays(kv_heads, heads=8, rows=2 * len(masks))
+    halves = [x.astype(jnp.bfloat16) for x in inputs]
+    for kind in (together, replace(together, window=9), replace(together, is_causal=False)):
+        dense = run(inputs, kind, AttentionConfig("dense"))
+        with jax.enable_x64(True):
+            exact = run([jnp.asarray(x, jnp.float64) for x in halves], kind, AttentionConfig("dense"))
+        dense_halves = run(halves, kind, AttentionConfig("dense"))
+        got, got_halves = run(inputs, kind, config, mesh), run(halves, kind, config, mesh)
+        for part, *results in zip(("out", "dq", "dk", "dv"), got, dense, got_halves, dense_halves, exact, strict=True):
+            for n, name in enumerate(masks):
+                a, b, c, d, e = (x[2 * n : 2 * n + 2] for x in results)
+                case = f"{part} of {name}, causal {kind.is_causal}, window {kind.window}"
+                assert np.isfinite(a).all() and np.isfinite(c).all(), case
+                assert relative_error(a, b) <= 1e-5, case
+                assert relative_error(c, e) <= 2 * relative_error(d, e), f"bfloat16: {case}"

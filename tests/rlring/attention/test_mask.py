@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlring.attention import Mask, inverse_order, zigzag_order
+from rlring.attention import Mask, inverse_order, striped_order, zigzag_order
 from rlring.errors import UsageError
 
 
@@ -98,3 +98,11 @@ def test_zigzag():
 def test_zigzag_needs_equal_chunks():
     with pytest.raises(UsageError, match=r"2 \* ring = 8 equal chunks; got length=12. Pad the sequence to 16 tokens"):
         zigzag_order(12, 4)
+
+
+def test_striped():
+    assert striped_order(8, 2).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    order = striped_order(48, 4)
+    np.testing.assert_array_equal(order[inverse_order(order)], np.arange(48))
+    with pytest.raises(UsageError, match=r"same number of tokens; got length=10. Pad the sequence to 12 tokens"):
+        striped_order(10, 4)

@@ -33,6 +33,51 @@ def test_one_permute_a_hop(devices, dtype):
     assert permutes(jax.grad(loss, (0, 1, 2)), x, x, x, mask) == 3 * (devices - 1)
 
 
+@pytest.mark.parametrize(("window", "hops"), [(1, 0), (2, 1), (9, 1), (10, 2), (17, 2), (40, 5)])
+def test_a_window_takes_as_many_hops_as_it_reaches(window, hops):
+    """Tokens in their order, 8 a device: ceil((window - 1) / 8) hops; in any other order the ring goes once around."""
+    position = jnp.arange(64, dtype=jnp.int32)[None]
+    mask = Mask.causal(position, window=window)
+    x = jax.random.normal(jax.random.key(0), (1, 64, 2, 4))
+    run = partial(attention, config=AttentionConfig("ring"), mesh=make_mesh(ring=8))
+
+    def loss(x, mask, run):
+        return (run(x, x, x, mask) ** 2).sum()
+
+    def branches(function) -> list[int]:
+        """Permutes in each branch that is not taken hop by hop."""
+        text = jax.jit(function).lower(x, mask).compile().as_text()
+        found = [part.count(" collective-permute(") for part in text.split("\n\n")]
+        return sorted(n for n in found if n)
+
+    assert branches(lambda x, mask: run(x, x, x, mask)) == sorted(n for n in (hops, 7) if n)
+    # Keys and values, their gradients hop by hop, and those at once home.
+    home = 1 if hops else 0
+    backward = branches(jax.grad(partial(loss, run=run)))
+    assert backward == sorted(n for n in (hops, 7, 2 * hops - 1 + home if hops else 0, 14) if n)
+
+    dense = partial(attention, config=AttentionConfig("dense"))
+    shuffled = Mask.causal(jax.random.permutation(jax.random.key(1), position, axis=1), window=window)
+    for seen in (mask, shuffled):
+        expected, got = (np.asarray(jax.grad(partial(loss, run=how))(x, seen)) for how in (dense, run))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_how_far_a_window_reaches_is_known_when_it_runs():
+    """The short ring is taken where it is enough: with NaN in what it must not read, the out is finite."""
+    x = jax.random.normal(jax.random.key(0), (1, 64, 2, 4))
+    run = partial(attention, config=AttentionConfig("ring"), mesh=make_mesh(ring=8))
+    position = jnp.arange(64, dtype=jnp.int32)[None]
+    far_apart = jnp.where(position < 8, position, position + 100)  # nobody sees the first shard
+
+    def sees(position, window):
+        poisoned = x.at[:, :8].set(jnp.nan)
+        return np.isfinite(run(x, poisoned, poisoned, Mask.causal(position, window=window))[0, 8:]).all()
+
+    assert sees(far_apart, 9) and sees(far_apart, 30)
+    assert not sees(position, 9)
+
+
 def test_a_long_ring_is_a_loop(monkeypatch):
     monkeypatch.setattr(ring, "UNROLLED_HOPS", 2)
     x = jax.random.normal(jax.random.key(0), (1, 32, 2, 4))

@@ -1,0 +1,89 @@
+"""Attention where the keys are: the two functions of a kernel, and attention on one device made of them.
+
+A kernel is the block interface that every scheme is built on: what a hop of the ring, a gathered context or a head-split
+context runs locally. backward() takes the *global* out and lse, so gradients over disjoint sets of keys simply add up.
+"""
+
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32
+
+from rlring.attention.mask import Mask
+from rlring.attention.softmax import Partial
+
+
+class Gradients(NamedTuple):
+    """Always float32: the gradient of a key is a sum over every query of a long context."""
+
+    dq: Float32[Array, "R G T H"]
+    dk: Float32[Array, "R S H"]
+    dv: Float32[Array, "R S H"]
+
+
+class Kernel(Protocol):
+    """How attention over keys that are here is computed. Hashable: it is a static argument."""
+
+    def forward(
+        self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask
+    ) -> Partial:
+        """Returns attention of q over these keys, and its lse; queries that see nothing have out 0 and lse -inf.
+
+        The mask has B rows, R a multiple of B.
+        """
+        ...
+
+    def backward(
+        self,
+        q: Float[Array, "R G T H"],
+        k: Float[Array, "R S H"],
+        v: Float[Array, "R S H"],
+        mask: Mask,
+        out: Float[Array, "R G T H"],
+        lse: Float32[Array, "R G T"],
+        d_out: Float[Array, "R G T H"],
+    ) -> Gradients:
+        """Returns what these keys add to the gradients, from the out and lse over *all* keys."""
+        ...
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def local_attention(
+    q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask, kernel: Kernel
+) -> Float[Array, "R G T H"]:
+    """Returns attention in q's type. Lengths need not be multiples of a kernel's blocks."""
+    return kernel.forward(q, k, v, mask).out.astype(q.dtype)
+
+
+def _attention_forward(q, k, v, mask, kernel):
+    q, mask = tie_to_data(q, mask)
+    out, lse = named_for_remat(*kernel.forward(q, k, v, mask), q.dtype)
+    return out, (q, k, v, mask, out, lse)
+
+
+def _attention_backward(kernel, residuals, d_out):
+    q, k, v, mask, out, lse = residuals
+    d_out, mask = tie_to_data(d_out, mask)
+    dq, dk, dv = kernel.backward(q, k, v, mask, out, lse, d_out)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+local_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def tie_to_data(data: Array, mask: Mask) -> tuple[Array, Mask]:
+    """Returns both unchanged, but what follows from the mask now waits for the data.
+
+    The trap: in a scan over layers what depends on positions alone is the same for all layers, so without this the
+    masks of all pairs of blocks are computed ahead of the scan and kept for the backward: quadratic in the length.
+    """
+    return lax.optimization_barrier((data, mask))
+
+
+def named_for_remat(out: Array, lse: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Returns out in the compute type and lse, by names with which a remat policy can keep them."""
+    return checkpoint_name(out.astype(dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
