@@ -121,7 +121,7 @@ def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, axis: str | None 
 
 
 def _by_rows(scheme: Callable, blocks: Blocks, *axes) -> Callable:
-    """Returns the scheme, which works on rows, as a function of tokens; axes are those that its sequence is split over."""
+    """Returns the scheme, which works on rows, as a function of tokens; axes: over which its sequence is split."""
 
     def run(q, k, v, mask: Mask):
         kernel = BlockwiseKernel(blocks.within_halves(q.shape[1], k.shape[1]) if axes else blocks)

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int32
 
 from rlring.attention.mask import Bounds, Mask
 
-
 SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
 
 

@@ -7,7 +7,6 @@ the other side that the mask shows. In the largest array, the scores of a block,
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32

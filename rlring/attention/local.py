@@ -1,7 +1,8 @@
 """Attention where the keys are: the two functions of a kernel, and attention on one device made of them.
 
-A kernel is the block interface that every scheme is built on: what a hop of the ring, a gathered context or a head-split
-context runs locally. backward() takes the *global* out and lse, so gradients over disjoint sets of keys simply add up.
+A kernel is the block interface that every scheme is built on: what a hop of the ring, a gathered context or a
+head-split context runs locally. backward() takes the *global* out and lse, so gradients over disjoint sets of keys
+simply add up.
 """
 
 from functools import partial

@@ -172,7 +172,7 @@ def zigzag_order(length: int, ring: int) -> np.ndarray:
 
 
 def striped_order(length: int, ring: int) -> np.ndarray:
-    """Returns order[length]: which token stands at place i so that ring shard r holds tokens r, r + ring, r + 2 * ring...
+    """Returns order[length]: which token stands at place i so that ring shard r holds tokens r, r + ring, and so on.
 
     Striped Attention (2311.09431): under a causal mask every pair of shards then has the same work, a triangle of each
     hop. The zigzag order balances as well, but in whole rectangles. length 8, ring 2: [0 2 4 6 | 1 3 5 7].

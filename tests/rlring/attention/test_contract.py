@@ -174,6 +174,7 @@ def test_everything(scheme, mesh, kv_heads):
             for n, name in enumerate(masks):
                 a, b, c, d, e = (x[2 * n : 2 * n + 2] for x in results)
                 case = f"{part} of {name}, causal {kind.is_causal}, window {kind.window}"
-                assert np.isfinite(a).all() and np.isfinite(c).all(), case
+                assert np.isfinite(a).all(), case
+                assert np.isfinite(c).all(), case
                 assert relative_error(a, b) <= 1e-5, case
                 assert relative_error(c, e) <= 2 * relative_error(d, e), f"bfloat16: {case}"
