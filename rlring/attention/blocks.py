@@ -1,6 +1,7 @@
 """Blocks: how attention is cut into pieces, which of them are worth a visit, and in what order."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -60,11 +61,12 @@ class Visits(NamedTuple):
 
     def walk(self, step: Callable, state):
         """Returns the state after step(block, state, is_masked=...) at every block that is seen."""
+        state = self.visit(0, self.whole, partial(step, is_masked=False), state)
+        return self.visit(self.whole, self.seen, partial(step, is_masked=True), state)
 
-        def loop(start, stop, state, is_masked):
-            return lax.fori_loop(start, stop, lambda n, s: step(self.order[n], s, is_masked=is_masked), state)
-
-        return loop(self.whole, self.seen, loop(0, self.whole, state, False), True)
+    def visit(self, start, stop, step: Callable, state):
+        """Returns the state after step(block, state) at these places of the order."""
+        return lax.fori_loop(start, stop, lambda n, state: step(self.order[n], state), state)
 
 
 def visits(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> Visits:

@@ -16,6 +16,8 @@ from rlring.attention.local import Gradients
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, finite_lse
 
+MOST = 1e19  # of a sum of exponentials, in float32
+
 
 class BlockwiseKernel(NamedTuple):
     """The kernel in plain JAX: every mask, every type, every device."""
@@ -67,12 +69,17 @@ def _forward_rows(q, k, v, mask: Mask, *, blocks: Blocks) -> Partial:
     def attend_from(i):
         q_block = _flat(take(q, i, blocks.q, 2))
 
-        def attend_to(j, running, *, is_masked):
+        def attend_to(j, running, *, add=_next, is_masked=False):
             visible = _visible(blocks.mask(mask, i, j), group) if is_masked else None
-            return _next(running, q_block, take(k, j, blocks.k, 1), take(v, j, blocks.k, 1), visible)
+            return add(running, q_block, take(k, j, blocks.k, 1), take(v, j, blocks.k, 1), visible)
 
         plan = visits(mask, pick(q_bounds, i), k_bounds)
-        return plan.walk(attend_to, _Running.start(q_block)).finish(group)
+        first = jnp.minimum(plan.whole, 1)
+        known = plan.visit(0, first, attend_to, _Running.start(q_block))
+        fast = plan.visit(first, plan.whole, partial(attend_to, add=_next_in_range), known)
+        safe = partial(plan.visit, first, plan.whole, attend_to, known)
+        running = lax.cond(fast.is_in_range(), lambda: fast, safe)
+        return plan.visit(plan.whole, plan.seen, partial(attend_to, is_masked=True), running).finish(group)
 
     parts = lax.map(attend_from, jnp.arange(q.shape[2] // blocks.q))
     return Partial(*(joined(part, 2)[:, :, :length] for part in parts))
@@ -125,6 +132,10 @@ class _Running(NamedTuple):
         zero = jnp.zeros(q.shape, jnp.float32)
         return cls(jnp.full_like(zero[..., 0], -jnp.inf), zero[..., 0], zero)
 
+    def is_in_range(self) -> Bool[Array, ""]:
+        """Returns whether no sum came near the end of the numbers."""
+        return (self.total.max() < MOST) & jnp.isfinite(self.out).all()
+
     def finish(self, group: int) -> Partial:
         total = jnp.where(self.total == 0.0, 1.0, self.total)
         out, lse = self.out / total[..., None], self.top * _scale(self.out) + jnp.log(total)
@@ -146,6 +157,15 @@ def _next(running: _Running, q, k, v, visible: Bool[Array, "R Q S"] | None) -> _
     fade = jnp.exp((running.top - finite) * _scale(q))
     total = running.total * fade + weights.sum(-1)
     return _Running(top, total, running.out * fade[..., None] + _weighted(weights, v))
+
+
+def _next_in_range(running: _Running, q, k, v, visible: None) -> _Running:
+    """Returns what _next does, a pass faster, unless a score is far above the top so far: then is_in_range() is False.
+
+    Any number near the greatest score serves as the top: it cancels.
+    """
+    weights = jnp.exp((_scores(q, k, visible) - running.top[..., None]) * _scale(q))
+    return _Running(running.top, running.total + weights.sum(-1), running.out + _weighted(weights, v))
 
 
 def _gradients(q, k, v, visible: Bool[Array, "R Q S"] | None, lse, delta, d_out):

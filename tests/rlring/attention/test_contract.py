@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlring.attention import AttentionConfig, Mask, attention, striped_order, zigzag_order
+from rlring.attention import AttentionConfig, Mask, attention, blockwise, striped_order, zigzag_order
 from rlring.mesh import make_mesh
 
 CASES = [
@@ -178,3 +178,23 @@ def test_everything(scheme, mesh, kv_heads):
                 assert np.isfinite(c).all(), case
                 assert relative_error(a, b) <= 1e-5, case
                 assert relative_error(c, e) <= 2 * relative_error(d, e), f"bfloat16: {case}"
+
+
+@pytest.mark.parametrize("slope", [1, -1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_scores_that_grow_without_end(dtype, slope, monkeypatch):
+    """The fast sum takes the first block's top for all; where later scores are far above it, it is done again."""
+    q, k, v, d_out = arrays(4, dtype=dtype)
+    growth = slope * jnp.linspace(0.0, 60.0, LENGTH, dtype=dtype)[None, :, None, None]
+    inputs = (jnp.abs(q) * 3, jnp.abs(k) * growth, v, d_out)
+    mask = Mask.causal(jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (2, 1)))
+    expected = run(inputs, mask, AttentionConfig("dense"))
+    got = run(inputs, mask, AttentionConfig("blockwise", **BLOCKS))
+    for a, b in zip(got, expected, strict=True):
+        assert np.isfinite(a).all()
+        # Scores reach 1,000: their own rounding is 1e-4 of a weight.
+        assert relative_error(a, b) <= (2e-4 if dtype == jnp.float32 else 1e-2)
+    if slope > 0:  # and it was necessary
+        monkeypatch.setattr(blockwise._Running, "is_in_range", lambda running: jnp.bool(True))
+        other_blocks = BLOCKS | {"block_q": 7}  # compiled anew
+        assert not np.isfinite(run(inputs, mask, AttentionConfig("blockwise", **other_blocks))[0]).all()
