@@ -2,8 +2,10 @@
 
 import os
 import re
+from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rlring.errors import UsageError
@@ -11,16 +13,21 @@ from rlring.errors import UsageError
 AXES = ("data", "ring", "ulysses")
 SEQUENCE_AXES = ("ring", "ulysses")  # ulysses innermost: it wants the fast links
 
-# A virtual CPU device that is busy with a long hop looks stuck to XLA, which aborts the process after 40 s.
-_COLLECTIVE_TIMEOUTS = {
+_CPU_FLAGS = {
+    # A virtual CPU device that is busy with a long hop looks stuck to XLA, which aborts the process after 40 s.
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
     "xla_cpu_collective_call_terminate_timeout_seconds": 1800,
     "xla_cpu_collective_timeout_seconds": 1800,
+    # The scheduler for concurrency begins all hops of a ring as early as it can, and holds their keys all at once: of 8
+    # devices each needed 2.9 times the temporary memory. The devices keep the cores busy without it.
+    "xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 
 
-def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1) -> Mesh:
+def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh ("data", "ring", "ulysses") over the first data * ring * ulysses devices.
+
+    devices: those of another cluster (rlring.topology), to compile for it. None: this process' own.
 
     Raises:
         UsageError: an axis is smaller than 1, or there are too few devices.
@@ -31,7 +38,7 @@ def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1) -> Mesh:
             f"a mesh axis has at least one device; got data={data}, ring={ring}, ulysses={ulysses}. "
             "Use 1 to turn an axis off."
         )
-    wanted, devices = data * ring * ulysses, jax.devices()
+    wanted, devices = data * ring * ulysses, jax.devices() if devices is None else devices
     if wanted > len(devices):
         raise UsageError(
             f"a mesh of data={data}, ring={ring}, ulysses={ulysses} needs {wanted} devices; this process sees "
@@ -39,7 +46,9 @@ def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1) -> Mesh:
             f"the first JAX computation: rlring.request_cpu_devices({wanted}), or JAX_NUM_CPU_DEVICES={wanted} in the "
             "environment."
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
+    # Neighbours of an axis are neighbours on the torus of a TPU. jax.make_mesh would refuse a ring of half a side.
+    ordered = mesh_utils.create_device_mesh(sizes, devices[:wanted], allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def request_cpu_devices(count: int) -> None:
@@ -63,5 +72,5 @@ def request_cpu_devices(count: int) -> None:
             ) from backend_is_up
         return
     flags = os.environ.get("XLA_FLAGS", "")
-    missing = [f"--{name}={s}" for name, s in _COLLECTIVE_TIMEOUTS.items() if not re.search(rf"--{name}\b", flags)]
+    missing = [f"--{name}={s}" for name, s in _CPU_FLAGS.items() if not re.search(rf"--{name}\b", flags)]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()

@@ -26,7 +26,7 @@ from rlring.attention.ulysses import check_heads
 from rlring.errors import UsageError
 from rlring.mesh import SEQUENCE_AXES, make_mesh
 
-EXACT = ("dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")  # all the same work: comparable
+EXACT = ("auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")  # all the same work: comparable
 ONE_DEVICE = ("dense", "blockwise")
 BACKWARD_FLOPS = 2.5  # of a forward's: five products of matrices for two
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from rlring.attention.all_gather import all_gather_attention
 from rlring.attention.blocks import Blocks, pad
 from rlring.attention.blockwise import BlockwiseKernel
+from rlring.attention.choose import choose_scheme
 from rlring.attention.dense import dense_attention
 from rlring.attention.local import local_attention
 from rlring.attention.mask import Mask
@@ -22,12 +23,14 @@ from rlring.attention.ulysses import check_heads, ulysses_attention
 from rlring.errors import UsageError
 from rlring.mesh import AXES, SEQUENCE_AXES
 
-SCHEMES = ("dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse")
+SCHEMES = ("auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse")
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """How attention is computed; what is computed depends on none of it but `sparse`.
+
+    scheme "auto" goes by the rule of choose.choose_scheme.
 
     Raises:
         UsageError: an unknown scheme, a block without tokens, or a pattern without the scheme that follows it.
@@ -79,6 +82,8 @@ def attention(
         local = config if config.scheme in ("dense", "sparse") else replace(config, scheme="blockwise")
         return _on_shard(q, k, v, mask, config=local)
     check_batch(q, mesh)
+    if config.scheme == "auto":
+        config = replace(config, scheme=_chosen(q, k, mesh))
     _check_scheme(q, k, config, mesh)
     return _on_mesh(q, k, v, mask, config=config, mesh=mesh)
 
@@ -164,6 +169,19 @@ def check_batch(q, mesh: Mesh) -> None:
         raise UsageError(
             f"the batch is split over mesh.data={data} devices; got B={q.shape[0]}. Use a multiple of {data}."
         )
+
+
+def _chosen(q, k, mesh: Mesh) -> str:
+    return choose_scheme(
+        length=k.shape[1],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_size=k.shape[3],
+        itemsize=k.dtype.itemsize,
+        batch=k.shape[0] // mesh.shape["data"],
+        ring=mesh.shape["ring"],
+        ulysses=mesh.shape["ulysses"],
+    )
 
 
 def _check_scheme(q, k, config: AttentionConfig, mesh: Mesh) -> None:

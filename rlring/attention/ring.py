@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention.local import Gradients, Kernel, named_for_remat, tie_to_data
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, merge, nothing
+from rlring.attention.softmax import Partial, merge
 from rlring.mesh import AXES
 
 UNROLLED_HOPS = 8  # the hops of a longer ring are a loop: the program must not grow with the cluster
@@ -67,23 +67,25 @@ def _attention_backward(axis, kernel, residuals, d_out):
 
 def _forward(q, k, v, mask, axis, kernel) -> Partial:
     def ring(hops: int) -> Partial:
-        def attend(parcel: _Parcel) -> Partial:
-            hop_mask = parcel.mask(mask)
-            return lax.cond(_sees(hop_mask), partial(kernel.forward, q, parcel.k, parcel.v, hop_mask), nothing_of_q)
-
         def hop(state, is_last=False):
             total, parcel = state
             arriving = None if is_last else _shift(parcel, axis)
-            return merge(total, attend(parcel)), arriving
+            hop_mask = parcel.mask(mask)
+
+            def attend(total: Partial) -> Partial:
+                return merge(total, kernel.forward(q, parcel.k, parcel.v, hop_mask))
+
+            # Adding up inside of the branch makes every hop wait for the one before: side by side each would hold its
+            # own out.
+            return lax.cond(_sees(hop_mask), attend, lambda total: total, total), arriving
 
         home = _Parcel(k, v, mask.k_position, mask.k_segment)
-        if hops == 0:
-            return attend(home)
-        arriving = _shift(home, axis)
-        total, _ = hop(_repeat(hop, hops - 1, (attend(home), arriving)), is_last=True)
+        arriving = _shift(home, axis) if hops else None
+        total = kernel.forward(q, k, v, mask)
+        if hops:
+            total, _ = hop(_repeat(hop, hops - 1, _in_turn((total, arriving))), is_last=True)
         return total
 
-    nothing_of_q = partial(nothing, q)
     return _as_far_as_seen(ring, mask, axis)
 
 
@@ -94,25 +96,27 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
         step = -1 if hops == lax.axis_size(axis) - 1 else 1
         shift = partial(_shift, axis=axis, step=step)
 
-        def differentiate(parcel: _Parcel) -> Gradients:
-            hop_mask = parcel.mask(mask)
-            compute = partial(kernel.backward, q, parcel.k, parcel.v, hop_mask, out, lse, d_out)
-            return lax.cond(_sees(hop_mask), compute, partial(_no_gradients, q, k))
-
         def hop(state, is_first=False, is_last=False):
             dq, behind, parcel = state  # behind: what the hops before this one found for the keys that are here now
             arriving = None if is_last else shift(parcel)
             behind = None if is_first else shift(behind)
-            here = differentiate(parcel)
+            hop_mask = parcel.mask(mask)
+
+            def differentiate(dq) -> Gradients:
+                here = kernel.backward(q, parcel.k, parcel.v, hop_mask, out, lse, d_out)
+                return here._replace(dq=dq + here.dq)
+
+            here = lax.cond(_sees(hop_mask), differentiate, partial(_no_gradients, k), dq)
             found = (here.dk, here.dv) if is_first else (behind[0] + here.dk, behind[1] + here.dv)
-            return dq + here.dq, found, arriving
+            return here.dq, found, arriving
 
         home = _Parcel(k, v, mask.k_position, mask.k_segment)
+        arriving = shift(home) if hops else None
+        dq, dk, dv = kernel.backward(q, k, v, mask, out, lse, d_out)
         if hops == 0:
-            return differentiate(home)
-        arriving = shift(home)
-        dq, dk, dv = differentiate(home)
-        state = hop((dq, None, arriving), is_first=True, is_last=hops == 1)
+            return Gradients(dq, dk, dv)
+        dq, dk, dv, arriving = _in_turn((dq, dk, dv, arriving))
+        state = _in_turn(hop((dq, None, arriving), is_first=True, is_last=hops == 1))
         if hops > 1:
             state = hop(_repeat(hop, hops - 2, state), is_last=True)
         dq, found, _ = state
@@ -152,9 +156,9 @@ def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
     return mask.may_see(q_bounds, k_bounds).any()
 
 
-def _no_gradients(q, k) -> Gradients:
+def _no_gradients(k, dq) -> Gradients:
     zero = jnp.zeros(k.shape, jnp.float32)
-    return Gradients(jnp.zeros(q.shape, jnp.float32), zero, zero)
+    return Gradients(dq, zero, zero)
 
 
 ring_attention.defvjp(_attention_forward, _attention_backward)
@@ -165,10 +169,19 @@ def _sees(mask: Mask) -> Bool[Array, ""]:
     return mask.may_see(mask.q_bounds(mask.q_position.shape[1]), mask.k_bounds(mask.k_position.shape[1]))[0]
 
 
+def _in_turn(state):
+    """Returns the state of a hop, for the next one to begin after all of it, as in a loop.
+
+    No permute waits for any compute: without this a compiler may send all keys around before it begins to compute, with
+    nothing to hide the transfers behind and the keys of the whole ring in memory. The one for TPUs does.
+    """
+    return lax.optimization_barrier(state)
+
+
 def _repeat(step, times: int, state):
     if times <= UNROLLED_HOPS:
         for _ in range(times):
-            state = step(state)
+            state = _in_turn(step(state))
         return state
     return lax.fori_loop(0, times, lambda _, state: step(state), state)
 

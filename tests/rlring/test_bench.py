@@ -44,6 +44,7 @@ def test_table_and_json(tmp_path, capsys):
     ]
     assert {len(row) for row in (rule, *rows)} == {12}
     assert [row[:4] for row in rows] == [
+        ["auto", "32", "4", "ring 4"],
         ["dense", "32", "1", "-"],
         ["blockwise", "32", "1", "-"],
         ["ring", "32", "4", "ring 4"],
@@ -60,7 +61,7 @@ def test_table_and_json(tmp_path, capsys):
         *("command", "date", "rlring", "jax", "jaxlib", "torch", "python", "platform", "device_kind", "system"),
         "cores",
     }
-    assert written["versions"]["command"].startswith("python -m rlring.bench --schemes dense blockwise")
+    assert written["versions"]["command"].startswith("python -m rlring.bench --schemes auto dense")
     assert written["versions"]["platform"] == "cpu"
     assert written["settings"]["devices"] == [4]
     assert written["settings"]["matmul"] == 8
