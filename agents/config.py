@@ -87,12 +87,35 @@ class ModelConfig(Section):
     """Share of each head rotated by position; the rest looks things up however far back they stand."""
     compute_type: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "attention", "all"] = "none"
+    dense_every: PositiveInt | None = None
+    """With attention.scheme "sparse": every so many layers one sees the whole context."""
+
+
+class SparseSection(Section):
+    """Which blocks of the context each head sees (`rlring.SparsePattern`)."""
+
+    block: PositiveInt = 64
+    local_blocks: PositiveInt = 16
+    stride: PositiveInt = 8
+    offset: int = 0
 
 
 class AttentionSection(Section):
-    scheme: Literal["dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid"] = "ring"
+    scheme: Literal["auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse"] = "ring"
+    kernel: Literal["auto", "jax", "cudnn", "splash"] = "jax"
     block_q: PositiveInt = 512
     block_k: PositiveInt = 512
+    sparse: SparseSection | None = None
+    """With scheme "sparse". model.dense_every makes some layers dense."""
+
+    @model_validator(mode="after")
+    def sparse_with_its_scheme(self) -> "AttentionSection":
+        if (self.scheme == "sparse") != (self.sparse is not None):
+            raise ValueError(
+                f"scheme 'sparse' and the table attention.sparse go together; got scheme '{self.scheme}' "
+                f"{'with' if self.sparse else 'without'} it; an empty table is the default pattern"
+            )
+        return self
 
 
 class MeshConfig(Section):
@@ -177,17 +200,25 @@ class Config(Section):
         if self.agent.kind == "bc":
             return self
         needs = {
+            "auto": True,
             "dense": mesh.ring == mesh.ulysses == 1,
             "blockwise": mesh.ring == mesh.ulysses == 1,
             "ring": mesh.ulysses == 1,
             "all_gather": True,
             "ulysses": mesh.ring == 1,
             "hybrid": True,
+            "sparse": mesh.ring == 1,
         }
         if not needs[scheme]:
             raise ValueError(
                 f"attention.scheme '{scheme}' does not fit mesh.ring={mesh.ring}, mesh.ulysses={mesh.ulysses}; "
-                "'ring' wants ulysses=1, 'ulysses' wants ring=1, 'dense' and 'blockwise' both, 'hybrid' takes any"
+                "'ring' wants ulysses=1, 'ulysses' and 'sparse' want ring=1, 'dense' and 'blockwise' both; 'auto' and "
+                "'hybrid' take any"
+            )
+        if scheme == "sparse" and self.agent.window is not None:
+            raise ValueError(
+                f"attention.scheme 'sparse' has a window of its own, attention.sparse.local_blocks; got agent.window="
+                f"{self.agent.window}; leave agent.window out"
             )
         if self.train.batch % mesh.data:
             raise ValueError(f"train.batch={self.train.batch} does not divide over mesh.data={mesh.data} devices")

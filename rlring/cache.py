@@ -1,135 +1,258 @@
-"""KVCache: the keys and values of everything seen so far, as a value."""
+"""KVCache: the keys and values that new tokens may still see, as a value.
 
-from dataclasses import dataclass, replace
+Every layer has arrays of its own, of rows as attention works on them: a step reads each once and copies none.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from rlring.attention import Mask
+from rlring.attention import Mask, SparsePattern
+from rlring.attention.blocks import pad
+from rlring.attention.decode import attend
+from rlring.attention.softmax import rows_of_queries, tokens_of_rows
 from rlring.errors import UsageError
 from rlring.mesh import SEQUENCE_AXES
+from rlring.sparse_cache import SparseSlots
 
-CACHE_SPEC = P(None, "data", SEQUENCE_AXES, None, None)  # of keys and values [L, B, S, K, H]
+KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]  # of tokens in one layer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DenseSlots:
+    """Which tokens the slots of a dense layer hold: the last that were written; all such layers hold the same.
+
+    Past the last slot writing starts again at the first, which is exact as long as the attention window is no longer
+    than what the slots still hold: that is how a window bounds the memory.
+    """
+
+    position: Int[Array, "B S"]
+    segment: Int[Array, "B S"]  # -1: nothing, so nobody sees it
+    written: Int[Array, ""]  # tokens since the cache was empty
+    capacity: int = field(metadata={"static": True})  # of all devices together
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int) -> "DenseSlots":
+        shape = batch, capacity
+        return cls(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -1, jnp.int32), jnp.int32(0), capacity)
+
+    def check(self, tokens: int) -> None:
+        """Raises UsageError if so many tokens cannot be written at a time."""
+        if tokens > self.capacity:
+            raise UsageError(
+                f"a cache of {self.capacity} slots cannot take {tokens} tokens at a time; decode fewer at a time, or "
+                "raise its capacity."
+            )
+
+    def spec(self, mesh: Mesh) -> P:
+        """Returns how keys and values [B, K, S, H] are laid out: split along the sequence."""
+        return P("data", None, SEQUENCE_AXES)
+
+    def specs(self, mesh: Mesh) -> "DenseSlots":
+        """Returns how the slots themselves are laid out."""
+        tokens = P("data", SEQUENCE_AXES)
+        return replace(self, position=tokens, segment=tokens, written=P())
+
+    def mask(self, now: Mask) -> Mask:
+        """Returns what the new tokens see of the slots."""
+        return replace(now, k_position=self.position, k_segment=self.segment)
+
+    def with_prompt(self, prompt: Mask) -> "DenseSlots":
+        """Returns the slots of a cache that begins with a prompt, from empty ones."""
+        held = prompt.padded(prompt.q_position.shape[1], self.capacity)
+        written = jnp.int32(prompt.k_position.shape[1])
+        return replace(self, position=held.k_position, segment=held.k_segment, written=written)
+
+    def hold(self, x: Float[Array, "B T K H"], prompt: Mask) -> Float[Array, "B K S H"]:
+        """Returns what empty slots hold of a prompt's keys or values."""
+        return pad(jnp.moveaxis(x, 1, 2), 2, self.capacity)
+
+    def after(self, now: Mask, shard: Int[Array, ""] | int) -> "DenseSlots":
+        """Returns the slots once the new tokens are in them."""
+        position, segment = (
+            self._write(x, new, shard, 1) for x, new in ((self.position, now.k_position), (self.segment, now.k_segment))
+        )
+        return replace(self, position=position, segment=segment, written=self.written + now.k_position.shape[1])
+
+    def put(
+        self, x: Float[Array, "B K S H"], new: Float[Array, "B T K H"], now: Mask, shard: Int[Array, ""] | int
+    ) -> Float[Array, "B K S H"]:
+        """Returns the keys or values with those of new tokens written."""
+        return self._write(x, jnp.moveaxis(new, 1, 2).astype(x.dtype), shard, 2)
+
+    def _write(self, x: Array, new: Array, shard, dimension: int) -> Array:
+        own, tokens = x.shape[dimension], new.shape[dimension]
+        slot = (self.written + jnp.arange(tokens, dtype=jnp.int32)) % self.capacity - shard * own
+        # Those of other devices go past the last and are dropped. So does one more that is nothing: a single one would
+        # become the update of a slice, which XLA computes twice, to return it and to read it.
+        slot = jnp.append(jnp.where(slot < 0, own, slot), own)
+        return x.at[(slice(None),) * dimension + (slot,)].set(pad(new, dimension, tokens + 1), mode="drop")
+
+
+Slots = DenseSlots | SparseSlots
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of `S` slots in every layer, with the position and segment of each slot.
+    """The keys and values of every layer, and which tokens they are of.
 
-    A slot that holds nothing has segment -1, so nobody sees it. Tokens are written one after the other; past the last
-    slot writing starts again at the first, which is exact as long as the attention window is no longer than what the
-    slots still hold:
-    that is how a window bounds the memory. Writing returns a new cache (XLA reuses the memory when the old one is
-    donated).
+    Dense layers hold the last `capacity` tokens (DenseSlots), sparse layers what their heads can still see
+    (SparseSlots). Writing returns a new cache (XLA reuses the memory when the old one is donated).
     """
 
-    key: Float[Array, "L B S K H"]
-    value: Float[Array, "L B S K H"]
-    position: Int[Array, "B S"]
-    segment: Int[Array, "B S"]
-    written: Int[Array, ""]
-    """Tokens written since the cache was empty."""
+    key: tuple[Float[Array, "B K S H"], ...]  # of each layer
+    value: tuple[Float[Array, "B K S H"], ...]
+    dense: DenseSlots | None  # None: there is no such layer
+    sparse: SparseSlots | None
+    capacity: int = field(metadata={"static": True})  # tokens
+    is_sparse: tuple[bool, ...] = field(metadata={"static": True})  # each layer
 
-    @property
-    def capacity(self) -> int:
-        return self.position.shape[1]
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        *,
+        capacity: int,
+        patterns: Sequence[SparsePattern | None],
+        kv_heads: int,
+        head_size: int,
+        dtype: str,
+        mesh: Mesh | None,
+    ) -> "KVCache":
+        """Returns a cache that holds nothing; each layer is dense (None) or has the pattern, the same in all.
 
-    def mask(self, q_position: Int[Array, "B T"], q_segment: Int[Array, "B T"], *, window: int | None) -> Mask:
-        """Returns the causal mask of new tokens against every slot."""
-        return Mask(q_position, self.position, q_segment, self.segment, is_causal=True, window=window)
-
-    def place(
-        self, position: Int[Array, "B T"], segment: Int[Array, "B T"], *, mesh: Mesh | None
-    ) -> tuple["KVCache", Int[Array, ""]]:
-        """Returns the cache with the next `T` slots given to tokens at `position`, and the first of those slots.
-
-        Their keys and values are then written layer by layer with `write`. `T` must divide the capacity (and, on a
-        mesh, each device's share of it), so that one write never crosses a border.
+        Raises:
+            UsageError: a capacity that cannot be split over the mesh.
         """
-        tokens = position.shape[1]
         shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
-        if self.capacity % (tokens * shards):
+        if capacity % shards:
             raise UsageError(
-                f"a cache of {self.capacity} slots over {shards} devices cannot take {tokens} tokens at a time; "
-                f"make its capacity a multiple of {tokens * shards}."
+                f"the slots of a cache are split over {shards} devices; got capacity={capacity}. Use a multiple of "
+                f"{shards}."
             )
-        slot = self.written % self.capacity
-        placed = replace(
-            self,
-            position=write(self.position, position, slot, mesh=mesh),
-            segment=write(self.segment, segment, slot, mesh=mesh),
-            written=self.written + tokens,
+        is_sparse = tuple(pattern is not None for pattern in patterns)
+        pattern = next((p for p in patterns if p is not None), None)
+        sparse = None if pattern is None else SparseSlots.empty(batch, capacity, pattern=pattern, kv_heads=kv_heads)
+        dense = None if all(is_sparse) else DenseSlots.empty(batch, capacity)
+        cache = cls((), (), dense, sparse, capacity, is_sparse)
+        shapes = [(batch, kv_heads, cache._slots(kind).position.shape[-1], head_size) for kind in is_sparse]
+        key, value = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
+        return replace(cache, key=key, value=value)._laid_out(mesh)
+
+    def with_prompt(self, kept: Sequence[KeyValue], prompt: Mask, *, mesh: Mesh | None) -> "KVCache":
+        """Returns the cache, which is empty, begun with a prompt; `kept` are its keys and values in each layer.
+
+        Raises:
+            UsageError: a prompt of more tokens than the capacity.
+        """
+        tokens = prompt.q_position.shape[1]
+        if tokens > self.capacity:
+            raise UsageError(
+                f"a cache of {self.capacity} slots cannot hold a prompt of {tokens} tokens; raise its capacity."
+            )
+        key, value = (
+            tuple(self._slots(kind).hold(pair[i], prompt) for kind, pair in zip(self.is_sparse, kept, strict=True))
+            for i in range(2)
         )
-        return placed, slot
+        dense = None if self.dense is None else self.dense.with_prompt(prompt)
+        sparse = None if self.sparse is None else self.sparse.with_prompt(prompt)
+        return replace(self, key=key, value=value, dense=dense, sparse=sparse)._laid_out(mesh)
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        now: Mask,
+        *,
+        mesh: Mesh | None,
+    ) -> tuple[Float[Array, "B T N H"], tuple[Array, Array]]:
+        """Returns attention of new tokens, `now` their own mask, over a layer and each other; and its keys and values
+        with theirs written, for `with_tokens`.
+
+        They are written first: were they read first, XLA would read a copy.
+        """
+
+        def attend_here(slots: Slots, held, tokens, now: Mask, shard):
+            q, k, v = tokens
+            key, value = (slots.put(x, new, now, shard) for x, new in zip(held, (k, v), strict=True))
+            rows = (x.reshape(-1, *x.shape[2:]).astype(q.dtype) for x in (key, value))
+            axes = () if mesh is None else slots.spec(mesh)[2] or ()
+            seen = attend(rows_of_queries(q, k.shape[2]), *rows, slots.after(now, shard).mask(now), axes)
+            return tokens_of_rows(seen.out, q.shape[0]).astype(q.dtype), (key, value)
+
+        slots, held = self._slots(self.is_sparse[layer]), (self.key[layer], self.value[layer])
+        return _on_shards(attend_here, slots, held, (q, k, v), now, mesh, returns=("tokens", "held"))
+
+    def with_tokens(self, held: Sequence[tuple[Array, Array]], now: Mask, *, mesh: Mesh | None) -> "KVCache":
+        """Returns the cache with new tokens in it, from what attend() returned for each layer."""
+
+        def after(slots: Slots, held, tokens, now: Mask, shard):
+            return slots.after(now, shard)
+
+        key, value = zip(*held, strict=True)
+        dense, sparse = (
+            slots and _on_shards(after, slots, (), (), now, mesh, returns="slots")
+            for slots in (self.dense, self.sparse)
+        )
+        return replace(self, key=key, value=value, dense=dense, sparse=sparse)
+
+    def check(self, tokens: int) -> None:
+        """Raises UsageError if so many tokens cannot be written at a time."""
+        for slots in (self.dense, self.sparse):
+            if slots is not None:
+                slots.check(tokens)
+
+    def _laid_out(self, mesh: Mesh | None) -> "KVCache":
+        if mesh is None:
+            return self
+
+        def laid_out(x, spec: P):
+            return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+        specs = [self._slots(kind).spec(mesh) for kind in self.is_sparse]
+        key, value = (tuple(map(laid_out, held, specs)) for held in (self.key, self.value))
+        dense, sparse = (
+            slots and jax.tree.map(laid_out, slots, slots.specs(mesh)) for slots in (self.dense, self.sparse)
+        )
+        return replace(self, key=key, value=value, dense=dense, sparse=sparse)
+
+    def _slots(self, is_sparse: bool) -> Slots:
+        slots = self.sparse if is_sparse else self.dense
+        assert slots is not None  # there is a layer of this kind
+        return slots
 
 
-def write(
-    slots: Array, new: Array, slot: Int[Array, ""], *, layer: Int[Array, ""] | None = None, mesh: Mesh | None
-) -> Array:
-    """Returns `slots` ([B, S, ...], or [L, B, S, ...] with `layer`) with `new` ([B, T, ...]) written from `slot` on.
+def _on_shards(function: Callable, slots: Slots, held, tokens, now: Mask, mesh: Mesh | None, *, returns):
+    """Returns function(slots, held, tokens, now, shard) of what each device has; held[B, K, S, H], tokens[B, T, N, H].
 
-    On a mesh each device writes only when the slot is its own: nothing is gathered.
+    `shard` is the number of the device among those that the slots or their heads are split over; `returns` names how
+    what is returned is laid out.
     """
-    lead = () if layer is None else (layer,)
-    new = new.astype(slots.dtype)[(None,) * len(lead)]
-    sequence = len(lead) + 1
-
-    def local_write(slots: Array, new: Array, slot: Array, lead: tuple) -> Array:
-        own = slots.shape[sequence]
-        if mesh is None:
-            start, mine = slot, None
-        else:
-            shard = jax.lax.axis_index(SEQUENCE_AXES)
-            start = jnp.clip(slot - shard * own, 0, own - new.shape[sequence])
-            mine = slot // own == shard
-        index = (*lead, 0, start) + (0,) * (slots.ndim - sequence - 1)
-        if mine is not None:
-            old = jax.lax.dynamic_slice(slots, index, new.shape[:sequence] + new.shape[sequence:])
-            new = jnp.where(mine, new, old)
-        return jax.lax.dynamic_update_slice(slots, new, index)
-
     if mesh is None:
-        return local_write(slots, new, slot, lead)
-    blank = (None,) * (slots.ndim - sequence - 1)
-    stored = P(*(None,) * len(lead), "data", SEQUENCE_AXES, *blank)
-    given = P(*(None,) * len(lead), "data", None, *blank)
-    return jax.shard_map(
-        local_write, mesh=mesh, in_specs=(stored, given, P(), (P(),) * len(lead)), out_specs=stored, check_vma=False
-    )(slots, new, slot, lead)
+        return function(slots, held, tokens, now, 0)
+    _, of_heads, of_slots = slots.spec(mesh)
+    specs = {
+        "slots": slots.specs(mesh),
+        "held": slots.spec(mesh),
+        "tokens": P("data", None, of_heads),
+        "now": P("data"),
+    }
+    split = of_heads or of_slots
 
+    def here(*arrays):
+        return function(*arrays, lax.axis_index(split) if split else 0)
 
-def from_prompt(
-    key: Float[Array, "L B T K H"],
-    value: Float[Array, "L B T K H"],
-    position: Int[Array, "B T"],
-    segment: Int[Array, "B T"],
-    *,
-    capacity: int,
-    mesh: Mesh | None,
-) -> KVCache:
-    """Returns a cache of `capacity` slots whose first `T` hold a prompt."""
-    tokens = position.shape[1]
-    if capacity < tokens:
-        raise UsageError(f"a cache of {capacity} slots cannot hold a prompt of {tokens} tokens; raise its capacity.")
-    pad = capacity - tokens
-
-    def slots(array: Array, axis: int, fill: int) -> Array:
-        widths = [(0, 0)] * array.ndim
-        widths[axis] = (0, pad)
-        padded = jnp.pad(array, widths, constant_values=fill)
-        if mesh is None:
-            return padded
-        spec = CACHE_SPEC if array.ndim == 5 else P("data", SEQUENCE_AXES)
-        return jax.lax.with_sharding_constraint(padded, NamedSharding(mesh, spec))
-
-    return KVCache(
-        key=slots(key, 2, 0),
-        value=slots(value, 2, 0),
-        position=slots(position, 1, 0),
-        segment=slots(segment, 1, -1),
-        written=jnp.asarray(tokens, jnp.int32),
-    )
+    in_specs = tuple(specs.values())
+    out_specs = jax.tree.map(specs.get, returns)
+    on_shards = jax.shard_map(here, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return on_shards(slots, held, tokens, now)

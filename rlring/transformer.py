@@ -1,20 +1,22 @@
 """The Transformer: pre-norm blocks scanned over depth, rotary positions, attention over a sharded sequence."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from rlring import cache as kv_cache
-from rlring.attention import AttentionConfig, Mask, attention, decode_attention
-from rlring.cache import KVCache
+from rlring.attention import AttentionConfig, Mask, attention
+from rlring.cache import KeyValue, KVCache
 from rlring.errors import UsageError
 from rlring.mesh import SEQUENCE_AXES
+from rlring.remat import BLOCK_INPUT, Remat, checkpointed
+from rlring.sharding import gathered
 
 ACTIVATIONS = P("data", SEQUENCE_AXES, None)  # of [B, T, D]
 
@@ -39,12 +41,27 @@ class TransformerConfig:
     """Share of each head that is rotated; the rest looks things up by what they are, however far back they stand."""
     compute_type: Literal["float32", "bfloat16"] = "float32"
     """Type of activations; weights are kept in float32."""
-    remat: Literal["none", "attention", "all"] = "none"
+    remat: Remat = "none"
     """What the backward pass computes again: nothing; all but the attention (so the ring runs once); everything but a
-    block's input."""
+    block's input; as before, with the input in the memory of the host (offload)."""
+    fsdp: bool = False
+    """Weights live in parts, one on each device of the mesh (rlring.sharding), and are gathered block by block."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    dense_every: int | None = None
+    """With attention scheme "sparse": every so many layers one sees the whole context (2407.17678). None: no layer."""
 
     def __post_init__(self) -> None:
+        if self.dense_every is not None:
+            if self.attention.scheme != "sparse":
+                raise UsageError(
+                    f"dense_every={self.dense_every} goes with attention scheme 'sparse'; got "
+                    f"'{self.attention.scheme}', where every layer is dense. Leave it out."
+                )
+            if self.dense_every < 2 or self.layers % self.dense_every:
+                raise UsageError(
+                    f"every dense_every-th of {self.layers} layers is dense; got dense_every={self.dense_every}. "
+                    f"Use a divisor of {self.layers} above 1, or None."
+                )
         if self.head_size is None and self.width % self.heads:
             raise UsageError(
                 f"width {self.width} does not divide by {self.heads} heads; change one of them or set head_size."
@@ -53,6 +70,14 @@ class TransformerConfig:
             raise UsageError(
                 f"{self.heads} heads do not divide by {self.kv_heads} kv_heads; choose kv_heads among the divisors."
             )
+
+    def attentions(self, mesh: Mesh | None = None) -> tuple[AttentionConfig, ...]:
+        """Returns the attention of each layer of a group; the groups are alike."""
+        if self.dense_every is None:
+            return (self.attention,)
+        # On a mesh sparse attention splits the heads, and so does its dense counterpart.
+        scheme = "ulysses" if mesh is not None and mesh.shape["ulysses"] > 1 else "blockwise"
+        return (self.attention,) * (self.dense_every - 1) + (replace(self.attention, scheme=scheme, sparse=None),)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -181,16 +206,23 @@ class Transformer(nnx.Module):
         self, x: Float[Array, "B T D"], mask: Mask, *, capacity: int, mesh: Mesh | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Returns the features of a prompt and a cache of `capacity` slots that begins with it."""
-        x, (key, value) = self._scan(x, mask, mesh, keep=True)
-        cache = kv_cache.from_prompt(key, value, mask.q_position, mask.q_segment, capacity=capacity, mesh=mesh)
-        return x, cache
+        cache = self.empty_cache(x.shape[0], capacity=capacity, mesh=mesh)
+        x, kept = self._scan(x, mask, mesh, keep=True)
+        return x, cache.with_prompt(kept, mask, mesh=mesh)
 
     def empty_cache(self, batch: int, *, capacity: int, mesh: Mesh | None = None) -> KVCache:
         """Returns a cache of `capacity` slots for `batch` rows that have seen nothing yet."""
         _, _, K, H, _ = self.config.sizes
-        nothing = jnp.zeros((self.config.layers, batch, 0, K, H), self.config.compute_type)
-        nowhere = jnp.zeros((batch, 0), jnp.int32)
-        return kv_cache.from_prompt(nothing, nothing, nowhere, nowhere, capacity=capacity, mesh=mesh)
+        patterns = [attention.sparse for attention in self.config.attentions()]
+        return KVCache.empty(
+            batch,
+            capacity=capacity,
+            patterns=patterns * (self.config.layers // len(patterns)),
+            kv_heads=K,
+            head_size=H,
+            dtype=self.config.compute_type,
+            mesh=mesh,
+        )
 
     def decode(
         self,
@@ -204,47 +236,57 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Returns the features of a few new tokens that see the cache and each other, and the cache with them
         written."""
-        if self.config.attention.scheme == "sparse":
-            raise UsageError(
-                "decoding sees the whole cache, which a model of scheme 'sparse' never saw; got scheme 'sparse'. "
-                "Compute full passes, or use a dense scheme."
-            )
-        cache, slot = cache.place(position, segment, mesh=mesh)
-        mask = cache.mask(position, segment, window=window)
+        cache.check(position.shape[1])
+        now = Mask.causal(position, segment, window)
         graph, blocks = nnx.split(self.blocks)
-
-        def layer(carry, params):
-            x, key, value, index = carry
-            block = nnx.merge(graph, params)
+        x, held = x.astype(self.config.compute_type), []
+        for layer in range(self.config.layers):  # no scan: XLA copies what a scan takes in turn, here the cache
+            # The index, of which x adds nothing, makes the layer's weights wait for x: else XLA takes those of all
+            # layers out of the stack at once, a copy of the model.
+            index = layer + jnp.isnan(x[0, 0, 0]).astype(jnp.int32)
+            block = nnx.merge(graph, at(blocks, index))
             q, k, v = block.project(x, position)
-            key = kv_cache.write(key, k, slot, layer=index, mesh=mesh)
-            value = kv_cache.write(value, v, slot, layer=index, mesh=mesh)
-            attended = decode_attention(q, key[index].astype(q.dtype), value[index].astype(q.dtype), mask, mesh=mesh)
-            return (block.finish(x, attended, mesh=None), key, value, index + 1), None
+            attended, key_value = cache.attend(layer, q, k, v, now, mesh=mesh)
+            x = block.finish(x, attended, mesh=None)
+            held.append(key_value)
+        return rms_norm(x, self.norm[...]), cache.with_tokens(held, now, mesh=mesh)
 
-        x = x.astype(self.config.compute_type)
-        (x, key, value, _), _ = jax.lax.scan(layer, (x, cache.key, cache.value, jnp.int32(0)), blocks)
-        cache = KVCache(key, value, cache.position, cache.segment, cache.written)
-        return rms_norm(x, self.norm[...]), cache
-
-    def _scan(self, x: Array, mask: Mask, mesh: Mesh | None, *, keep: bool) -> tuple[Array, tuple[Array, Array] | None]:
-        config = self.config
+    def _scan(self, x: Array, mask: Mask, mesh: Mesh | None, *, keep: bool) -> tuple[Array, list[KeyValue]]:
+        """Returns the features, and if asked the keys and values of each layer."""
+        config, attentions = self.config, self.config.attentions(mesh)
         graph, blocks = nnx.split(self.blocks)
+        fsdp = config.fsdp and mesh is not None
 
-        def layer(x, params):
-            block = nnx.merge(graph, params)
+        def layer(x, params, attention_config: AttentionConfig):
+            x = checkpoint_name(x, BLOCK_INPUT)
+            block = nnx.merge(graph, gathered(params, mesh, x.dtype) if fsdp else params)
             q, k, v = block.project(x, mask.q_position)
             with jax.named_scope("attention"):
-                attended = attention(q, k, v, mask, config=config.attention, mesh=mesh)
+                attended = attention(q, k, v, mask, config=attention_config, mesh=mesh)
             return constrain(block.finish(x, attended, mesh), mesh), ((k, v) if keep else None)
 
-        if config.remat == "attention":
-            policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        elif config.remat == "all":
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        x, kept = jax.lax.scan(layer, constrain(x.astype(config.compute_type), mesh), blocks)
-        return rms_norm(x, self.norm[...]), kept
+        device = None if mesh is None else mesh.devices.flat[0]
+        layer = checkpointed(layer, config.remat, fsdp=fsdp, device=device, static_argnums=2)
+
+        def group(x, params):
+            kept = []
+            for i, attention_config in enumerate(attentions):
+                x, key_value = layer(x, at(params, i), attention_config)
+                kept.append(key_value)
+            return x, kept
+
+        groups = jax.tree.map(lambda p: p.reshape(-1, len(attentions), *p.shape[1:]), blocks)
+        x, kept = jax.lax.scan(group, constrain(x.astype(config.compute_type), mesh), groups)
+        x = rms_norm(x, self.norm[...])
+        if not keep:
+            return x, []
+        # kept: for each place in a group the keys and values of all groups.
+        return x, [at(pair, n) for n in range(config.layers // len(attentions)) for pair in kept]
+
+
+def at(stacked, index: Int[Array, ""] | int):
+    """Returns one of the things that are stacked."""
+    return jax.tree.map(lambda x: x[index], stacked)
 
 
 def constrain(x: Float[Array, "B T D"], mesh: Mesh | None) -> Array:

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 
 from rlring.attention.all_gather import all_gather_attention
 from rlring.attention.blocks import Blocks, pad
-from rlring.attention.blockwise import BlockwiseKernel
 from rlring.attention.choose import choose_scheme
 from rlring.attention.dense import dense_attention
+from rlring.attention.kernels import KERNELS, make_kernel
 from rlring.attention.local import local_attention
 from rlring.attention.mask import Mask
 from rlring.attention.ring import ring_attention
@@ -33,18 +33,21 @@ class AttentionConfig:
     scheme "auto" goes by the rule of choose.choose_scheme.
 
     Raises:
-        UsageError: an unknown scheme, a block without tokens, or a pattern without the scheme that follows it.
+        UsageError: an unknown scheme or kernel, a block without tokens, or a pattern without its scheme.
     """
 
     scheme: str = "ring"
     block_q: int = 512  # tokens; shorter sequences use shorter blocks
     block_k: int = 512
     scores: int = 2**20  # of one block, held at once; more falls out of a CPU's cache, accelerators like 2**24
+    kernel: str = "jax"  # what computes a block: kernels.make_kernel; sparse and dense attention are plain JAX
     sparse: SparsePattern | None = None  # which blocks of the context each head sees; with scheme "sparse"
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
             raise UsageError(f"there is no attention scheme {self.scheme!r}. Choose one of {', '.join(SCHEMES)}.")
+        if self.kernel not in KERNELS:
+            raise UsageError(f"there is no attention kernel {self.kernel!r}. Choose one of {', '.join(KERNELS)}.")
         for name in ("block_q", "block_k", "scores"):
             if getattr(self, name) < 1:
                 raise UsageError(
@@ -73,14 +76,15 @@ def attention(
     key/value head serves N // K neighbouring query heads. A row that sees nothing is 0, and so is its gradient.
 
     Raises:
-        UsageError: shapes that do not fit each other, or a scheme that does not fit the mesh or the heads.
+        UsageError: shapes that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel that
+            cannot run on these devices.
     """
     check_shapes(q, k, v, mask)
     if config.scheme == "sparse":
         check_mask(mask)
     if mesh is None:
         local = config if config.scheme in ("dense", "sparse") else replace(config, scheme="blockwise")
-        return _on_shard(q, k, v, mask, config=local)
+        return _on_shard(q, k, v, mask, config=local, platform=jax.default_backend())
     check_batch(q, mesh)
     if config.scheme == "auto":
         config = replace(config, scheme=_chosen(q, k, mesh))
@@ -98,15 +102,16 @@ def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
     tokens = P("data", SEQUENCE_AXES)
     # check_vma off: its types do not pass the loops of the custom VJPs. Every array is split over every axis, so no
     # gradient needs a sum over devices.
-    run = partial(_on_shard, config=config, axis="ulysses")
+    run = partial(_on_shard, config=config, platform=mesh.devices.flat[0].platform, axis="ulysses")
     on_shards = jax.shard_map(run, mesh=mesh, in_specs=(tokens,) * 4, out_specs=tokens, check_vma=False)
     return on_shards(q, k, v, mask)[:, :length]
 
 
-@partial(jax.jit, static_argnames=("config", "axis"))
-def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, axis: str | None = None):
+@partial(jax.jit, static_argnames=("config", "platform", "axis"))
+def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, platform: str, axis: str | None = None):
     blocks = Blocks(config.block_q, config.block_k, config.scores)
-    one_device, ring = _by_rows(local_attention, blocks), _by_rows(ring_attention, blocks, "ring")
+    by_rows = partial(_by_rows, config.kernel, platform, blocks)
+    one_device, ring = by_rows(local_attention), by_rows(ring_attention, "ring")
     match config.scheme:
         case "dense":
             return dense_attention(q, k, v, mask)
@@ -115,7 +120,7 @@ def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, axis: str | None 
         case "ring":
             return ring(q, k, v, mask)
         case "all_gather":
-            return _by_rows(all_gather_attention, blocks, SEQUENCE_AXES)(q, k, v, mask)
+            return by_rows(all_gather_attention, SEQUENCE_AXES)(q, k, v, mask)
         case "ulysses":
             return ulysses_attention(q, k, v, mask, axis="ulysses", local=one_device)
         case "hybrid":  # USP, Fang and Zhao 2405.07719
@@ -125,13 +130,14 @@ def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, axis: str | None 
     raise AssertionError(config.scheme)
 
 
-def _by_rows(scheme: Callable, blocks: Blocks, *axes) -> Callable:
+def _by_rows(kernel: str, platform: str, blocks: Blocks, scheme: Callable, *axes) -> Callable:
     """Returns the scheme, which works on rows, as a function of tokens; axes: over which its sequence is split."""
 
     def run(q, k, v, mask: Mask):
-        kernel = BlockwiseKernel(blocks.within_halves(q.shape[1], k.shape[1]) if axes else blocks)
+        fitting = blocks.within_halves(q.shape[1], k.shape[1]) if axes else blocks
+        compute = make_kernel(kernel, fitting, platform=platform, dtype=q.dtype, head_size=q.shape[3])
         rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
-        return tokens_of_rows(scheme(*rows, mask, *axes, kernel), q.shape[0])
+        return tokens_of_rows(scheme(*rows, mask, *axes, compute), q.shape[0])
 
     return run
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention.mask import Bounds, Mask
 
@@ -59,6 +59,11 @@ class Visits(NamedTuple):
     whole: Int32[Array, ""]
     seen: Int32[Array, ""]
 
+    @classmethod
+    def of(cls, seen: Bool[Array, "blocks"], whole: Bool[Array, "blocks"]) -> "Visits":
+        order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
+        return cls(order, whole.sum(), seen.sum())
+
     def walk(self, step: Callable, state):
         """Returns the state after step(block, state, is_masked=...) at every block that is seen."""
         state = self.visit(0, self.whole, partial(step, is_masked=False), state)
@@ -71,9 +76,7 @@ class Visits(NamedTuple):
 
 def visits(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> Visits:
     """Returns the plan for one block of queries and all blocks of keys, or the other way round."""
-    whole, seen = mask.sees_all(q_bounds, k_bounds), mask.may_see(q_bounds, k_bounds)
-    order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
-    return Visits(order, whole.sum(), seen.sum())
+    return Visits.of(mask.may_see(q_bounds, k_bounds), mask.sees_all(q_bounds, k_bounds))
 
 
 def by_rows(function: Callable, rows: int, arrays):
@@ -86,9 +89,9 @@ def by_rows(function: Callable, rows: int, arrays):
     return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), results)
 
 
-def pick(bounds: Bounds, block) -> Bounds:
-    """Returns the bounds of one block."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, block, 1, 1), bounds)
+def pick(bounds: Bounds, block, size: int = 1) -> Bounds:
+    """Returns the bounds of one block, or of this one of so many at a time."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, block * size, size, 1), bounds)
 
 
 def take(x: Array, block, size: int, dimension: int) -> Array:

@@ -4,6 +4,7 @@ Three loops, each only where there is something to split: over rows, over the bl
 the other side that the mask shows. In the largest array, the scores of a block, no pass is made that can be saved.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
-from rlring.attention.blocks import Blocks, by_rows, joined, pad, pick, take, visits
+from rlring.attention.blocks import Blocks, Visits, by_rows, joined, pad, pick, take, visits
 from rlring.attention.local import Gradients
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, finite_lse
@@ -73,13 +74,7 @@ def _forward_rows(q, k, v, mask: Mask, *, blocks: Blocks) -> Partial:
             visible = _visible(blocks.mask(mask, i, j), group) if is_masked else None
             return add(running, q_block, take(k, j, blocks.k, 1), take(v, j, blocks.k, 1), visible)
 
-        plan = visits(mask, pick(q_bounds, i), k_bounds)
-        first = jnp.minimum(plan.whole, 1)
-        known = plan.visit(0, first, attend_to, _Running.start(q_block))
-        fast = plan.visit(first, plan.whole, partial(attend_to, add=_next_in_range), known)
-        safe = partial(plan.visit, first, plan.whole, attend_to, known)
-        running = lax.cond(fast.is_in_range(), lambda: fast, safe)
-        return plan.visit(plan.whole, plan.seen, partial(attend_to, is_masked=True), running).finish(group)
+        return _softmax_over(visits(mask, pick(q_bounds, i), k_bounds), attend_to, q_block).finish(group)
 
     parts = lax.map(attend_from, jnp.arange(q.shape[2] // blocks.q))
     return Partial(*(joined(part, 2)[:, :, :length] for part in parts))
@@ -140,6 +135,16 @@ class _Running(NamedTuple):
         total = jnp.where(self.total == 0.0, 1.0, self.total)
         out, lse = self.out / total[..., None], self.top * _scale(self.out) + jnp.log(total)
         return Partial(*(x.reshape(x.shape[0], group, -1, *x.shape[2:]) for x in (out, lse)))
+
+
+def _softmax_over(plan: Visits, attend_to: Callable, q: Float[Array, "R Q H"]) -> _Running:
+    """Returns the softmax after attend_to(block, running, add=..., is_masked=...) at every block that is seen."""
+    first = jnp.minimum(plan.whole, 1)
+    known = plan.visit(0, first, attend_to, _Running.start(q))
+    fast = plan.visit(first, plan.whole, partial(attend_to, add=_next_in_range), known)
+    safe = partial(plan.visit, first, plan.whole, attend_to, known)
+    running = lax.cond(fast.is_in_range(), lambda: fast, safe)
+    return plan.visit(plan.whole, plan.seen, partial(attend_to, is_masked=True), running)
 
 
 def _first(q, k, v, visible: Bool[Array, "R Q S"] | None) -> _Running:

@@ -1,6 +1,5 @@
 """Which scheme scheme="auto" is: a rule on shapes and mesh alone, so that every run chooses the same."""
 
-
 GATHERED_BYTES = 2**30  # of keys, values and their float32 gradients that a device may hold for the whole sequence
 
 

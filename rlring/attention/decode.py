@@ -18,7 +18,7 @@ from rlring.attention.api import check_batch, check_shapes
 from rlring.attention.blocks import Blocks, pad
 from rlring.attention.blockwise import forward
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import finite_lse, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.softmax import Partial, finite_lse, rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.mesh import SEQUENCE_AXES
 
 
@@ -61,13 +61,25 @@ def _on_mesh(q, k, v, mask: Mask, *, mesh: Mesh):
 
 @partial(jax.jit, static_argnames="axes")
 def _on_shard(q, k, v, mask: Mask, *, axes: tuple[str, ...]):
-    whole = Blocks(q.shape[1], k.shape[1], q.size * k.shape[1])  # one block: there are few queries
-    here = forward(rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v), mask, whole)
-    out = here.out
-    if axes:
-        # softmax.merge() of all devices' parts at once.
-        top = finite_lse(lax.pmax(here.lse, axes))
-        weight = jnp.exp(here.lse - top)
-        total = lax.psum(weight, axes)
-        out = lax.psum(out * weight[..., None], axes) / jnp.where(total == 0.0, 1.0, total)[..., None]
-    return tokens_of_rows(out, q.shape[0]).astype(q.dtype)
+    rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
+    return tokens_of_rows(attend(*rows, mask, axes).out, q.shape[0]).astype(q.dtype)
+
+
+def attend(
+    q: Float[Array, "R G T H"],
+    k: Float[Array, "R S H"],
+    v: Float[Array, "R S H"],
+    mask: Mask,
+    axes: tuple[str, ...] = (),
+) -> Partial:
+    """Returns attention of a few queries over these keys and those of all other devices of the mesh axes."""
+    whole = Blocks(q.shape[2], k.shape[1], q.size * k.shape[1])  # one block: there are few queries
+    here = forward(q, k, v, mask, whole)
+    if not axes:
+        return here
+    # softmax.merge() of all devices' parts at once.
+    top = lax.pmax(here.lse, axes)
+    weight = jnp.exp(here.lse - finite_lse(top))
+    total = lax.psum(weight, axes)
+    some = jnp.where(total == 0.0, 1.0, total)
+    return Partial(lax.psum(here.out * weight[..., None], axes) / some[..., None], top + jnp.log(some))

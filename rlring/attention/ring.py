@@ -2,7 +2,8 @@
 
 A hop's transfer is issued before the hop's compute, so that the two can overlap. Keys, values, positions and segments
 travel as one buffer, in one collective a hop; a device that sees nothing of what it holds skips the compute, never the
-collective. In the backward the gradients of keys and values follow their keys one hop late, in float32.
+collective. In the backward the gradients of keys and values follow their keys one hop late, in float32, in the parcel
+of the next keys.
 """
 
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def _forward(q, k, v, mask, axis, kernel) -> Partial:
 
             # Adding up inside of the branch makes every hop wait for the one before: side by side each would hold its
             # own out.
-            return lax.cond(_sees(hop_mask), attend, lambda total: total, total), arriving
+            return _in_turn((lax.cond(_sees(hop_mask), attend, lambda total: total, total), arriving))
 
         home = _Parcel(k, v, mask.k_position, mask.k_segment)
         arriving = _shift(home, axis) if hops else None
@@ -98,8 +99,8 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
 
         def hop(state, is_first=False, is_last=False):
             dq, behind, parcel = state  # behind: what the hops before this one found for the keys that are here now
-            arriving = None if is_last else shift(parcel)
-            behind = None if is_first else shift(behind)
+            # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
+            arriving, behind = shift((None if is_last else parcel, None if is_first else behind))
             hop_mask = parcel.mask(mask)
 
             def differentiate(dq) -> Gradients:
@@ -107,6 +108,7 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
                 return here._replace(dq=dq + here.dq)
 
             here = lax.cond(_sees(hop_mask), differentiate, partial(_no_gradients, k), dq)
+            here, behind, arriving = _in_turn((here, behind, arriving))
             found = (here.dk, here.dv) if is_first else (behind[0] + here.dk, behind[1] + here.dv)
             return here.dq, found, arriving
 
@@ -116,7 +118,7 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
         if hops == 0:
             return Gradients(dq, dk, dv)
         dq, dk, dv, arriving = _in_turn((dq, dk, dv, arriving))
-        state = _in_turn(hop((dq, None, arriving), is_first=True, is_last=hops == 1))
+        state = hop((dq, None, arriving), is_first=True, is_last=hops == 1)
         if hops > 1:
             state = hop(_repeat(hop, hops - 2, state), is_last=True)
         dq, found, _ = state
@@ -169,21 +171,30 @@ def _sees(mask: Mask) -> Bool[Array, ""]:
     return mask.may_see(mask.q_bounds(mask.q_position.shape[1]), mask.k_bounds(mask.k_position.shape[1]))[0]
 
 
-def _in_turn(state):
-    """Returns the state of a hop, for the next one to begin after all of it, as in a loop.
+def _in_turn(results):
+    """Returns the results of a hop, what arrived and what was computed, none of which is used before all are there.
 
     No permute waits for any compute: without this a compiler may send all keys around before it begins to compute, with
     nothing to hide the transfers behind and the keys of the whole ring in memory. The one for TPUs does.
     """
-    return lax.optimization_barrier(state)
+    return lax.optimization_barrier(results)
 
 
 def _repeat(step, times: int, state):
-    if times <= UNROLLED_HOPS:
+    def loop(state):
+        return lax.fori_loop(0, times, lambda _, state: step(state), state)
+
+    def unrolled(state):
         for _ in range(times):
-            state = _in_turn(step(state))
+            state = step(state)
         return state
-    return lax.fori_loop(0, times, lambda _, state: step(state), state)
+
+    if times < 2:
+        return unrolled(state)
+    if times > UNROLLED_HOPS:
+        return loop(state)
+    # The compiler for TPUs keeps the hops of a loop apart, but not those that stand side by side.
+    return lax.platform_dependent(state, tpu=loop, default=unrolled)
 
 
 def _shift(tree, axis: str, step: int = 1):
@@ -192,14 +203,32 @@ def _shift(tree, axis: str, step: int = 1):
     The arrays travel as the bits of one buffer of integers, which no backend rounds, flushes or canonicalises.
     """
     leaves, structure = jax.tree.flatten(tree)
+    if not leaves:
+        return tree
     unit = jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in leaves)}")
-    bits = [lax.bitcast_convert_type(x, unit).reshape(-1) for x in leaves]
+    words = [_words(x, unit) for x in leaves]
+    flat = jnp.concatenate([word.reshape(-1) for one in words for word in one])
     devices = lax.axis_size(axis)
-    arrived = lax.ppermute(jnp.concatenate(bits), axis, [(r, (r + step) % devices) for r in range(devices)])
+    arrived = lax.ppermute(flat, axis, [(r, (r + step) % devices) for r in range(devices)])
     unpacked, start = [], 0
-    for x, flat in zip(leaves, bits, strict=True):
-        shape = x.shape if x.dtype.itemsize == unit.itemsize else (*x.shape, x.dtype.itemsize // unit.itemsize)
-        part = lax.slice_in_dim(arrived, start, start + flat.size).reshape(shape)
-        unpacked.append(lax.bitcast_convert_type(part, x.dtype))
-        start += flat.size
+    for x, one in zip(leaves, words, strict=True):
+        parts = [lax.slice_in_dim(arrived, start + i * x.size, start + (i + 1) * x.size) for i in range(len(one))]
+        unpacked.append(_of_words([part.reshape(x.shape) for part in parts], x.dtype))
+        start += len(one) * x.size
     return jax.tree.unflatten(structure, unpacked)
+
+
+def _words(x: Array, unit: jnp.dtype) -> list[Array]:
+    """Returns the bits of x, the low ones first, as arrays of its shape.
+
+    Not as one array with one more dimension: on a TPU an innermost dimension of 2 takes the memory of one of 128.
+    """
+    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    return [(bits >> (8 * i)).astype(unit) for i in range(0, x.dtype.itemsize, unit.itemsize)]
+
+
+def _of_words(words: list[Array], dtype: jnp.dtype) -> Array:
+    """Returns the inverse of _words."""
+    whole, size = jnp.dtype(f"uint{8 * dtype.itemsize}"), dtype.itemsize // len(words)
+    bits = sum((word.astype(whole) << (8 * size * i) for i, word in enumerate(words[1:], 1)), words[0].astype(whole))
+    return lax.bitcast_convert_type(bits, dtype)

@@ -11,7 +11,7 @@ That is the paper's MergeQ: a tile of queries holds as many sparsity blocks as f
 they see, a mask per entry does the rest, and each key is gathered once for all tiles of its head.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,15 +21,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from rlring.attention import blockwise
+from rlring.attention import band, blockwise
 from rlring.attention.blocks import Blocks
-from rlring.attention.blockwise import Gradients
+from rlring.attention.local import Gradients, named_for_remat, tie_to_data
 from rlring.attention.mask import NOWHERE, Bounds, Mask
 from rlring.attention.softmax import Partial, merge, rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.attention.ulysses import ulysses_attention
 from rlring.errors import UsageError
 
-SMALLEST_TILE = 128  # tokens; products of less cost more than the scores they save
+SMALLEST_TILE = 64  # tokens; products of less cost more than the scores they save
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,13 @@ class SparsePattern:
         """Returns whether key/value head `head` of `kv_heads` sees these blocks from afar; the two broadcast."""
         step = max(1, self.stride // kv_heads)
         return (block + head * step + self.offset) % self.stride == 0
+
+    def is_near(
+        self, q_position: Integer[Array | np.ndarray, "..."], k_position: Integer[Array | np.ndarray, "..."]
+    ) -> Bool[Array | np.ndarray, "..."]:
+        """Returns whether keys are in the near past of queries, or later; the two broadcast."""
+        # No division of keys: the same for every pair of tokens, it would cost more than the attention itself.
+        return k_position >= (q_position // self.block - (self.local_blocks - 1)) * self.block
 
     def density(self, length: int, *, kv_heads: int) -> float:
         """Returns which share of the causal blocks is seen by positions 0 to length - 1, in the mean over the heads."""
@@ -133,15 +140,15 @@ def _attention(q, k, v, mask: Mask, heads, kv_heads: int, pattern: SparsePattern
 
 
 def _attention_forward(q, k, v, mask, heads, kv_heads, pattern, blocks):
-    q, mask = blockwise.tie_to_data(q, mask)
+    q, mask = tie_to_data(q, mask)
     total = _forward(q, k, v, mask, heads, kv_heads, pattern, blocks)
-    out, lse = blockwise.named_for_remat(*total, q.dtype)
+    out, lse = named_for_remat(*total, q.dtype)
     return out, (q, k, v, mask, heads, out, lse)
 
 
 def _attention_backward(kv_heads, pattern, blocks, residuals, d_out):
     q, k, v, mask, heads, out, lse = residuals
-    d_out, mask = blockwise.tie_to_data(d_out, mask)
+    d_out, mask = tie_to_data(d_out, mask)
     dq, dk, dv = _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
@@ -150,7 +157,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
-    near = blockwise.forward(q, k, v, _NearMask.of(mask, pattern), _near_blocks(blocks, pattern))
+    near = band.forward(q, k, v, _NearMask.of(mask, pattern), _near_tile(blocks, pattern), blocks.scores // 4)
     far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
 
     def add(chunk, total: Partial) -> Partial:
@@ -162,8 +169,8 @@ def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
 
 
 def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) -> Gradients:
-    near_blocks = _near_blocks(blocks, pattern)
-    near = blockwise.backward(q, k, v, _NearMask.of(mask, pattern), out, lse, d_out, near_blocks)
+    near_mask, tile = _NearMask.of(mask, pattern), _near_tile(blocks, pattern)
+    near = band.backward(q, k, v, near_mask, out, lse, d_out, tile, blocks.scores // 4)
     far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
 
     def add(chunk, total: Gradients) -> Gradients:
@@ -175,16 +182,15 @@ def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) 
     return lax.fori_loop(0, far.chunks, add, near)
 
 
-def _near_blocks(blocks: Blocks, pattern: SparsePattern) -> Blocks:
+def _near_tile(blocks: Blocks, pattern: SparsePattern) -> int:
     """Returns tiles of which not too much lies outside of the band."""
-    size = max(SMALLEST_TILE, pattern.local_blocks * pattern.block // 4)
-    return blocks._replace(q=min(blocks.q, size), k=min(blocks.k, size))
+    return min(blocks.q, blocks.k, max(SMALLEST_TILE, pattern.local_blocks * pattern.block // 8))
 
 
 def _far_blocks(blocks: Blocks, length: int, pattern: SparsePattern) -> Blocks:
-    """Returns tiles of which not too much lies above the diagonal, which the stride has made flat."""
-    size = max(SMALLEST_TILE, length // pattern.stride // 8)
-    return blocks._replace(k=min(blocks.k, size))
+    """Returns tiles of which not too much lies above the diagonal, which the stride has made flat: so are the tiles."""
+    k = min(blocks.k, max(2 * SMALLEST_TILE, length // pattern.stride // 16))
+    return blocks._replace(q=blocks.q * blocks.k // k, k=k)
 
 
 @jax.tree_util.register_dataclass
@@ -199,44 +205,36 @@ class _NearMask(Mask):
         return cls(mask.q_position, mask.k_position, mask.q_segment, mask.k_segment, pattern=pattern)
 
     def visible(self) -> Bool[Array, "B T S"]:
-        return super().visible() & self._is_near(self.q_position[:, :, None], self.k_position[:, None, :])
+        return super().visible() & self.pattern.is_near(self.q_position[:, :, None], self.k_position[:, None, :])
 
     def may_see(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
         # In all rows at once: with other bounds in each, more is visited than need be.
-        near = self._is_near(q.low_position, k.high_position).any(0)
+        near = self.pattern.is_near(q.low_position, k.high_position).any(0)
         return super().may_see(q, k) & near
 
     def sees_all(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
-        return super().sees_all(q, k) & self._is_near(q.high_position, k.low_position).all(0)
-
-    def _is_near(self, q_position, k_position):
-        # No division of keys: the same for every pair of tokens, it would cost more than the attention itself.
-        block = self.pattern.block
-        return k_position >= (q_position // block - (self.pattern.local_blocks - 1)) * block
+        return super().sees_all(q, k) & self.pattern.is_near(q.high_position, k.low_position).all(0)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _SeenMask(_NearMask):
-    """A causal mask that shows near and far: which keys are strided travels with the keys."""
+class HeldMask(Mask):
+    """A causal mask of keys some of which stand twice: in the first slots as near ones, in the others as strided ones.
 
-    is_strided: Bool[Array, "B S"] = field(kw_only=True)
+    For one block of a few queries, as decode has: it skips nothing.
+    """
+
+    pattern: SparsePattern = field(default=SparsePattern(), metadata={"static": True})
+    near: int = field(default=0, metadata={"static": True})  # slots
+
+    @classmethod
+    def of(cls, mask: Mask, pattern: SparsePattern, near: int) -> "HeldMask":
+        check_mask(mask)
+        return cls(mask.q_position, mask.k_position, mask.q_segment, mask.k_segment, pattern=pattern, near=near)
 
     def visible(self) -> Bool[Array, "B T S"]:
-        return Mask.visible(self) & (
-            self._is_near(self.q_position[:, :, None], self.k_position[:, None, :]) | self.is_strided[:, None]
-        )
-
-
-def seen_mask(mask: Mask, pattern: SparsePattern, *, kv_heads: int) -> Mask:
-    """Returns the mask of each row, a key/value head of a sequence, with the pattern in it.
-
-    For one block of a few queries, as decode has. The strided keys are not skipped by it but masked.
-    """
-    check_mask(mask)
-    is_strided = _strided(mask, jnp.arange(kv_heads, dtype=jnp.int32), kv_heads, pattern)
-    of_rows = _NearMask.of(mask.repeated(kv_heads), pattern)
-    return _SeenMask(**{f.name: getattr(of_rows, f.name) for f in fields(of_rows)}, is_strided=is_strided)
+        is_near = self.pattern.is_near(self.q_position[:, :, None], self.k_position[:, None, :])
+        return super().visible() & (is_near == (jnp.arange(self.k_position.shape[1]) < self.near))
 
 
 def _strided(mask: Mask, heads: Int32[Array, "K"], kv_heads: int, pattern: SparsePattern) -> Bool[Array, "R S"]:

@@ -60,6 +60,20 @@ def test_a_config_written_back_is_equal(minimal, tmp_path):
             ["attention.scheme=ring", "mesh.ulysses=2"],
             r"attention.scheme 'ring' does not fit mesh.ring=1, mesh.ulysses=2",
         ),
+        (["attention.scheme=sparse"], r"attention: scheme 'sparse' and the table attention.sparse go together"),
+        (["attention.sparse.block=16"], r"go together; got scheme 'ring' with it; an empty table is the default"),
+        (
+            ["attention.scheme=sparse", "attention.sparse.strides=4"],
+            r"unknown key 'attention.sparse.strides'; did you mean 'stride'\?",
+        ),
+        (
+            ["attention.scheme=sparse", "attention.sparse.block=16", "mesh.ring=2"],
+            r"attention.scheme 'sparse' does not fit mesh.ring=2",
+        ),
+        (
+            ["attention.scheme=sparse", "attention.sparse.block=16", "agent.window=9"],
+            r"'sparse' has a window of its own, attention.sparse.local_blocks; got agent.window=9; leave",
+        ),
         (["mesh.data=3"], r"train.batch=16 does not divide over mesh.data=3 devices"),
         (['data.stores=["a", "b"]'], r"1 tasks need as many stores; got 2"),
         (["train"], r"'train' is no override; write it as section.key=value"),

@@ -16,12 +16,15 @@ def returns(folder):
     return {result.key: result.return_ for result in read_results(folder)}
 
 
+SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2, stride=2}", "model.dense_every=2"]
+
+
 @pytest.mark.parametrize("tokens", ["fused", "rsar"])
-@pytest.mark.parametrize("ring", [1, 2])
-def test_acting_step_by_step_equals_one_full_pass(trained, dataset, tokens, ring):
+@pytest.mark.parametrize(("settings", "mesh"), [([], "ring=1"), ([], "ring=2"), (SPARSE, "ulysses=2")], ids=str)
+def test_acting_step_by_step_equals_one_full_pass(trained, dataset, tokens, settings, mesh):
     """The action distribution that a cached rollout acts on is the one that training computes, to 1e-5."""
-    folder = trained(f"agent.tokens={tokens}")
-    _, agent, params, *_ = load_agent(folder, [f"evaluate.mesh.ring={ring}"])
+    folder = trained(f"agent.tokens={tokens}", *settings)
+    _, agent, params, *_ = load_agent(folder, [f"evaluate.mesh.{mesh}"])
     store = TrajectoryStore.open(dataset[1])
     batch = ChainSampler(store, trajectories=4, seed=7).sample(0, 2)
     full = jax.jit(agent.features)(params, batch).mean

@@ -90,23 +90,15 @@ def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat
             assert relative(leaf, want_leaf) < 2e-5
 
 
-def test_a_sparse_model_does_not_silently_decode_densely():
-    attention = AttentionConfig(scheme="sparse", sparse=SparsePattern(block=16, local_blocks=1, stride=2))
-    model = Transformer(TransformerConfig(width=32, layers=1, heads=2, attention=attention), rngs=nnx.Rngs(0))
-    x, position = tokens()
-    _, cache = model.prefill(x, Mask.causal(position), capacity=128)
-    with pytest.raises(UsageError, match=r"a model of scheme 'sparse' never saw"):
-        model.decode(x[:, :1], position[:, :1], position[:, :1], cache)
-
-
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(UsageError, match=r"width 30 does not divide by 4 heads; change one"):
         TransformerConfig(width=30, heads=4)
     with pytest.raises(UsageError, match=r"4 heads do not divide by 3 kv_heads; choose"):
         TransformerConfig(width=32, heads=4, kv_heads=3)
 
-    model = make()
-    x, position = tokens()
-    _, cache = model.prefill(x, Mask.causal(position), capacity=66)
-    with pytest.raises(UsageError, match=r"cache of 66 slots over 1 devices cannot take 4 tokens"):
-        model.decode(x[:, :4], position[:, :4], position[:, :4], cache)
+    for every in (1, 2):
+        attention = AttentionConfig("sparse", sparse=SparsePattern())
+        with pytest.raises(UsageError, match=rf"every dense_every-th of 3 layers is dense; got dense_every={every}"):
+            TransformerConfig(layers=3, attention=attention, dense_every=every)
+    with pytest.raises(UsageError, match=r"dense_every=3 goes with attention scheme 'sparse'; got 'ring'"):
+        TransformerConfig(layers=3, dense_every=3)

@@ -89,3 +89,15 @@ def test_dense_is_the_definition():
     out = attention(q, k, v, mask, config=AttentionConfig("dense"))
     third = (1 + (2 + 4) * np.exp(2)) / (1 + 2 * np.exp(2))
     np.testing.assert_allclose(out[0, :, 0, 0], [1.0, 1.5, third], rtol=1e-6)
+
+
+def test_a_kernel_that_cannot_run_here_says_so():
+    q, mask = jnp.zeros((1, 8, 2, 4)), Mask.causal(jnp.arange(8, dtype=jnp.int32)[None])
+    with pytest.raises(UsageError, match=r"no attention kernel 'flash'. Choose one of auto, jax, cudnn, splash"):
+        AttentionConfig(kernel="flash")
+    for mesh in (None, make_mesh(ring=2)):
+        for kernel, missing in (("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")):
+            with pytest.raises(UsageError, match=rf"'{kernel}' cannot run: it needs {missing}, and the mesh has cpu"):
+                attention(q, q, q, mask, config=AttentionConfig(kernel=kernel), mesh=mesh)
+        out = attention(q, q, q, mask, config=AttentionConfig(kernel="auto"), mesh=mesh)
+        assert out.shape == q.shape

@@ -62,8 +62,9 @@ def causal_masks(length: int = LENGTH) -> dict[str, Mask]:
 def all_masks() -> dict[str, Mask]:
     causal = causal_masks()
     windowed = {f"{name}, window": replace(mask, window=9) for name, mask in causal.items()}
-    full = {f"{name}, full": replace(mask, is_causal=False) for name, mask in (causal | windowed).items()}
-    return causal | windowed | full
+    full = {f"{name}, full": replace(mask, is_causal=False) for name, mask in causal.items()}
+    both = {"shuffled, full, window": replace(windowed["shuffled, window"], is_causal=False)}
+    return causal | windowed | full | both
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))

@@ -10,9 +10,7 @@ import pytest
 
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, inverse_order, zigzag_order
 from rlring.attention.blocks import Blocks, pick, visits
-from rlring.attention.blockwise import forward
-from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
-from rlring.attention.sparse import _Far, _far_blocks, _near_blocks, _NearMask, seen_mask
+from rlring.attention.sparse import _Far, _far_blocks, _near_tile, _NearMask
 from rlring.errors import UsageError
 from rlring.mesh import make_mesh
 
@@ -155,16 +153,6 @@ def test_bfloat16():
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=0.02 * np.abs(b).max())
 
 
-def test_decode_sees_what_the_whole_pass_saw():
-    (q, k, v, _), mask = arrays(4, 2), masks()["shuffled"]
-    pattern = PATTERNS["plain"]
-    whole = attention(q, k, v, mask, config=AttentionConfig("sparse", sparse=pattern))
-    few = replace(mask, q_position=mask.q_position[:, -5:], q_segment=mask.q_segment[:, -5:])
-    rows = rows_of_queries(q[:, -5:], 2), rows_of_keys(k), rows_of_keys(v)
-    here = forward(*rows, seen_mask(few, pattern, kv_heads=2), Blocks(5, LENGTH, 2**20))
-    np.testing.assert_allclose(tokens_of_rows(here.out, 2), whole[:, -5:], atol=1e-5)
-
-
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_density_is_the_share_of_causal_blocks(pattern, kv_heads):
@@ -204,7 +192,8 @@ def test_what_is_not_seen_is_not_computed(pattern, layout):
     order = zigzag_order(length, 4) if layout == "zigzag" else np.arange(length)
     mask = Mask.causal(position[:, order], position[:, order] // (length // 8) if layout == "packed" else None)
     blocks, heads = Blocks(512, 512, 2**20), jnp.arange(kv_heads, dtype=jnp.int32)
-    near = visited(_NearMask.of(mask, pattern), length, length, _near_blocks(blocks, pattern))
+    near_tile = _near_tile(blocks, pattern)
+    near = visited(_NearMask.of(mask, pattern), length, length, Blocks(near_tile, near_tile, 2**20))
     far = _Far.of(mask, heads, kv_heads, pattern)
     assert int(far.chunks) == 1
     seen, tile = far.mask(mask, far.keys(jnp.int32(0)), pattern), _far_blocks(blocks, length, pattern)

@@ -1,0 +1,53 @@
+"""Kernels of the hardware behind the two functions of rlring.attention.local.Kernel, and the choice among them."""
+
+import jax.numpy as jnp
+
+from rlring.attention.blocks import Blocks
+from rlring.attention.blockwise import BlockwiseKernel
+from rlring.attention.kernels.cudnn import CudnnTile, unavailable
+from rlring.attention.kernels.rectangles import RectangleKernel
+from rlring.attention.kernels.splash import DTYPES, SplashKernel
+from rlring.attention.local import Kernel
+from rlring.errors import UsageError
+
+KERNELS = ("auto", "jax", "cudnn", "splash")
+
+
+def make_kernel(name: str, blocks: Blocks, *, platform: str, dtype: jnp.dtype, head_size: int) -> Kernel:
+    """Returns the kernel of this name for arrays of this type and head size on the platform ("cpu", "gpu", "tpu").
+
+        jax      plain JAX: every device, type and mask
+        splash   TPU, float32 and bfloat16: every mask
+        cudnn    NVIDIA from Ampere on, bfloat16 and float16: masks that are whole rectangles or the causal triangle,
+                 as the hops of a ring over one causal sequence are; other masks are computed as by "jax"
+        auto     splash on a TPU that takes the type, cudnn on a GPU where it is available, else jax
+
+    Raises:
+        UsageError: there is no such kernel, or it cannot run here. Nothing but "auto" chooses another one.
+    """
+    if name not in KERNELS:
+        raise UsageError(f"there is no attention kernel {name!r}. Choose one of {', '.join(KERNELS)}.")
+    plain = BlockwiseKernel(blocks)
+    if name == "jax":
+        return plain
+    kernels = {"splash": SplashKernel(blocks), "cudnn": RectangleKernel(CudnnTile(), plain)}
+    reasons = {"splash": _no_splash(platform, dtype), "cudnn": _no_cudnn(platform, dtype, head_size)}
+    if name == "auto":
+        return next((kernels[kernel] for kernel, reason in reasons.items() if reason is None), plain)
+    if reasons[name]:
+        raise UsageError(f"attention kernel {name!r} cannot run: {reasons[name]}. Or use kernel 'auto' or 'jax'.")
+    return kernels[name]
+
+
+def _no_splash(platform: str, dtype: jnp.dtype) -> str | None:
+    if platform != "tpu":
+        return f"it needs a TPU, and the mesh has {platform} devices; run it on a TPU"
+    if dtype not in DTYPES:
+        return f"it computes in float32 and bfloat16; got {jnp.dtype(dtype).name}. Cast q, k and v"
+    return None
+
+
+def _no_cudnn(platform: str, dtype: jnp.dtype, head_size: int) -> str | None:
+    if platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, and the mesh has {platform} devices; run it on such a GPU"
+    return unavailable(dtype, head_size)

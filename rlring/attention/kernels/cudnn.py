@@ -1,0 +1,108 @@
+"""The NVIDIA kernel: cuDNN's fused attention, by JAX's private route to it.
+
+Private, because the public jax.nn.dot_product_attention rounds the lse to the compute type and has no backward that
+takes the out and lse over all keys. All that is private is in this file, and unavailable() says why it cannot be used.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+# What the primitives take, in this order.
+OPERANDS = ("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")
+OPERANDS += ("page_table_k", "page_table_v")
+DTYPES = (jnp.bfloat16, jnp.float16)
+OLDEST_GPU = 8.0  # compute capability: Ampere
+HOPPER = 9.0
+
+
+class CudnnTile(NamedTuple):
+    """The tile that cuDNN computes; rows are its batch, each with one key/value head.
+
+    The lse and all sums are float32; the out, dq, dk and dv of one call are rounded to the compute type.
+    """
+
+    def forward(
+        self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], *, is_causal: bool
+    ) -> tuple[Float[Array, "R G T H"], Float32[Array, "R G T"]]:
+        from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+        primitive = cudnn._dot_product_attention_fwd_p_wrapper
+        out, lse = primitive.bind(*_operands(q, k, v), is_training=True, **_parameters(q, is_causal))
+        return out, lse
+
+    def backward(
+        self,
+        q: Float[Array, "R G T H"],
+        k: Float[Array, "R S H"],
+        v: Float[Array, "R S H"],
+        out: Float[Array, "R G T H"],
+        lse: Float32[Array, "R G T"],
+        d_out: Float[Array, "R G T H"],
+        *,
+        is_causal: bool,
+    ) -> tuple[Float[Array, "R G T H"], Float[Array, "R S H"], Float[Array, "R S H"]]:
+        from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+        primitive = cudnn._dot_product_attention_bwd_p_wrapper
+        dq, dk, dv = primitive.bind(*_operands(q, k, v), lse, out, d_out, **_parameters(q, is_causal))
+        return dq, dk[:, 0], dv[:, 0]
+
+
+def unavailable(dtype: jnp.dtype, head_size: int) -> str | None:
+    """Returns why cuDNN cannot compute attention of this type and head size here, or None if it can."""
+    if dtype not in DTYPES:
+        return f"it computes in bfloat16 and float16, not in {jnp.dtype(dtype).name}: cast q, k and v"
+    if not _has_route():
+        return f"JAX {jax.__version__} has no route to it that rlring knows: use another version of JAX"
+    gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    if not gpus or "cuda" not in gpus[0].client.platform_version:
+        return (
+            f"it needs an NVIDIA GPU, and JAX sees {jax.devices()[0].platform}: install jax[cuda13] on such a machine"
+        )
+    capability = float(gpus[0].compute_capability)
+    if capability < OLDEST_GPU:
+        return f"it needs compute capability {OLDEST_GPU}, and {gpus[0].device_kind} has {capability}"
+    longest = 256 if capability >= HOPPER else 128
+    if head_size % 8 or head_size > longest:
+        return f"on {gpus[0].device_kind} its head size is a multiple of 8 up to {longest}, not {head_size}"
+    return None
+
+
+def _has_route() -> bool:
+    """Returns whether this version of JAX has the two primitives, with the parameters that we give them."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    except ImportError:
+        return False
+    names = ("_dot_product_attention_fwd_p_wrapper", "_dot_product_attention_bwd_p_wrapper")
+    names += ("_dot_product_attention_fwd_abstract", "MaskType", "AttentionLayout")
+    if not all(hasattr(cudnn, name) for name in names):
+        return False
+    taken = set(inspect.signature(cudnn._dot_product_attention_fwd_abstract).parameters)
+    return set(OPERANDS) | set(_parameters(jnp.zeros((1, 1, 1, 8)), True)) - {"score_mod"} <= taken
+
+
+def _operands(q, k, v) -> tuple[Array, ...]:
+    unused = jnp.zeros(0, q.dtype)
+    return q, k[:, None], v[:, None], *[unused] * (len(OPERANDS) - 3)
+
+
+def _parameters(q: Float[Array, "R G T H"], is_causal: bool) -> dict:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    parameters = {
+        "scale": q.shape[-1] ** -0.5,
+        "seed": 42,  # of the dropout that there is not
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),  # no bias, no gradient of it
+        "mask_type": cudnn.MaskType.CAUSAL if is_causal else cudnn.MaskType.NO_MASK,
+        "layout": cudnn.AttentionLayout.BNTH.value,
+        "sliding_window_length": 0,
+    }
+    if "score_mod" in inspect.signature(cudnn._dot_product_attention_fwd).parameters:  # JAX 0.12
+        parameters["score_mod"] = None
+    return parameters

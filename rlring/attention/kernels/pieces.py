@@ -1,0 +1,64 @@
+"""Keys that are too many for one call of a kernel, piece by piece."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from rlring.attention.blocks import joined, pad
+from rlring.attention.local import Gradients
+from rlring.attention.mask import Mask
+from rlring.attention.softmax import Partial, merge, nothing
+
+
+def forward_by_pieces(
+    forward: Callable[[Array, Array, Mask], Partial],
+    q: Float[Array, "R G T H"],
+    k: Float[Array, "R S H"],
+    v: Float[Array, "R S H"],
+    mask: Mask,
+    length: int,
+) -> Partial:
+    """Returns forward(k, v, mask) of each `length` keys, merged."""
+    if k.shape[1] <= length:
+        return forward(k, v, mask)
+
+    def add(total: Partial, piece) -> tuple[Partial, None]:
+        return merge(total, forward(*piece)), None
+
+    return lax.scan(add, nothing(q), _cut(k, v, mask, length))[0]
+
+
+def backward_by_pieces(
+    backward: Callable[[Array, Array, Mask], Gradients],
+    q: Float[Array, "R G T H"],
+    k: Float[Array, "R S H"],
+    v: Float[Array, "R S H"],
+    mask: Mask,
+    length: int,
+) -> Gradients:
+    """Returns the gradients of backward(k, v, mask) of each `length` keys."""
+    if k.shape[1] <= length:
+        return backward(k, v, mask)
+
+    def add(dq, piece):
+        found = backward(*piece)
+        return dq + found.dq, (found.dk, found.dv)
+
+    dq, parts = lax.scan(add, jnp.zeros(q.shape, jnp.float32), _cut(k, v, mask, length))
+    return Gradients(dq, *(joined(part, 1)[:, : k.shape[1]] for part in parts))
+
+
+def _cut(k, v, mask: Mask, length: int) -> tuple[Array, Array, Mask]:
+    """Returns [pieces, ...] of each; the last piece is filled up with keys that are nowhere."""
+    count = -(-k.shape[1] // length)
+    mask = mask.padded(mask.q_position.shape[1], count * length)
+
+    def cut(x):
+        x = pad(x, 1, count * length)
+        return jnp.moveaxis(x.reshape(x.shape[0], count, length, *x.shape[2:]), 1, 0)
+
+    every = {name: jnp.stack([getattr(mask, name)] * count) for name in ("q_position", "q_segment")}
+    return cut(k), cut(v), replace(mask, k_position=cut(mask.k_position), k_segment=cut(mask.k_segment), **every)

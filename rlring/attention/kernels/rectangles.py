@@ -1,0 +1,212 @@
+"""A kernel that knows only whole rectangles and the causal triangle, under masks of positions and segments.
+
+Such is the hardware's own attention, and such is what a ring really asks for: the hops of a causal context in the order
+of time or in the zigzag order are one of five shapes. Which one a mask has is found out when it runs, from the least
+and greatest position and segment of its halves. Nothing is assumed: what is none of the five goes to the fallback.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
+from rlring.attention.local import Gradients, Kernel
+from rlring.attention.mask import Mask
+from rlring.attention.softmax import Partial, nothing
+
+SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
+HIDDEN = 1e30  # as the lse of a query: its weights, exp(score - lse), are 0
+
+
+class Tile(Protocol):
+    """Attention without a mask, or with key j seen from query i >= j. Hashable. What it returns may be rounded."""
+
+    def forward(
+        self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], *, is_causal: bool
+    ) -> tuple[Float[Array, "R G T H"], Float32[Array, "R G T"]]:
+        """Returns out and lse."""
+        ...
+
+    def backward(
+        self,
+        q: Float[Array, "R G T H"],
+        k: Float[Array, "R S H"],
+        v: Float[Array, "R S H"],
+        out: Float[Array, "R G T H"],
+        lse: Float32[Array, "R G T"],
+        d_out: Float[Array, "R G T H"],
+        *,
+        is_causal: bool,
+    ) -> tuple[Float[Array, "R G T H"], Float[Array, "R S H"], Float[Array, "R S H"]]:
+        """Returns dq, dk and dv from the out and lse over all keys."""
+        ...
+
+
+class _Shape(NamedTuple):
+    """Some of the queries and some of the keys, in halves of what there is: [start, stop) of 0, 1, 2."""
+
+    q: tuple[int, int] = (0, 2)
+    k: tuple[int, int] = (0, 2)
+    is_causal: bool = False  # by place; else every query sees every key
+
+    def of_q(self, x: Array) -> Array:
+        """Returns these queries of [R, G, T, ...]."""
+        return _halves(x, 2, self.q)
+
+    def of_k(self, x: Array) -> Array:
+        """Returns these keys of [R, S, H]."""
+        return _halves(x, 1, self.k)
+
+
+NOTHING = _Shape((0, 0), (0, 0))
+WHOLE = _Shape()
+TRIANGLE = _Shape(is_causal=True)
+FIRST_KEYS = _Shape(k=(0, 1))  # zigzag, keys from earlier: their second half is later than all queries
+LAST_QUERIES = _Shape(q=(1, 2))  # zigzag, keys from later: seen from the second half of the queries only
+SHAPES = (NOTHING, WHOLE, TRIANGLE, FIRST_KEYS, LAST_QUERIES)  # in the order of lax.switch; then the fallback
+
+
+class RectangleKernel(NamedTuple):
+    """The kernel made of a tile. All rows of the batch share one decision.
+
+    Queries that are nowhere (padding) disturb no shape: what the tile finds for them is dropped. Keys that are nowhere
+    go with a shape only where no query sees them anyway. More keys than queries, as all_gather has them, are taken in
+    pieces as long as the queries, the shards that they came from.
+    """
+
+    tile: Tile
+    fallback: Kernel
+
+    def forward(self, q, k, v, mask: Mask) -> Partial:
+        def attend(k, v, mask: Mask) -> Partial:
+            branches = [_forward(self.tile, shape) for shape in SHAPES]
+            return lax.switch(shape_of(mask), [*branches, self.fallback.forward], q, k, v, mask)
+
+        return forward_by_pieces(attend, q, k, v, mask, _piece(q, k))
+
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
+        def differentiate(k, v, mask: Mask) -> Gradients:
+            branches = [_backward(self.tile, shape) for shape in SHAPES]
+            arrays = (q, k, v, mask, out, lse, d_out)
+            return lax.switch(shape_of(mask), [*branches, self.fallback.backward], *arrays)
+
+        return backward_by_pieces(differentiate, q, k, v, mask, _piece(q, k))
+
+
+def shape_of(mask: Mask) -> Int32[Array, ""]:
+    """Returns which of SHAPES the mask has in all rows, or len(SHAPES)."""
+    q_length, k_length = mask.q_position.shape[1], mask.k_position.shape[1]
+    # Without a middle there is one half: the tests of halves are then those of the whole, which comes before them.
+    has_halves = q_length % 2 == k_length % 2 == 0
+    q_size, k_size = (q_length // 2, k_length // 2) if has_halves else (q_length, k_length)
+    q_bounds, k_bounds = mask.q_bounds(q_size), mask.k_bounds(k_size)
+
+    def of_row(test, q, k) -> Bool[Array, "2 2"]:
+        return test(jax.tree.map(lambda x: x[None, :, None], q), jax.tree.map(lambda x: x[None, None], k))
+
+    seen = jax.vmap(partial(of_row, mask.may_see))(q_bounds, k_bounds).any(0)
+    whole = jax.vmap(partial(of_row, mask.sees_all))(_filled(mask).q_bounds(q_size), k_bounds)
+    is_missing = q_bounds.low_position > q_bounds.high_position  # a half without a query goes with any shape
+    whole = (whole | is_missing[:, :, None]).all(0)
+    tests = {
+        NOTHING: ~seen.any(),
+        WHOLE: whole.all(),
+        TRIANGLE: _is_triangle(mask),
+        FIRST_KEYS: whole[:, 0].all() & ~seen[:, 1:].any(),
+        LAST_QUERIES: whole[-1].all() & ~seen[:-1].any(),
+    }
+    return jnp.argmax(jnp.stack([*(tests[shape] for shape in SHAPES), jnp.array(True)])).astype(jnp.int32)
+
+
+def _filled(mask: Mask) -> Mask:
+    """Returns the mask with the queries that are nowhere put where the latest one is: they are not to decide."""
+    there = mask.q_segment >= 0
+    latest = jnp.where(there, mask.q_position, -jnp.iinfo(jnp.int32).max).max(1, keepdims=True)
+    segment = mask.q_segment.max(1, keepdims=True)
+    return replace(
+        mask, q_position=jnp.where(there, mask.q_position, latest), q_segment=jnp.where(there, mask.q_segment, segment)
+    )
+
+
+def _is_triangle(mask: Mask) -> Bool[Array, ""]:
+    """Returns whether queries and keys are the same tokens, of one segment, each later than the one before it.
+
+    The tokens that are nowhere are the last ones: no other query sees them, and what they see is dropped.
+    """
+    position, segment = mask.k_position, mask.k_segment
+    if not mask.is_causal or mask.q_position.shape != position.shape:
+        return jnp.array(False)
+    there = segment >= 0
+    same = (mask.q_segment == segment) & ((mask.q_position == position) | ~there)
+    follows = there[:, :-1] & (position[:, :-1] < position[:, 1:]) & (segment[:, :-1] == segment[:, 1:])
+    is_triangle = same.all() & (follows | ~there[:, 1:]).all()
+    if mask.window is not None:
+        far = jnp.iinfo(jnp.int32).max // 2
+        reach = jnp.where(there, position, -far).max(1) - jnp.where(there, position, far).min(1)
+        is_triangle &= (reach < mask.window).all()
+    return is_triangle
+
+
+def _forward(tile: Tile, shape: _Shape):
+    def attend(q, k, v, mask: Mask) -> Partial:
+        if shape == NOTHING or _is_missing(shape, q, k):
+            return nothing(q)
+        out, lse = tile.forward(shape.of_q(q), shape.of_k(k), shape.of_k(v), is_causal=shape.is_causal)
+        there = shape.of_q(_there(q, mask))
+        out = jnp.where(there[..., None], out.astype(jnp.float32), 0.0)
+        lse = jnp.where(there, lse, -jnp.inf)
+        return Partial(_in_place(out, 2, shape.q, q.shape[2]), _in_place(lse, 2, shape.q, q.shape[2], -jnp.inf))
+
+    return attend
+
+
+def _backward(tile: Tile, shape: _Shape):
+    def differentiate(q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
+        if shape == NOTHING or _is_missing(shape, q, k):
+            zero = jnp.zeros(k.shape, jnp.float32)
+            return Gradients(jnp.zeros(q.shape, jnp.float32), zero, zero)
+        there = _there(q, mask)
+        lse, d_out = jnp.where(there, lse, HIDDEN), jnp.where(there[..., None], d_out, 0).astype(q.dtype)
+        of_q = (shape.of_q(x) for x in (out.astype(q.dtype), lse, d_out))
+        dq, dk, dv = tile.backward(shape.of_q(q), shape.of_k(k), shape.of_k(v), *of_q, is_causal=shape.is_causal)
+        dq, dk, dv = (x.astype(jnp.float32) for x in (dq, dk, dv))
+        dk, dv = (_in_place(x, 1, shape.k, k.shape[1]) for x in (dk, dv))
+        return Gradients(_in_place(dq, 2, shape.q, q.shape[2]), dk, dv)
+
+    return differentiate
+
+
+def _is_missing(shape: _Shape, q, k) -> bool:
+    """Returns whether arrays of these lengths never have the shape."""
+    return (shape.is_causal and q.shape[2] != k.shape[1]) or (
+        shape in (FIRST_KEYS, LAST_QUERIES) and bool(q.shape[2] % 2 or k.shape[1] % 2)
+    )
+
+
+def _there(q: Float[Array, "R G T H"], mask: Mask) -> Bool[Array, "R G T"]:
+    """Returns which queries are somewhere."""
+    there = jnp.repeat(mask.q_segment >= 0, q.shape[0] // mask.rows, axis=0)
+    return jnp.broadcast_to(there[:, None], q.shape[:3])
+
+
+def _halves(x: Array, dimension: int, part: tuple[int, int]) -> Array:
+    start, stop = (x.shape[dimension] * half // 2 for half in part)
+    return lax.slice_in_dim(x, start, stop, axis=dimension)
+
+
+def _in_place(x: Array, dimension: int, part: tuple[int, int], length: int, fill: float = 0.0) -> Array:
+    """Returns the inverse of _halves, with the rest filled."""
+    start, stop = (length * half // 2 for half in part)
+    widths = [(start, length - stop) if d == dimension else (0, 0) for d in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def _piece(q: Float[Array, "R G T H"], k: Float[Array, "R S H"]) -> int:
+    """Returns how many keys are one piece."""
+    length, keys = q.shape[2], k.shape[1]
+    return length if length >= SHORTEST_PIECE and keys % length == 0 else keys

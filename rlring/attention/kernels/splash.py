@@ -1,0 +1,282 @@
+"""The TPU kernel: JAX's splash attention, which knows masks of places, under our masks of positions and segments.
+
+Why one kernel is enough for every mask: with the keys in order of (segment, position), what a query sees is an interval
+of them, whatever the segments, the window, ties and the layout of the tokens. So the mask of a context is two integers
+a query, and a block of keys outside of all the intervals of a block of queries is neither fetched nor computed.
+
+Keys that are not in order (a gathered context in the zigzag order) are put in order first; those of one shard that is
+in the order of time, zigzag, striped, or packed with one sequence after another, already are.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from rlring.attention.blocks import Blocks, pad
+from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
+from rlring.attention.local import Gradients
+from rlring.attention.mask import Mask
+from rlring.attention.softmax import Partial, finite_lse
+
+DTYPES = (jnp.float32, jnp.bfloat16)
+LANES = 128  # of a TPU's vectors: blocks are multiples of it
+PLACE_BITS = 15  # of the start of an interval, so that start and stop share an integer
+LONGEST = 2**PLACE_BITS  # keys of one call; more of them take turns
+COMPUTED = 512  # keys of a block that are worked on at once: their scores have to fit into the vector memory
+FAR = jnp.iinfo(jnp.int32).max
+
+
+class SplashKernel(NamedTuple):
+    """The kernel for TPUs: every mask, any length and head size, float32 and bfloat16.
+
+    The lse and all sums are float32. In bfloat16 these are rounded to it: the scaled queries, and the out, dq, dk and
+    dv of one call, because the library's kernels return them so. The calls of a ring are added up in float32.
+    """
+
+    blocks: Blocks
+    interpret: bool = False  # runs on any device, slowly: for tests
+
+    def forward(self, q, k, v, mask: Mask) -> Partial:
+        def attend(k, v, mask: Mask) -> Partial:
+            keys = _Keys.in_order(k, v, mask)
+            one = partial(_forward, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
+            out, lse = _by_sequence(one, mask.rows, (q, keys.k, keys.v), keys.seen())
+            return Partial(out.reshape(q.shape).astype(jnp.float32), lse.reshape(q.shape[:3]))
+
+        return forward_by_pieces(attend, q, k, v, mask, LONGEST)
+
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
+        # FlashAttention-2, equation 4, as in blockwise.py.
+        delta = jnp.einsum("rgth,rgth->rgt", out, d_out, preferred_element_type=jnp.float32)
+        d_out, lse = d_out.astype(q.dtype), finite_lse(lse)
+
+        def differentiate(k, v, mask: Mask) -> Gradients:
+            keys = _Keys.in_order(k, v, mask)
+            one = partial(_backward, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
+            gradients = _by_sequence(one, mask.rows, (q, keys.k, keys.v, lse, delta, d_out), keys.seen())
+            dq, dk, dv = (x.reshape(like.shape) for x, like in zip(gradients, (q, k, v), strict=True))
+            return Gradients(dq, keys.back(dk), keys.back(dv))
+
+        return backward_by_pieces(differentiate, q, k, v, mask, LONGEST)
+
+
+def _by_sequence(function: Callable, sequences: int, arrays, of_sequence):
+    """Returns function(*arrays, of_sequence) of each sequence's rows [K, ...], one after another."""
+    arrays = jax.tree.map(lambda x: x.reshape(sequences, -1, *x.shape[1:]), arrays)
+    if sequences == 1:
+        return function(*jax.tree.map(lambda x: x[0], (*arrays, of_sequence)))
+    return lax.map(lambda one: function(*one), (*arrays, of_sequence))
+
+
+class _Interval(NamedTuple):
+    """The keys that each query sees: those from place start up to, but not including, place stop."""
+
+    start: Int32[Array, "*batch T"]
+    stop: Int32[Array, "*batch T"]
+
+
+class _Keys(NamedTuple):
+    """Keys and values in order of (segment, position), those that are nowhere last."""
+
+    k: Float[Array, "R S H"]
+    v: Float[Array, "R S H"]
+    mask: Mask  # of the keys as they came: which keys precede a query does not depend on their places
+    is_ordered: Bool[Array, ""]  # they came in this order
+    place: Int32[Array, "B S"]  # of each key
+
+    @classmethod
+    def in_order(cls, k, v, mask: Mask) -> "_Keys":
+        segment, position = _segment(mask), mask.k_position
+        before, after = (segment[:, :-1], position[:, :-1]), (segment[:, 1:], position[:, 1:])
+        is_ordered = (_precedes(before, after, or_ties=True) | (after[0] == FAR)).all()
+
+        def counted():
+            other, one = (tuple(jnp.expand_dims(x, d) for x in (segment, position)) for d in (1, 2))
+            places = jnp.arange(k.shape[1], dtype=jnp.int32)
+            tied = (other[0] == one[0]) & (other[1] == one[1]) & (places < places[:, None])
+            return (_precedes(other, one) | tied).sum(2, dtype=jnp.int32)
+
+        def as_they_are():
+            return jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), segment.shape)
+
+        place = lax.cond(is_ordered, as_they_are, counted)
+
+        def ordered(x):
+            which = jax.vmap(lambda place: jnp.zeros_like(place).at[place].set(as_they_are()[0]))(place)
+            return _taken(x, which)
+
+        k, v = lax.cond(is_ordered, lambda *kv: kv, lambda *kv: tuple(ordered(x) for x in kv), k, v)
+        return cls(k, v, mask, is_ordered, place)
+
+    def back(self, x: Float[Array, "R S H"]) -> Float32[Array, "R S H"]:
+        """Returns what belongs to the keys in the order in which they came."""
+        return lax.cond(self.is_ordered, lambda x: x, lambda x: _taken(x, self.place), x).astype(jnp.float32)
+
+    def seen(self) -> _Interval:
+        """Returns the places that each query sees.
+
+        Counted, not searched for: the comparisons are summed up as they are made, which takes little of the time of the
+        attention itself, while a TPU's sort takes the compiler seconds.
+        """
+        mask = self.mask
+        key = tuple(x[:, None, :] for x in (_segment(mask), mask.k_position))
+        q_segment, q_position = mask.q_segment[:, :, None], mask.q_position[:, :, None]
+        first = -FAR if mask.window is None else q_position - (mask.window - 1)
+        start = _precedes(key, (q_segment, first)).sum(2, dtype=jnp.int32)
+        last = q_position if mask.is_causal else FAR
+        stop = _precedes(key, (q_segment, last), or_ties=True).sum(2, dtype=jnp.int32)
+        is_empty = (start >= stop) | (mask.q_segment < 0)
+        return _Interval(*(jnp.where(is_empty, 0, x) for x in (start, stop)))
+
+
+def _segment(mask: Mask) -> Int32[Array, "B S"]:
+    """Returns the segments of the keys, with those that are nowhere after all others."""
+    return jnp.where(mask.k_segment < 0, FAR, mask.k_segment)
+
+
+def _precedes(a, b, *, or_ties: bool = False) -> Bool[Array, "..."]:
+    """Returns whether (segment, position) a is before b."""
+    earlier = a[1] <= b[1] if or_ties else a[1] < b[1]
+    return (a[0] < b[0]) | ((a[0] == b[0]) & earlier)
+
+
+def _taken(x: Float[Array, "R S H"], which: Int32[Array, "B S"]) -> Float[Array, "R S H"]:
+    which = jnp.repeat(which, x.shape[0] // which.shape[0], axis=0)
+    return jnp.take_along_axis(x, which[:, :, None], axis=1)
+
+
+# One sequence: q[K, G, T, H], k[K, S, H], and the library's kernels, whose heads are our rows and their groups.
+
+
+class _Tiles(NamedTuple):
+    """The blocks of the kernel and the lengths that they divide."""
+
+    q: int
+    k: int
+    q_length: int
+    k_length: int
+
+    @classmethod
+    def of(cls, blocks: Blocks, q: Float[Array, "R G T H"], k: Float[Array, "R S H"]) -> "_Tiles":
+        def up(length: int, unit: int) -> int:
+            return -(-length // unit) * unit
+
+        q_length, k_length = q.shape[2], k.shape[1]
+        q_block, k_block = min(up(blocks.q, LANES), up(q_length, LANES)), min(up(blocks.k, LANES), up(k_length, LANES))
+        return cls(q_block, k_block, up(q_length, q_block), up(k_length, k_block))
+
+    @property
+    def computed(self) -> int:
+        """How many keys of a block are worked on at once."""
+        return next(n for n in range(min(COMPUTED, self.k), 0, -LANES) if self.k % n == 0)
+
+    def heads(self, q: Float[Array, "K G T H"]) -> Float[Array, "N T H"]:
+        q = q.reshape(-1, *q.shape[2:])
+        return pad(q, 1, self.q_length)
+
+    def keys(self, k: Float[Array, "K S H"]) -> Float[Array, "K S H"]:
+        return pad(k, 1, self.k_length)
+
+    def masks(self, seen: _Interval):
+        """Returns the library's MaskInfo for the kernels whose innermost loop is over keys, and over queries."""
+        from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+        start, stop = (pad(x, 0, self.q_length) for x in seen)
+        packed = (stop << PLACE_BITS) | start
+        by_block = jnp.where(stop > 0, start, LONGEST), stop
+        first, last = (x.reshape(-1, self.q) for x in by_block)
+        block = jnp.arange(0, self.k_length, self.k)
+        is_seen = (first.min(1)[:, None] < block + self.k) & (last.max(1)[:, None] > block)
+
+        def mask_info(next_block):
+            return MaskInfo(_small(next_block)[None], None, is_seen.astype(jnp.int8)[None], None, packed)
+
+        return mask_info(_next_seen(is_seen)), mask_info(_next_seen(is_seen.T).T)
+
+
+def _next_seen(is_seen: Bool[Array, "outer inner"]) -> Int32[Array, "outer inner"]:
+    """Returns the next inner block that is worked on, in the order of the loops: a kernel fetches it ahead."""
+    places = jnp.arange(is_seen.size, dtype=jnp.int32)
+    following = lax.cummin(jnp.where(is_seen.reshape(-1), places, is_seen.size), reverse=True)
+    return jnp.where(following < is_seen.size, following % is_seen.shape[1], 0).reshape(is_seen.shape)
+
+
+def _small(blocks: Int32[Array, "..."]) -> Array:
+    """Returns the numbers of blocks in the least type for so many: scalar memory is scarce."""
+    most = max(blocks.shape)
+    return blocks.astype(jnp.int8 if most <= 2**7 else jnp.int16 if most <= 2**15 else jnp.int32)
+
+
+def _is_seen(interval: Int32[Array, "q k"], place: Int32[Array, "q k"]) -> Bool[Array, "q k"]:
+    return (place >= (interval & (LONGEST - 1))) & (place < (interval >> PLACE_BITS))
+
+
+def _precision(q: Array):
+    """Returns the context in which the library's kernels are made.
+
+    Products of bfloat16 are exact in float32, and the TPU's compiler refuses to be asked for more precise ones.
+    """
+    return jax.default_matmul_precision("default") if q.dtype == jnp.bfloat16 else nullcontext()
+
+
+def _scaled(q: Array) -> Array:
+    return q * q.shape[-1] ** -0.5  # the library does not scale the scores
+
+
+def _forward(q, k, v, seen: _Interval, *, tiles: _Tiles, interpret: bool) -> tuple[Array, Array]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    length, (mask, _) = q.shape[2], tiles.masks(seen)
+    with _precision(q):
+        out, (lse,) = splash._splash_attention_forward(
+            mask,
+            tiles.heads(_scaled(q)),
+            tiles.keys(k),
+            tiles.keys(v),
+            None,  # segments
+            None,  # sinks
+            mask_value=splash.DEFAULT_MASK_VALUE,
+            is_mqa=False,
+            block_sizes=splash.BlockSizes(block_q=tiles.q, block_kv=tiles.k, block_kv_compute=tiles.computed),
+            residual_checkpoint_name=None,
+            save_residuals=True,
+            mask_function=_is_seen,
+            interpret=interpret,
+        )
+    # Where a query sees nothing the library returns a mean of what it should not see, or NaN.
+    is_empty = seen.stop == 0
+    out, lse = out[:, :length], lse[:, :length]
+    return jnp.where(is_empty[:, None], 0.0, out), jnp.where(is_empty, -jnp.inf, lse)
+
+
+def _backward(q, k, v, lse, delta, d_out, seen: _Interval, *, tiles: _Tiles, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    length, (by_key, by_query) = q.shape[2], tiles.masks(seen)
+    heads = tuple(tiles.heads(x) for x in (lse, d_out, delta))
+    arrays = (tiles.heads(_scaled(q)), tiles.keys(k), tiles.keys(v), None, None, *heads)
+    layout = splash.QKVLayout.HEAD_DIM_MINOR
+    both = {
+        "bq": tiles.q,
+        "is_mqa": False,
+        "mask_value": splash.DEFAULT_MASK_VALUE,
+        "attn_logits_soft_cap": None,
+        "q_layout": layout,
+        "k_layout": layout,
+        "v_layout": layout,
+        "mask_function": _is_seen,
+        "interpret": interpret,
+    }
+    with _precision(q):
+        _, dk, dv = splash._splash_attention_bwd_dkv(
+            *arrays, bkv=tiles.k, bkv_compute=tiles.computed, mask_info=by_query, use_fused_bwd_kernel=False, **both
+        )
+        dq = splash._splash_attention_bwd_dq(*arrays, bkv=tiles.k, mask_info=by_key, **both)
+    dq = dq[:, :length].astype(jnp.float32) * q.shape[-1] ** -0.5
+    return dq, dk[:, : k.shape[1]], dv[:, : k.shape[1]]

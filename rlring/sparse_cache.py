@@ -1,0 +1,161 @@
+"""SparseSlots: what the heads of sparse attention can still see, and where it is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from rlring.attention import Mask, SparsePattern
+from rlring.attention.sparse import HeldMask
+from rlring.errors import UsageError
+
+
+class _Given(NamedTuple):
+    """Tokens, each twice, and the slots they are given: first all to the near ones, then all to the far ones."""
+
+    position: Int[Array, "B K U"]
+    segment: Int[Array, "B K U"]
+    slot: Int[Array, "B K U"]  # one past the last for a token that is not kept
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SparseSlots:
+    """Which tokens the slots of a sparse layer hold, by key/value head; all such layers hold the same.
+
+        near   the last local_blocks + 1 blocks of positions: position p stands in slot p % near
+        far    the head's strided blocks, for ever: one position in `stride`
+
+    A token may be in both; the mask shows it once. Exact where the tokens of a row come in order, one segment after the
+    other and no two in one step, no two tokens of a segment in one position and none further than the capacity from
+    another. Where a token takes the place of one that can still be seen it is written as NaN: what is wrong is seen.
+    """
+
+    position: Int[Array, "B K S"]
+    segment: Int[Array, "B K S"]  # -1: nothing, so nobody sees it
+    pattern: SparsePattern = field(metadata={"static": True})
+    kv_heads: int = field(metadata={"static": True})  # of all devices together
+    near: int = field(metadata={"static": True})  # slots; those behind them are far
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, *, pattern: SparsePattern, kv_heads: int) -> "SparseSlots":
+        """Returns slots enough for `capacity` positions."""
+        blocks = 1 + -(-(capacity - 1) // pattern.block)  # that a stretch of so many positions touches
+        # One block more than is seen: what new tokens displace is seen by none of them.
+        near = min((pattern.local_blocks + 1) * pattern.block, capacity)
+        far = -(-blocks // pattern.stride) * pattern.block
+        shape = batch, kv_heads, near + far
+        return cls(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -1, jnp.int32), pattern, kv_heads, near)
+
+    def check(self, tokens: int) -> None:
+        """Raises UsageError if so many tokens cannot be written at a time."""
+        if tokens > self.pattern.block:
+            raise UsageError(
+                f"a cache whose sparse layers have blocks of {self.pattern.block} cannot take {tokens} tokens at a "
+                "time; decode fewer at a time, or make them part of the prompt."
+            )
+
+    def spec(self, mesh: Mesh) -> P:
+        """Returns how keys and values [B, K, S, H] are laid out: heads split where they divide."""
+        return P("data", "ulysses" if self.kv_heads % mesh.shape["ulysses"] == 0 else None, None)
+
+    def specs(self, mesh: Mesh) -> "SparseSlots":
+        """Returns how the slots themselves are laid out."""
+        return replace(self, position=self.spec(mesh), segment=self.spec(mesh))
+
+    def mask(self, now: Mask) -> Mask:
+        """Returns what the new tokens see of the slots, by row."""
+        rows = now.repeated(self.position.shape[1])
+        position, segment = (x.reshape(-1, x.shape[2]) for x in (self.position, self.segment))
+        return HeldMask.of(replace(rows, k_position=position, k_segment=segment), self.pattern, self.near)
+
+    def with_prompt(self, prompt: Mask) -> "SparseSlots":
+        """Returns the slots of a cache that begins with a prompt, from empty ones."""
+        given = self._given(prompt, 0)
+        source, _ = self._sources(given)
+        position, segment = (_picked(x, source, -1) for x in (given.position, given.segment))
+        return replace(self, position=position, segment=segment)
+
+    def hold(self, x: Float[Array, "B T K H"], prompt: Mask) -> Float[Array, "B K S H"]:
+        """Returns what empty slots hold of a prompt's keys or values."""
+        source, is_lost = self._sources(self._given(prompt, 0))
+        held = _picked(jnp.moveaxis(x, 1, 2), jnp.where(source < 0, -1, source % x.shape[1]), 0)
+        return _marked(held, is_lost)
+
+    def after(self, now: Mask, shard: Int[Array, ""] | int) -> "SparseSlots":
+        """Returns the slots once the new tokens are in them."""
+        given = self._given(now, shard)
+        position, segment = (
+            _put(x, new, given.slot) for x, new in ((self.position, given.position), (self.segment, given.segment))
+        )
+        return replace(self, position=position, segment=segment)
+
+    def put(
+        self, x: Float[Array, "B K S H"], new: Float[Array, "B T K H"], now: Mask, shard: Int[Array, ""] | int
+    ) -> Float[Array, "B K S H"]:
+        """Returns the keys or values with those of new tokens written."""
+        given = self._given(now, shard)
+        position, segment = (
+            _picked(x, jnp.minimum(given.slot, x.shape[2] - 1), -1)[..., None] for x in (self.position, self.segment)
+        )
+        seen_by = given.position[:, :, None], given.segment[:, :, None]  # any of the new tokens
+        is_lost = self._is_lost(position, segment, given.slot[..., None], *seen_by).any(-1)
+        new = jnp.tile(jnp.moveaxis(new, 1, 2), (1, 1, 2, 1))
+        return _put(x, _marked(new, is_lost).astype(x.dtype), given.slot)
+
+    def _heads(self, shard) -> Int[Array, "K"]:
+        heads = self.position.shape[1]
+        return shard * heads + jnp.arange(heads, dtype=jnp.int32)
+
+    def _given(self, now: Mask, shard) -> _Given:
+        _, heads, slots = self.position.shape
+        position, segment = (jnp.repeat(x[:, None], heads, 1) for x in (now.k_position, now.k_segment))
+        block, place = position // self.pattern.block, position % self.pattern.block
+        is_strided = self.pattern.is_strided(block, self._heads(shard)[:, None], kv_heads=self.kv_heads)
+        # One block in `stride` is strided, so block // stride counts them.
+        far = self.near + (block // self.pattern.stride * self.pattern.block + place) % (slots - self.near)
+        slot = jnp.concatenate([position % self.near, jnp.where(is_strided, far, slots)], 2)
+        position, segment = (jnp.tile(x, (1, 1, 2)) for x in (position, segment))
+        return _Given(position, segment, jnp.where(segment < 0, slots, slot))
+
+    def _is_lost(self, position, segment, slot, q_position, q_segment) -> Bool[Array, "..."]:
+        """Returns whether what stood in a slot that is given away, position and segment, can still be seen."""
+        return (
+            (segment >= 0) & (segment == q_segment) & (self.pattern.is_near(q_position, position) | (slot >= self.near))
+        )
+
+    def _sources(self, given: _Given) -> tuple[Int[Array, "B K S"], Bool[Array, "B K S"]]:
+        """Returns by slot: the last token that is given to it, -1 for none; whether one that can be seen is lost."""
+        number = jnp.broadcast_to(jnp.arange(given.slot.shape[2], dtype=jnp.int32), given.slot.shape)
+        nobody = jnp.full(self.position.shape, -1, jnp.int32)
+        latest = _each(lambda x, slot, number: x.at[slot].max(number, mode="drop"))
+        source = latest(nobody, given.slot, number)
+        winner = _picked(source, jnp.minimum(given.slot, nobody.shape[2] - 1), -1)
+        seen_by = _picked(given.position, winner, 0), _picked(given.segment, winner, -1)
+        is_lost = (winner != number) & self._is_lost(*given, *seen_by)
+        return source, latest(nobody, given.slot, is_lost.astype(jnp.int32)) > 0
+
+
+def _each(function: Callable) -> Callable:
+    """Returns the function of one head of one sequence as one of arrays [B, K, ...]."""
+    return jax.vmap(jax.vmap(function))
+
+
+def _put(x: Array, new: Array, slot: Int[Array, "B K U"]) -> Array:
+    """Returns [B, K, S, ...] with [B, K, U, ...] in its slots."""
+    return _each(lambda x, new, slot: x.at[slot].set(new, mode="drop"))(x, new, slot)
+
+
+def _picked(x: Array, place: Int[Array, "B K U"], nothing: int) -> Array:
+    """Returns [B, K, U, ...] of [B, K, S, ...], and `nothing` for place -1."""
+    picked = _each(lambda x, place: x[jnp.maximum(place, 0)])(x, place)
+    return jnp.where((place < 0).reshape(place.shape + (1,) * (x.ndim - 3)), nothing, picked)
+
+
+def _marked(x: Float[Array, "B K U H"], is_lost: Bool[Array, "B K U"]) -> Array:
+    return jnp.where(is_lost[..., None], jnp.nan, x)

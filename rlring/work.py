@@ -1,0 +1,78 @@
+"""What a device computes and sends in a training step, counted from the shapes, and how much of it one hides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlring.language_model import LanguageModelConfig
+from rlring.remat import Remat
+from rlring.schedule import Transfer
+from rlring.traffic import GRADIENT_BYTES, NUMBER_BYTES, Link
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked."""
+
+    model: str
+    topology: str
+    tokens: int  # of one sequence
+    data: int
+    ring: int
+    ulysses: int
+    rows: int  # sequences of a batch
+    remat: Remat
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a device computes and sends in a step, counted from the shapes."""
+
+    parameters: int
+    flops: float
+    computed_flops: float
+    ring_bytes: float
+    gather_bytes: float
+    hop_flops: float  # of one hop forward, zigzag under a causal mask
+    hop_bytes: float  # of keys and values
+
+    @classmethod
+    def of(cls, config: LanguageModelConfig, request: Request, parameters: int) -> "Work":
+        model = config.transformer
+        D, N, K, H, F = model.sizes
+        layers, tokens = model.layers, request.rows * request.tokens
+        devices = request.data * request.ring * request.ulysses
+        matrices = layers * (D * H * (2 * N + 2 * K) + 3 * D * F)
+        again = {"none": (0, 0), "attention": (1, 0), "all": (1, 1), "offload": (1, 1)}[request.remat]
+        dense = 2 * tokens * matrices
+        head = 2 * tokens * D * config.vocabulary
+        attended = layers * request.rows * 4 * N * H * request.tokens**2 / 2
+        flops = 3 * (dense + head) + 3.5 * attended
+        # The tiled loss and the blocks of attention are computed again in the backward whatever the policy.
+        computed = flops + head + again[0] * dense + again[1] * attended
+        # A device of the ring holds c tokens of its sequences, for its share of the heads (ulysses copies few ones).
+        c = request.rows / request.data * request.tokens / request.ring
+        numbers = 2 * c * max(K, request.ulysses) / request.ulysses * H
+        hops = request.ring - 1
+        hop = numbers * NUMBER_BYTES
+        ring = layers * hops * (hop * (2 + again[1]) + numbers * GRADIENT_BYTES)
+        gathers = parameters * NUMBER_BYTES * (1 - 1 / devices) * (3 if model.fsdp else 0)
+        hop_flops = 4 * N / request.ulysses * H * c * request.tokens / request.ring / 2
+        return cls(parameters, flops / devices, computed / devices, ring, gathers, hop_flops, hop)
+
+    def hidden_share(self, link: Link, transfers: Sequence[Transfer]) -> float:
+        """Returns the share of the ring's sending that is no longer than its hops' compute, if the schedule lets it."""
+        if not transfers:
+            return 1.0
+        forward_s, keys_s = self.hop_flops / link.flops, self.hop_bytes / link.bandwidth
+        gradients_s = keys_s * GRADIENT_BYTES / NUMBER_BYTES
+
+        def share(which) -> float:
+            # A long ring is a loop within that over the layers, but for its ends.
+            which = [x for x in which if "/while/" in x.source.rpartition("shard_map")[2]] or list(which)
+            sent = sum(x.bytes for x in which)
+            return sum(x.bytes for x in which if x.is_hidden) / sent if sent else 1.0
+
+        forward = share([x for x in transfers if not x.is_backward]), keys_s, forward_s
+        backward = share([x for x in transfers if x.is_backward]), keys_s + gradients_s, 2.5 * forward_s
+        hidden = sum(min(scheduled * sent, compute) for scheduled, sent, compute in (forward, backward))
+        return hidden / (forward[1] + backward[1])
