@@ -71,6 +71,7 @@ def test_sparse_decoding_equals_one_full_pass(step):
     check_decoding(make(), *layouts(), step=step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "step"),
     [
@@ -88,6 +89,7 @@ def test_every_pattern_from_the_first_token(pattern, step):
     check_decoding(make(pattern, layers=1), position, jnp.zeros_like(position), prompt=0, step=step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "kv_heads"),
     [(None, 2), ({"data": 2, "ulysses": 2}, 2), ({"ulysses": 4}, 2), ({"data": 2, "ulysses": 2}, 1)],
@@ -101,6 +103,7 @@ def test_on_a_mesh_with_dense_layers(mesh, kv_heads):
     assert [key.shape for key in cache.key] == [(8, kv_heads, slots, 8), (8, kv_heads, 80, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "mesh"), [("none", {"ulysses": 2}), ("attention", None), ("all", None)], ids=str)
 def test_dense_layers_between_sparse_ones(mesh, remat):
     """The one scan over groups of layers is a loop over layers, features and gradients."""

@@ -56,6 +56,7 @@ def test_training_learns(reference):
 
 
 # Every mesh with everything, and every single thing on the largest mesh.
+@pytest.mark.slow  # minutes: a program for each mesh and policy
 @pytest.mark.parametrize(
     ("mesh", "fsdp", "remat", "accumulate"),
     [

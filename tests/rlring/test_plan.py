@@ -93,6 +93,7 @@ def test_operations_of_a_model():
     )  # the forward of everything once more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "data", "ring", "ulysses"),
     [

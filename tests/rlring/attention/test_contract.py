@@ -100,6 +100,7 @@ def test_other_meshes(scheme, mesh):
     check(scheme, mesh, arrays(kv_heads=2), {name: replace(m, window=9) for name, m in causal_masks().items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize(("scheme", "mesh"), ONE_OF_EACH, ids=str)
 def test_other_groupings(scheme, mesh, kv_heads):

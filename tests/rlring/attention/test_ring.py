@@ -33,7 +33,7 @@ def test_one_permute_a_hop(devices, dtype):
     assert permutes(jax.grad(loss, (0, 1, 2)), x, x, x, mask) == (devices - 1) + (devices + 1)
 
 
-@pytest.mark.parametrize(("window", "hops"), [(1, 0), (2, 1), (9, 1), (10, 2), (17, 2), (40, 5)])
+@pytest.mark.parametrize(("window", "hops"), [(1, 0), (9, 1), (10, 2)])
 def test_a_window_takes_as_many_hops_as_it_reaches(window, hops):
     """Tokens in their order, 8 a device: ceil((window - 1) / 8) hops; in any other order the ring goes once around."""
     position = jnp.arange(64, dtype=jnp.int32)[None]

@@ -200,21 +200,25 @@ def test_the_tile_does_what_is_not_causal():
     check("all_gather", PROVEN, masks()["full"][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "padded", "wide_window"])
 def test_the_tile_does_a_whole_sequence(name):
     check("one_device", PROVEN, masks()[name][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zigzag", "striped", "block_causal", "packed_within", "rows_disagree", "window"])
 def test_the_fallback_does_the_rest(name):
     check("one_device", NEVER, masks()[name][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["striped", "block_causal", "packed_within", "rows_disagree"])
 def test_both_in_one_ring(name):
     check("ring", ANY, masks()[name][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full_padded", "window_of_128"])
 def test_both_in_one_gathered_context(name):
     check("all_gather", ANY, masks()[name][0])
@@ -235,6 +239,7 @@ def test_a_query_that_sees_nothing():
         assert np.isfinite(x).all()
 
 
+@pytest.mark.slow
 def test_no_collective_is_in_a_branch():
     """All permutes of a ring with the kernel are in one computation, the program's own, as many as without it."""
 

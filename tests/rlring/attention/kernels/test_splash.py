@@ -81,6 +81,7 @@ def relative_errors(got, expected) -> list[float]:
     return [np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in pairs]
 
 
+@pytest.mark.slow  # the interpreter of the TPU's kernels is slow
 @pytest.mark.parametrize(("is_causal", "window"), [(True, None), (True, 9), (False, 9)])
 def test_every_mask(is_causal, window):
     inputs = arrays()
@@ -90,6 +91,7 @@ def test_every_mask(is_causal, window):
         assert max(errors) < 1e-5, (name, errors)
 
 
+@pytest.mark.slow
 def test_other_queries_than_keys():
     """More keys than one call takes, several query blocks, one sequence, and a group of three query heads."""
     inputs = arrays(1, 130, LONGEST + 300, 3, 1, 8)
@@ -125,6 +127,7 @@ def test_out_and_lse():
         assert np.isfinite(x).all()
 
 
+@pytest.mark.slow  # the interpreter of the TPU's kernels is slow
 @pytest.mark.parametrize("order", [zigzag_order, None])
 def test_ring(order):
     """Two hops, each with its own out and the global lse in the backward."""
@@ -158,6 +161,7 @@ def exact(q, k, v, d_out):
     return np.einsum("bnts,bsnh->btnh", weights, v), np.einsum("bnts,bsnh->btnh", d_scores, k), dk, dv
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_good_as_dense():
     inputs, mask = arrays(dtype=jnp.bfloat16), masks()["plain"]
     expected = exact(*inputs)
