@@ -35,11 +35,13 @@ class Scales(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Where batches come from: a pure function of (seed, step, row)."""
+    """Where batches come from: a pure function of (seed, step, row, place)."""
 
     moments: int
 
-    def sample(self, step: int, rows: range) -> ChainBatch: ...
+    def sample(self, step: int, rows: np.ndarray, places: np.ndarray) -> ChainBatch:
+        """Returns of these rows the moments at these places; padding where there is no such place."""
+        ...
 
 
 class Agent(Protocol):
@@ -59,8 +61,8 @@ class Agent(Protocol):
 
     def init(self, key: Array) -> Params: ...
 
-    def loss(self, params: Params, batch: ChainBatch) -> tuple[Array, Metrics]:
-        """Returns the loss of a global batch."""
+    def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
+        """Returns the loss of a global batch, or its share of that of the `whole` batch that it is a part of."""
         ...
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> Memory:

@@ -59,9 +59,10 @@ class BehaviourCloning:
     def init(self, key: Array) -> Params:
         return jax.jit(lambda key: nnx.split(self._network(key))[1])(key)
 
-    def loss(self, params: Params, batch: ChainBatch) -> tuple[Array, Metrics]:
+    def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
         gaussian = nnx.merge(self.graph, params)(batch.observation)
-        return action_loss(gaussian, batch.action, (batch.segment >= 0).astype(jnp.float32))
+        own, all_ = ((x.segment >= 0).astype(jnp.float32) for x in (batch, whole or batch))
+        return action_loss(gaussian, batch.action, own, all_)
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> None:
         return None

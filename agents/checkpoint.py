@@ -25,6 +25,8 @@ class Meta(NamedTuple):
     action_size: int
     episode_steps: int
     versions: dict[str, str]
+    config: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    """The settings of the run."""
 
 
 class Checkpoints:
@@ -33,9 +35,20 @@ class Checkpoints:
     Arrays are stored by name, so a checkpoint of another model is recognised by the names and shapes that differ.
     """
 
-    def __init__(self, run: Path, *, keep: int = 2):
+    def __init__(self, run: Path, *, keep: int = 2, keep_best: int = 0):
         self.folder = (run / "checkpoints").absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        policies = ocp.checkpoint_managers
+        newest = policies.LatestN(keep)
+        best = policies.BestN(
+            get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+        )  # reverse: it keeps the last ones
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+            best_fn=_loss,
+            best_mode="min",
+            create=True,
+            enable_async_checkpointing=True,
+        )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
@@ -50,13 +63,21 @@ class Checkpoints:
         """Returns the update of the newest whole checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, step: int, state: Any, meta: Meta) -> None:
-        """Begins to write `state`; returns as soon as it has been copied off the devices.
+    def best(self) -> int | None:
+        """Returns the update of the whole checkpoint of lowest loss."""
+        return self.manager.best_step()
+
+    def is_asked_to_end(self, step: int) -> bool:
+        """Returns whether any process of several was told to end (SIGTERM): to all of them at the same step."""
+        return self.manager.reached_preemption(step)
+
+    def save(self, step: int, state: Any, meta: Meta, loss: float) -> None:
+        """Begins to write `state`; returns as soon as it has been copied off the devices. `loss` ranks it.
 
         OSError when the disk has no room for it: asked before, because a write that fails half-way leaves the threads
         of the storage library in disorder.
         """
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) * 11 // 10 + 2**20
+        needed = sum(_bytes_here(leaf) for leaf in jax.tree.leaves(state)) * 11 // 10 + 2**20
         if shutil.disk_usage(self.folder).free < needed:
             raise OSError(errno.ENOSPC, f"a checkpoint needs {needed / 2**20:.1f} MiB", str(self.folder))
         saved = meta._replace(
@@ -65,11 +86,11 @@ class Checkpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(_by_name(state)), meta=ocp.args.JsonSave(saved._asdict())
         )
-        self.manager.save(step, args=arguments)
+        self.manager.save(step, args=arguments, metrics={"loss": loss})
 
-    def meta(self) -> Meta:
-        """Returns what the newest checkpoint knows beside its arrays."""
-        step = self._newest()
+    def meta(self, step: int | None = None) -> Meta:
+        """Returns what a checkpoint, the newest by default, knows beside its arrays."""
+        step = self._newest() if step is None else step
         saved = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         scales = Scales(
             np.asarray(saved["scales"]["observation_mean"], np.float32),
@@ -78,12 +99,13 @@ class Checkpoints:
         )
         return Meta(**{**saved, "scales": scales})
 
-    def restore(self, like: Any, sharding: Sharding, *, part: str = "") -> Any:
-        """Returns the newest state in the shape of `like` (arrays or their shapes), laid out as `sharding` on any mesh.
+    def restore(self, like: Any, sharding: Any, *, part: str = "", step: int | None = None) -> Any:
+        """Returns the state of a checkpoint, the newest by default, in the shape of `like` (arrays or their shapes),
+        laid out as `sharding` (one, or a tree of them) on any mesh, whatever mesh it was saved from.
 
         `part` is the name of the part of the state that `like` is, for reading the weights alone.
         """
-        step = self._newest()
+        step = self._newest() if step is None else step
         stored = self.manager.item_metadata(step)["state"]
         stored = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
         wanted = _by_name(like, part)
@@ -98,8 +120,11 @@ class Checkpoints:
                 f"{self.folder}/{step} is a checkpoint of another model ({'; '.join((differing + surplus)[:2])}). "
                 "Use the config it was trained with, or another run name."
             )
+        if isinstance(sharding, Sharding):
+            sharding = jax.tree.map(lambda _: sharding, like)
+        placed = _by_name(sharding, part)
         abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in wanted.items()
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name]) for name, leaf in wanted.items()
         }
         restore = ocp.args.PyTreeRestore(
             item=abstract,
@@ -116,6 +141,15 @@ class Checkpoints:
                 f"{self.folder.parent} holds no checkpoint. Train it first: python -m agents.train CONFIG.toml."
             )
         return step
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    return metrics["loss"]
+
+
+def _bytes_here(x: jax.Array) -> int:
+    """Returns how much of an array this process writes, at most."""
+    return sum(shard.data.nbytes for shard in x.addressable_shards if shard.replica_id == 0)
 
 
 def _by_name(tree: Any, prefix: str = "") -> dict[str, Any]:

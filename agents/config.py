@@ -86,7 +86,9 @@ class ModelConfig(Section):
     rope_fraction: Fraction = 1.0
     """Share of each head rotated by position; the rest looks things up however far back they stand."""
     compute_type: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "attention", "all"] = "none"
+    remat: Literal["none", "attention", "all", "offload"] = "none"
+    fsdp: bool = False
+    """Weights and optimizer state live in parts, one on each device, those along a sequence included."""
     dense_every: PositiveInt | None = None
     """With attention.scheme "sparse": every so many layers one sees the whole context."""
 
@@ -143,9 +145,14 @@ class TrainConfig(Section):
     updates: PositiveInt = 1000
     batch: PositiveInt = 16
     """Chains an update, all devices together."""
+    accumulate: PositiveInt = 1
+    """Parts of a batch whose gradients are added up, for batches that do not fit at once."""
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
+    """The newest ones."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Those besides with the lowest mean loss since the checkpoint before them."""
     prefetch: PositiveInt = 4
     """Batches made ahead of the device."""
     workers: Annotated[int, Field(ge=0)] = 0
@@ -167,6 +174,8 @@ class EvaluateConfig(Section):
     """Devices that acting uses; the cache of keys and values is split over its sequence axes."""
     foreign: bool = False
     """Also evaluate with contexts of another goal, which must not help."""
+    checkpoint: Literal["newest", "best"] = "newest"
+    """best: of lowest training loss, among those that train.keep_best kept."""
     sample: bool = True
     """Sample actions; false: the mean of the action distribution."""
     seed: int = 0
@@ -220,8 +229,11 @@ class Config(Section):
                 f"attention.scheme 'sparse' has a window of its own, attention.sparse.local_blocks; got agent.window="
                 f"{self.agent.window}; leave agent.window out"
             )
-        if self.train.batch % mesh.data:
-            raise ValueError(f"train.batch={self.train.batch} does not divide over mesh.data={mesh.data} devices")
+        if self.train.batch % (mesh.data * self.train.accumulate):
+            raise ValueError(
+                f"train.batch={self.train.batch} does not divide over mesh.data={mesh.data} devices in train."
+                f"accumulate={self.train.accumulate} parts"
+            )
         return self
 
 

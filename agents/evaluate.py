@@ -75,21 +75,24 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = Tr
 
 
 def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Returns the agent of a run's newest checkpoint, on the mesh of `evaluate.mesh`."""
+    """Returns the agent of a run's newest (or best) checkpoint, on the mesh of `evaluate.mesh`, weights whole on every
+    device."""
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} is no run: it has no config.json. Give the folder of a training run, runs/NAME.")
     config = load(Config, folder / "config.json", overrides)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"fsdp": False})})
     shape = config.evaluate.mesh
     request_cpu_devices(shape.devices)
     mesh = make_mesh(**shape.model_dump()) if shape.devices > 1 else None
     with Checkpoints(folder) as checkpoints:
-        meta = checkpoints.meta()
+        step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.latest()
+        meta = checkpoints.meta(step)
         agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
         like = jax.eval_shape(agent.init, jax.random.key(0))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
         # The state of training is (weights, optimizer state).
-        params = checkpoints.restore(like, sharding, part="0.")
-        return Loaded(config, agent, params, meta, checkpoints.latest())
+        params = checkpoints.restore(like, sharding, part="0.", step=step)
+        return Loaded(config, agent, params, meta, step)
 
 
 def conditions(config: Config) -> Iterator[Condition]:

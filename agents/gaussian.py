@@ -41,12 +41,15 @@ class GaussianHead(nnx.Module):
         return Gaussian(mean, low + (high - low) * jax.nn.sigmoid(log_std + 1.0))
 
 
-def action_loss(gaussian: Gaussian, action: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
-    """Returns the weighted mean negative log-likelihood of `action` per action entry, with its metrics.
+def action_loss(
+    gaussian: Gaussian, action: Array, weight: Array, whole: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """Returns the weighted mean negative log-likelihood of `action` per action entry, with its metrics; of a part of a
+    batch, with the weights of the `whole`, its share of them.
 
     Written on global arrays: the sum over devices is XLA's business.
     """
-    total = jnp.maximum(weight.sum(), 1.0)
+    total = jnp.maximum((weight if whole is None else whole).sum(), 1.0)
     loss = -(gaussian.log_probability(action) * weight).sum() / (total * action.shape[-1])
     error = (jnp.square(gaussian.mean - action).mean(axis=-1) * weight).sum() / total
     return loss, {"loss/action": loss, "action/mean_squared_error": error}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from agents.agent import Metrics, Now, Params, Scales
 from agents.config import Config
@@ -16,6 +16,7 @@ from agents.gaussian import Gaussian, GaussianHead, action_loss
 from agents.tokens import TOKENS_PER_MOMENT, Moments, Tokenizer
 from data import ChainBatch
 from rlring import AttentionConfig, KVCache, Mask, SparsePattern, Transformer, TransformerConfig, zigzag_order
+from rlring.sharding import STACKED, gathered
 
 SHORTEST_ZIGZAG = 256  # tokens a device; below, zigzag was measured slower than the natural order (1.35x)
 
@@ -104,20 +105,35 @@ class ReturnConditionedAgent:
 
     def features(self, params: Params, batch: ChainBatch) -> Gaussian:
         """Returns the action distribution at every moment of a batch."""
-        network = nnx.merge(self.graph, params)
+        network = nnx.merge(self.graph, self._whole(params))
         x, position, segment = network.tokenizer(moments_of(batch))
         mask = Mask.causal(position, segment, window=self.window)
         y = network.transformer(x, mask, mesh=self.mesh)
         return network.head(network.tokenizer.acting(y))
 
-    def loss(self, params: Params, batch: ChainBatch) -> tuple[Array, Metrics]:
+    def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
+        whole = batch if whole is None else whole
         gaussian = self.features(params, batch)
-        real = (batch.segment >= 0).astype(jnp.float32)
-        weight = {"last": batch.last, "all": real, "all+last": real + batch.last}[self.config.agent.loss_on]
-        loss, metrics = action_loss(gaussian, batch.action, weight)
+        loss, metrics = action_loss(gaussian, batch.action, self._weight(batch), self._weight(whole))
         # Where a context can help: its own number, because the many actions before cannot be foretold by anyone.
-        of_last, _ = action_loss(gaussian, batch.action, batch.last)
+        of_last, _ = action_loss(gaussian, batch.action, batch.last, whole.last)
         return loss, metrics | {"loss/last_trajectory": of_last}
+
+    def _weight(self, batch: ChainBatch) -> Float[Array, "B M"]:
+        """Returns how much each action counts."""
+        real = (batch.segment >= 0).astype(jnp.float32)
+        return {"last": batch.last, "all": real, "all+last": real + batch.last}[self.config.agent.loss_on]
+
+    def _whole(self, params: Params) -> Params:
+        """Returns weights that are all there, but for the blocks', which gather their own."""
+        if self.mesh is None or not self.config.model.fsdp:
+            return params
+
+        def one(path, weight):
+            is_stacked = STACKED in jax.tree_util.keystr(path)
+            return weight if is_stacked else gathered(weight, self.mesh, jnp.float32)
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> Memory:
         """Returns the memory of a prompt (arranged, maybe of no moments) with room for `steps` moments."""

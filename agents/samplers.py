@@ -16,18 +16,16 @@ class MixedSampler:
         self.samplers = list(samplers)
         self.moments = max(sampler.moments for sampler in samplers)
 
-    def sample(self, step: int, rows: Sequence[int]) -> ChainBatch:
-        rows = np.asarray(rows)
+    def sample(self, step: int, rows: Sequence[int] | np.ndarray, places: np.ndarray | None = None) -> ChainBatch:
+        rows, places = np.asarray(rows), np.arange(self.moments) if places is None else places
         owner = (step + rows) % len(self.samplers)
-        parts, places = [], []
+        parts, order = [], []
         for index, sampler in enumerate(self.samplers):
             own = np.flatnonzero(owner == index)
             if own.size:
-                part = sampler.sample(step, rows[own])
-                extra = self.moments - part.position.shape[1]
-                parts.append(part.take(np.r_[np.arange(sampler.moments), np.full(extra, -1)]) if extra else part)
-                places.append(own)
-        order = np.argsort(np.concatenate(places))
+                parts.append(sampler.sample(step, rows[own], places))
+                order.append(own)
+        order = np.argsort(np.concatenate(order))
         return ChainBatch(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
 
 

@@ -1,4 +1,7 @@
-"""Trains one agent from a config: python -m agents.train CONFIG.toml [section.key=value ...] [--resume]"""
+"""Trains one agent from a config: python -m agents.train CONFIG.toml [section.key=value ...] [--resume]
+
+On several hosts every one runs the same command with --cluster, and sees the same folder; the first writes results.
+"""
 
 import argparse
 import json
@@ -17,6 +20,7 @@ import grain.python as grain
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -30,62 +34,73 @@ from agents.kinds import make_agent
 from agents.optimizer import make_optimizer, schedule
 from data import ChainBatch, ChainSampler, TrajectoryStore
 from data.atomic_file import write_text
-from rlring import SEQUENCE_AXES, make_mesh, request_cpu_devices
+from rlring import UsageError, join_cluster, make_mesh, processes, request_cpu_devices
+from rlring.sharding import TOKENS, BatchPart, state_sharding
 
 RUNS = Path("runs")
+DETECTED = "detected"
 
 
 class Batches:
-    """Update -> its batch, padded and ordered for the mesh. Picklable, so that worker processes can make batches."""
+    """Update -> this process' part of its batch, padded and ordered for the mesh. Picklable, so that worker processes
+    can make batches."""
 
-    def __init__(self, sampler: Sampler, rows: int, order: np.ndarray | None):
-        self.sampler, self.rows, self.order = sampler, rows, order
+    def __init__(self, sampler: Sampler, rows: np.ndarray, places: np.ndarray):
+        self.sampler, self.rows, self.places = sampler, rows, places
 
     def __call__(self, update: int) -> ChainBatch:
-        batch = self.sampler.sample(int(update), range(self.rows))
-        return batch if self.order is None else batch.take(self.order)
+        return self.sampler.sample(int(update), self.rows, self.places)
 
 
 def train(config: Config, *, resume: bool = False, progress: bool = True) -> Path:
     """Trains until `config.train.updates` and returns the run's folder, `runs/<name>`.
 
     Batches, losses and weights are functions of the config alone, so a run that was killed and resumed logs the very
-    losses of one that was not. Raises ConfigError when the folder holds another run, FloatingPointError at the first
-    loss that is no number.
+    losses of one that was not, and one of several processes those of one process. Raises ConfigError when the folder
+    holds another run, FloatingPointError at the first loss that is no number.
     """
     folder = RUNS / config.name
     _check_folder(folder, config, resume)
-    request_cpu_devices(config.mesh.devices)
+    request_cpu_devices(-(-config.mesh.devices // processes()))
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
-    stores = open_stores(config.data, say=lambda text: print(text, file=sys.stderr))
+    _check_processes(mesh)
+    is_first = jax.process_index() == 0
+    if is_first:
+        stores = open_stores(config.data, say=lambda text: print(text, file=sys.stderr))
+    _wait_for_all("data")
+    if not is_first:
+        stores = open_stores(config.data.model_copy(update={"collect": None}))
     meta = describe(config, stores)
     agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
     sampler = agent.sampler(stores)
     meta = meta._replace(targets=targets(sampler, stores))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", dump(config))
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.json", dump(config))
+    _wait_for_all("folder")
     optimizer = make_optimizer(config)
-    replicated = NamedSharding(mesh, P()) if mesh is not None else SingleDeviceSharding(jax.devices()[0])
+    kept = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
 
-    with Checkpoints(folder, keep=config.train.keep_checkpoints) as checkpoints, _stop_requests() as stop:
-        params = jax.device_put(agent.init(jax.random.key(config.seed)), replicated)
-        state = (params, jax.jit(optimizer.init, out_shardings=replicated)(params))
+    with Checkpoints(folder, **kept) as checkpoints, _stop_requests(checkpoints) as stop:
+        state, sharding = first_state(config, agent, optimizer, mesh)
         first = checkpoints.latest() or 0
         if first:
-            state = checkpoints.restore(state, replicated)
-        update_state = make_update(agent, optimizer)
+            state = checkpoints.restore(state, sharding)
+        update_state = make_update(agent, optimizer, mesh, sharding, accumulate=config.train.accumulate)
         tokens = config.train.batch * sampler.moments * agent.tokens_per_moment
-        bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not progress)
+        show = progress and is_first
+        bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not show)
         with bar, _metrics(folder / "metrics.jsonl", config, first) as log:
-            last_time, last_update, saved = time.monotonic(), first, first
+            last_time, last_update, saved, seen = time.monotonic(), first, first, []
             for update, batch in batches(config, agent, sampler, first, mesh):
                 state, metrics = update_state(state, batch)
                 done = update + 1
-                ends = done == config.train.updates or stop()
+                ends = done == config.train.updates or stop(done)
                 saves = ends or done % config.train.checkpoint_every == 0
                 if saves or done % config.train.log_every == 0 or done == first + 1:
                     values = {name: float(value) for name, value in metrics.items()}
                     _refuse_nan(values, done, folder, saved)
+                    seen.append(values["loss/action"])
                     if done % config.train.log_every == 0 or ends:
                         now = time.monotonic()
                         rate = (done - last_update) / max(now - last_time, 1e-9)
@@ -100,11 +115,11 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
                         bar.set_postfix_str(f"loss {values['loss/action']:.3f}, {rate * tokens:,.0f} tokens/s")
                 bar.update()
                 if saves:
-                    checkpoints.save(done, state, meta)
-                    saved = done
+                    checkpoints.save(done, state, meta, loss=float(np.mean(seen)))
+                    saved, seen = done, []
                 if ends:
                     break
-        if stop():
+        if done < config.train.updates:
             raise KeyboardInterrupt
     return folder
 
@@ -118,7 +133,7 @@ def describe(config: Config, stores: Sequence[TrajectoryStore]) -> Meta:
         return_to_go=max(1.0, *(return_scale(config, store) for store in stores)),
     )
     episode_steps = int(max(store.lengths.max() for store in stores))
-    return Meta(scales, {}, stores[0].action_size, episode_steps, versions())
+    return Meta(scales, {}, stores[0].action_size, episode_steps, versions(), config.model_dump(mode="json"))
 
 
 def return_scale(config: Config, store: TrajectoryStore) -> float:
@@ -134,25 +149,70 @@ def targets(sampler: Sampler, stores: Sequence[TrajectoryStore]) -> dict[str, fl
     return {store.task: float(own.typical_target()) for store, own in zip(stores, samplers, strict=True)}
 
 
-def make_update(agent: Agent, optimizer: optax.GradientTransformation):
+def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None):
+    """Returns weights and optimizer state before the first update, and where each of their arrays lives."""
+
+    def init(key):
+        params = agent.init(key)
+        return params, optimizer.init(params)
+
+    key = jax.random.key(config.seed)
+    if mesh is not None and config.model.fsdp:  # no device, and no host, ever holds it all
+        sharding = state_sharding(jax.eval_shape(init, key), mesh, fsdp=True)
+        return jax.jit(init, out_shardings=sharding)(key), sharding
+    sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
+    params = jax.device_put(jax.tree.map(np.asarray, agent.init(key)), sharding)
+    return (params, jax.jit(optimizer.init, out_shardings=sharding)(params)), sharding
+
+
+def make_update(
+    agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, sharding=None, *, accumulate=1
+):
     """Returns the jitted step `((params, optimizer state), batch) -> (state, metrics)`; the old state's memory is
-    reused."""
+    reused.
+
+    accumulate: parts of the batch whose gradients are added up, as if it had been one. sharding: of the state.
+    """
+    differentiate = jax.value_and_grad(agent.loss, has_aux=True)
+
+    def in_parts(x: jax.Array) -> jax.Array:
+        # Each part has rows of every device.
+        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *TOKENS)))
+
+    def accumulated(params, batch: ChainBatch):
+        def add(total, part):
+            (_, metrics), gradients = differentiate(params, part, batch)
+            return jax.tree.map(jax.numpy.add, total, (metrics, gradients)), None
+
+        parts = jax.tree.map(in_parts, batch)
+        shapes = jax.eval_shape(lambda: differentiate(params, jax.tree.map(lambda x: x[0], parts), batch))
+        zero = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+        return jax.lax.scan(add, zero, parts)[0]
 
     def update(state: tuple, batch: ChainBatch) -> tuple[tuple, dict[str, jax.Array]]:
         params, optimizer_state = state
-        (_, metrics), gradients = jax.value_and_grad(agent.loss, has_aux=True)(params, batch)
+        if accumulate == 1:
+            (_, metrics), gradients = differentiate(params, batch)
+        else:
+            metrics, gradients = accumulated(params, batch)
         changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         metrics = metrics | {"gradient/global_norm": optax.global_norm(gradients)}
         return (optax.apply_updates(params, changes), optimizer_state), metrics
 
-    return jax.jit(update, donate_argnums=0)
+    if mesh is None or sharding is None:
+        return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=(sharding, NamedSharding(mesh, P())))
 
 
 def batches(
     config: Config, agent: Agent, sampler: Sampler, first: int, mesh: Mesh | None
 ) -> Iterator[tuple[int, ChainBatch]]:
-    """Yields every update from `first` on with its batch on the devices, made ahead by grain."""
-    make = Batches(sampler, config.train.batch, agent.order(sampler.moments))
+    """Yields every update from `first` on with its batch on the devices, made ahead by grain, each process its part."""
+    order = agent.order(sampler.moments)
+    order = np.arange(sampler.moments) if order is None else order
+    part = BatchPart.of((config.train.batch, len(order)), mesh)
+    make = Batches(sampler, part.rows, order[part.places])
     dataset = grain.MapDataset.range(first, config.train.updates).map(make)
     if config.train.workers:
         stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -160,14 +220,7 @@ def batches(
     else:
         stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.train.prefetch))
     for update, batch in zip(range(first, config.train.updates), stream, strict=True):
-        yield update, place(batch, mesh)
-
-
-def place(batch: ChainBatch, mesh: Mesh | None) -> ChainBatch:
-    """Returns a host batch on the devices: rows over "data", moments over the sequence axes."""
-    if mesh is None:
-        return jax.device_put(batch)
-    return jax.device_put(batch, NamedSharding(mesh, P("data", SEQUENCE_AXES)))
+        yield update, part.on_devices(batch)
 
 
 def peak_bytes() -> int:
@@ -202,7 +255,7 @@ def differing_settings(folder: Path, config: Config) -> list[str]:
     return sorted(
         name
         for name in now
-        if before.get(name) != now[name] and not name.startswith(("evaluate.", "wandb.", "train.keep_checkpoints"))
+        if before.get(name) != now[name] and not name.startswith(("evaluate.", "wandb.", "train.keep_"))
     )
 
 
@@ -222,10 +275,29 @@ def _refuse_nan(values: dict[str, float], done: int, folder: Path, saved: int) -
         )
 
 
+def _check_processes(mesh: Mesh | None) -> None:
+    """All processes take part, each with all of its devices."""
+    total = jax.process_count() * jax.local_device_count()
+    if jax.process_count() > 1 and (mesh is None or mesh.size != total):
+        raise ConfigError(
+            f"{jax.process_count()} processes have {total} devices, and all of them take part; the mesh has "
+            f"{1 if mesh is None else mesh.size}. Change mesh.data, mesh.ring or mesh.ulysses."
+        )
+
+
+def _wait_for_all(what: str) -> None:
+    """Waits until every process is here: what the first one has written is there."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 @contextmanager
-def _stop_requests():
-    """Gives a function that tells whether the process was asked to stop (Ctrl-C, SIGTERM): the loop then checkpoints
-    and ends."""
+def _stop_requests(checkpoints: Checkpoints):
+    """Gives a function of the update that tells whether the process was asked to stop (Ctrl-C, SIGTERM): the loop then
+    checkpoints and ends. Of several processes all learn of it at the same update."""
+    if jax.process_count() > 1:
+        yield checkpoints.is_asked_to_end  # JAX watches for SIGTERM
+        return
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -239,7 +311,7 @@ def _stop_requests():
     except ValueError:  # not the main thread: signals are somebody else's
         before = {}
     try:
-        yield lambda: asked
+        yield lambda update: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -248,8 +320,12 @@ def _stop_requests():
 @contextmanager
 def _metrics(path: Path, config: Config, first: int):
     """Gives a function that appends one line to `metrics.jsonl` (and to wandb on request). Lines later than the
-    checkpoint that the run continues from are dropped: they are about to be written again.
+    checkpoint that the run continues from are dropped: they are about to be written again. Only the first of several
+    processes writes.
     """
+    if jax.process_index():
+        yield lambda entry: None
+        return
     kept = read_metrics(path, up_to=first)
     write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
     wandb_run = None
@@ -283,15 +359,29 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--cluster",
+        nargs="?",
+        const=DETECTED,
+        metavar="HOST:PORT",
+        help="one of several processes; where Slurm, Kubernetes or Cloud TPU starts them, without address",
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="with --cluster HOST:PORT")
+    parser.add_argument("--process", type=int, metavar="I", help="with --cluster HOST:PORT: which one this is, from 0")
+    arguments = parser.parse_intermixed_args(argv)
 
     def body() -> int:
         config = load(Config, arguments.config, arguments.overrides)
+        if arguments.cluster is not None:
+            address = None if arguments.cluster == DETECTED else arguments.cluster
+            join_cluster(address, processes=arguments.processes, process=arguments.process)
+        elif arguments.processes is not None or arguments.process is not None:
+            raise UsageError("--processes and --process go with --cluster HOST:PORT. Add it, or leave them out.")
         try:
             folder = train(config, resume=arguments.resume)
         except FloatingPointError as error:
             raise ConfigError(str(error)) from None
-        lines = read_metrics(folder / "metrics.jsonl")
+        lines = read_metrics(folder / "metrics.jsonl") if jax.process_index() == 0 else []
         if lines:
             last = lines[-1]
             print(

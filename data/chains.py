@@ -30,6 +30,7 @@ import numpy as np
 from data.chain_batch import ChainBatch
 from data.errors import DataError
 from data.hindsight import GoalSampling, HindsightGoals, hidden_goal_task
+from data.moments import Chains, StoredMoments
 from data.store import TrajectoryStore
 from data.tasks import GoalTask
 
@@ -40,15 +41,6 @@ Lengths = Literal["full", "mixed"]
 # The second half of every random key: which use the numbers are for, so that no two uses ever share them.
 _SAMPLE, _PROMPT, _TARGET, _SPLIT, _CUT = range(5)
 _TARGET_CHAINS = 512
-
-
-class _Rows(NamedTuple):
-    """The columns of the store that chains are cut from, in memory."""
-
-    observation: np.ndarray
-    action: np.ndarray
-    reward: np.ndarray
-    hindsight: HindsightGoals | None
 
 
 class ChainSampler:
@@ -98,7 +90,8 @@ class ChainSampler:
         self.task: GoalTask | None = hidden_goal_task(store, goals)
         self.goals = goals or GoalSampling()
         self._pools = _split_episodes(store.episodes, held_out)
-        self._loaded: _Rows | None = None
+        self._moments: StoredMoments | None = None
+        self._goals: HindsightGoals | None = None
         if best < 1:
             self._pools[split] = self._highest(self._pools[split], best)
         if len(self.pool) < trajectories:
@@ -117,45 +110,44 @@ class ChainSampler:
         """Episodes of the store that this sampler draws from, ascending; i64."""
         return self._pools[self.split]
 
-    def sample(self, step: int, rows: int | Sequence[int] | np.ndarray) -> ChainBatch:
-        """Returns the chains of training step `step` with these row indices (a number n means rows 0 to n-1).
+    def sample(
+        self, step: int, rows: int | Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray | None = None
+    ) -> ChainBatch:
+        """Returns the chains of training step `step` with these row indices (a number n means rows 0 to n-1), or of
+        each only the moments at these places, as `ChainBatch.take` would.
 
-        Row r of a step is the same whichever other rows are asked for with it, so hosts and workers may share a batch.
+        A moment is the same whichever others are asked for with it, and of the store no others are read: hosts and
+        workers may share a batch, and a chain.
         """
         indices = _row_indices(rows)
-        if self.lengths == "mixed":
-            return self._packed(step, indices)
-        generators = [_generator(self.seed, _SAMPLE, step, row) for row in indices]
-        return self._drawn(generators, self.trajectories)
+        places = np.arange(self.moments) if places is None else np.asarray(places, np.int64)
+        batch = self._stored().empty(len(indices), places)
+        for length, cuts in sorted(self._cuts(step, indices).items()):
+            # Chains of one length are drawn together, which is fast; those of other hosts not at all.
+            cuts = [cut for cut in cuts if ((places >= cut.start) & (places < cut.start + length * self.longest)).any()]
+            if not cuts:
+                continue
+            generators = [_generator(self.seed, _SAMPLE, step, indices[cut.row], cut.chain) for cut in cuts]
+            chains = self._arranged(*self._draw(generators, self.pool, length))
+            row, start, number = (np.asarray(values) for values in zip(*cuts, strict=True))
+            place = places - start[:, None]
+            chain, column = np.nonzero((place >= 0) & (place < length * self.longest))
+            at = row[chain], column
+            self._stored().put(chains, chain, place[chain, column], batch, at, number[chain])
+        return batch
 
-    def _packed(self, step: int, indices: np.ndarray) -> ChainBatch:
-        """Returns rows that are cut into chains at random; chains of one length are drawn together, which is fast."""
-        by_length: dict[int, list[tuple[int, int, int]]] = {}
-        for place, row in enumerate(indices):
-            cut, start, chain = _generator(self.seed, _CUT, step, row), 0, 0
+    def _cuts(self, step: int, indices: np.ndarray) -> dict[int, list["_Cut"]]:
+        """Returns the chains that stand side by side in each row, by their number of trajectories."""
+        if self.lengths == "full":
+            return {self.trajectories: [_Cut(row, 0, 0) for row in range(len(indices))]}
+        by_length: dict[int, list[_Cut]] = {}
+        for row, index in enumerate(indices):
+            random, start, chain = _generator(self.seed, _CUT, step, index), 0, 0
             while start < self.trajectories:
-                length = int(cut.integers(1, self.trajectories - start + 1))
-                by_length.setdefault(length, []).append((place, start, chain))
+                length = int(random.integers(1, self.trajectories - start + 1))
+                by_length.setdefault(length, []).append(_Cut(row, start * self.longest, chain))
                 start, chain = start + length, chain + 1
-        packed: list[np.ndarray] | None = None
-        for length, chains in sorted(by_length.items()):
-            generators = [_generator(self.seed, _SAMPLE, step, indices[place], chain) for place, _, chain in chains]
-            drawn = self._drawn(generators, length)
-            if packed is None:
-                size = (len(indices), self.moments)
-                packed = [np.zeros((*size, *values.shape[2:]), values.dtype) for values in drawn]
-            for values, target in zip(drawn, packed, strict=True):
-                for own, (place, start, _) in zip(values, chains, strict=True):
-                    target[place, start * self.longest : (start + length) * self.longest] = own
-            for place, start, chain in chains:
-                segment = packed[-1][place, start * self.longest : (start + length) * self.longest]
-                segment[segment >= 0] = chain
-        return ChainBatch(*packed)
-
-    def _drawn(self, generators: list[np.random.Generator], trajectories: int) -> ChainBatch:
-        """Returns a training chain of so many trajectories a generator."""
-        episodes, goal = self._draw(generators, self.pool, trajectories)
-        return self._chains(episodes, self._rewards(episodes, goal), target=None)
+        return by_length
 
     def prompt(
         self,
@@ -189,7 +181,13 @@ class ChainSampler:
         generators = [_generator(rows_seed, _PROMPT, 0, row) for row in indices]
         drawn = [generator.permutation(self.pool)[:trajectories] for generator in generators]
         episodes = np.asarray(drawn, np.int64).reshape(len(indices), trajectories)
-        return self._chains(episodes, self._rewards(episodes, goal), target=float(target))
+        chains = self._arranged(episodes, goal, target=float(target))
+        places = np.arange(trajectories * self.longest)
+        batch = self._stored().empty(len(indices), places)
+        if trajectories and len(indices):
+            chain, place = (grid.ravel() for grid in np.indices((len(indices), len(places))))
+            self._stored().put(chains, chain, place, batch, (chain, place), 0)
+        return batch
 
     def typical_target(self) -> float:
         """Returns what a good chain is told to reach: the 90th percentile of R* over 512 chains of the train split, or
@@ -207,12 +205,12 @@ class ChainSampler:
             rows = np.arange(first, first + 16)
             generators = [_generator(self.seed, _TARGET, 0, row) for row in rows]
             episodes, goal = self._draw(generators, self._pools["train"], self.trajectories)
-            best.append(self._rewards(episodes, goal).sum(-1, dtype=np.float64).max(-1))
+            best.append(self._rewards(episodes, goal)[0].max(-1))
         return float(np.percentile(np.concatenate(best), 90))
 
     def _highest(self, pool: np.ndarray, best: float) -> np.ndarray:
         """Returns the episodes of highest return, until they make up `best` of the pool's time steps; ties by index."""
-        hindsight = self._rows().hindsight
+        hindsight = self._hindsight()
         returns = self.store.returns[pool]
         if hindsight is not None:
             pool = pool[hindsight.stays[pool]]
@@ -221,32 +219,50 @@ class ChainSampler:
         steps = np.cumsum(self.store.lengths[ranked])
         return np.sort(ranked[: max(1, int(np.searchsorted(steps, best * steps[-1], side="right")))])
 
-    def _rows(self) -> _Rows:
-        if self._loaded is None:
-            store = self.store
-            hindsight = HindsightGoals(store, self.task, self.goals) if self.task is not None else None
-            columns = (store.column(field) for field in ("observation", "action", "reward"))
-            self._loaded = _Rows(*columns, hindsight=hindsight)
-            store.close()
-        return self._loaded
+    def _stored(self) -> StoredMoments:
+        if self._moments is None:
+            self._moments = StoredMoments(self.store)
+        return self._moments
+
+    def _hindsight(self) -> HindsightGoals | None:
+        if self._goals is None and self.task is not None:
+            self._goals = HindsightGoals(self.store, self.task, self.goals)
+        return self._goals
 
     def _draw(
         self, generators: list[np.random.Generator], pool: np.ndarray, trajectories: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns the episodes [B, N] of each row, in random order, and the goal [B, G] of each."""
-        hindsight = self._rows().hindsight
+        hindsight = self._hindsight()
         if hindsight is not None:
             return hindsight.draw(generators, pool, trajectories)
         drawn = [pool[generator.choice(len(pool), trajectories, replace=False)] for generator in generators]
         return np.asarray(drawn, np.int64).reshape(len(generators), trajectories), None
 
-    def _rewards(self, episodes: np.ndarray, goal: np.ndarray | None) -> np.ndarray:
-        """Returns what each step of `episodes` [B, N] is paid under `goal` [B, G]; f32[B, N, longest], 0 padded."""
-        rows = self._rows()
-        if rows.hindsight is not None and goal is not None:
-            return rows.hindsight.reward(episodes, goal)
-        index, valid = self.store.step_rows(episodes)
-        return np.where(valid, rows.reward[index], np.float32(0))
+    def _rewards(self, episodes: np.ndarray, goal: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns the returns f64[C, N] of `episodes` under `goal` [C, G], and where there is one what each step is
+        paid for it, f32[C, N, longest]."""
+        hindsight = self._hindsight()
+        if hindsight is None or goal is None:
+            return self.store.returns[episodes], None
+        reward = hindsight.reward(episodes, goal)
+        return reward.sum(-1, dtype=np.float64), reward
+
+    def _arranged(self, episodes: np.ndarray, goal: np.ndarray | None, target: float | None = None) -> Chains:
+        """Returns chains of `episodes` [C, N], sorted; `target` overrides the sampler's."""
+        total, reward = self._rewards(episodes, goal)
+        order = self._order(episodes, total)
+        episodes, total = (np.take_along_axis(values, order, 1) for values in (episodes, total))
+        best = total.max(axis=1, keepdims=True, initial=-np.inf)
+        told: np.ndarray | float = best if self.target == "max" else total
+        if target is not None or not isinstance(self.target, str):
+            told = float(self.target) if target is None else target
+        return Chains(
+            episodes,
+            told=np.broadcast_to(told, total.shape),
+            is_reached=total >= (best if target is None else target),
+            reward=None if reward is None else np.take_along_axis(reward, order[..., None], 1),
+        )
 
     def _order(self, episodes: np.ndarray, total: np.ndarray) -> np.ndarray:
         # Stable sorts, so that ties keep the order of the draw, which is random and reproducible.
@@ -255,77 +271,16 @@ class ChainSampler:
         key = {"ascending": total, "descending": -total, "time": episodes}[self.sort]
         return np.argsort(key, axis=1, kind="stable")
 
-    def _chains(self, episodes: np.ndarray, reward: np.ndarray, *, target: float | None) -> ChainBatch:
-        """Sorts `episodes` [B, N] with their `reward` [B, N, longest] into chains; `target` overrides the sampler's."""
-        rows, store = self._rows(), self.store
-        batch, count = episodes.shape
-        # float64: sums of thousands of rewards, and RTG is a difference of them.
-        earned = np.cumsum(reward, axis=-1, dtype=np.float64)
-        order = self._order(episodes, earned[..., -1])
-        episodes = np.take_along_axis(episodes, order, 1)
-        reward = np.take_along_axis(reward, order[..., None], 1)
-        earned = np.take_along_axis(earned, order[..., None], 1)
-        total = earned[..., -1]
-        best = total.max(axis=1, keepdims=True, initial=-np.inf)
-        told: np.ndarray | float = best if self.target == "max" else total
-        if target is not None or not isinstance(self.target, str):
-            told = float(self.target) if target is None else target
-        told = np.broadcast_to(told, total.shape)[..., None]
-        before = np.concatenate([np.zeros_like(earned[..., :1]), earned[..., :-1]], axis=-1)
-
-        index, valid = store.step_rows(episodes)
-        steps, lengths = np.arange(self.longest), store.lengths[episodes][..., None]
-        reached = total[..., None] >= (best[..., None] if target is None else target)
-        moments = {
-            "valid": valid,
-            "index": index,
-            "episode": np.broadcast_to(episodes[..., None], valid.shape),
-            "reward": reward,
-            "return_to_go": told - before,
-            "step": np.broadcast_to(steps, valid.shape),
-            "trajectory": np.broadcast_to(np.arange(count)[:, None], valid.shape),
-            "last": np.broadcast_to((np.arange(count) == count - 1)[:, None], valid.shape),
-            "completion": reached & (steps == lengths - 1),
-        }
-        flat = {name: values.reshape(batch, count * self.longest) for name, values in moments.items()}
-        is_ragged = not valid.all()
-        if is_ragged:
-            # A stable sort on "is padding" moves it behind the chain and leaves the real moments in order.
-            packed = np.argsort(~flat["valid"], axis=1, kind="stable")
-            flat = {name: np.take_along_axis(values, packed, 1) for name, values in flat.items()}
-        valid = flat["valid"]
-
-        def real(values: np.ndarray, dtype: type) -> np.ndarray:
-            values = values.astype(dtype, copy=False)
-            if is_ragged:
-                values = np.where(valid.reshape(valid.shape + (1,) * (values.ndim - 2)), values, dtype(0))
-            return values
-
-        action = real(rows.action[flat["index"]], np.float32)
-        paid = real(flat["reward"], np.float32)
-        return ChainBatch(
-            observation=real(rows.observation[flat["index"] + flat["episode"]], np.float32),
-            action=action,
-            reward=paid,
-            return_to_go=real(flat["return_to_go"], np.float32),
-            previous_action=real(_shift(action), np.float32),
-            previous_reward=real(_shift(paid), np.float32),
-            step=real(flat["step"], np.int32),
-            trajectory=real(flat["trajectory"], np.int32),
-            last=real(flat["last"], np.float32),
-            completion=real(flat["completion"], np.float32),
-            position=np.broadcast_to(np.arange(valid.shape[1], dtype=np.int32), valid.shape).copy(),
-            segment=np.where(valid, np.int32(0), np.int32(-1)),
-        )
-
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_loaded": None}
+        return {**self.__dict__, "_moments": None, "_goals": None}
 
 
-def _shift(values: np.ndarray) -> np.ndarray:
-    shifted = np.zeros_like(values)
-    shifted[:, 1:] = values[:, :-1]
-    return shifted
+class _Cut(NamedTuple):
+    """A chain within a row."""
+
+    row: int  # of the batch
+    start: int  # the place of its first moment
+    chain: int  # number within the row
 
 
 def _generator(seed: int, use: int, step: int, row: int, chain: int = 0) -> np.random.Generator:

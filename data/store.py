@@ -147,6 +147,18 @@ class TrajectoryStore:
         """Returns all rows of one field in memory, flat."""
         return self._dataset(field)[:]
 
+    def rows(self, field: str, rows: slice) -> np.ndarray:
+        """Returns these rows of one field, from disk."""
+        return self._dataset(field)[rows]
+
+    def shape(self, field: str) -> tuple[int, ...]:
+        """The shape of a whole field."""
+        return self._dataset(field).shape
+
+    def dtype(self, field: str) -> np.dtype:
+        """The type of a field."""
+        return self._dataset(field).dtype
+
     def read(self, field: str, episodes: slice | Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Returns one array per episode asked for, in the order asked; from disk, these episodes only."""
         dataset = self._dataset(field)

@@ -15,7 +15,7 @@ from rlring.attention import (
 )
 from rlring.cache import KVCache
 from rlring.errors import UsageError
-from rlring.mesh import SEQUENCE_AXES, make_mesh, request_cpu_devices
+from rlring.mesh import SEQUENCE_AXES, join_cluster, make_mesh, processes, request_cpu_devices
 from rlring.transformer import Transformer, TransformerConfig
 
 __all__ = [
@@ -30,7 +30,9 @@ __all__ = [
     "attention",
     "decode_attention",
     "inverse_order",
+    "join_cluster",
     "make_mesh",
+    "processes",
     "request_cpu_devices",
     "striped_order",
     "zigzag_order",

@@ -19,11 +19,10 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from rlring.attention import AttentionConfig, Mask, zigzag_order
 from rlring.errors import UsageError
 from rlring.mesh import AXES, SEQUENCE_AXES
-from rlring.sharding import gathered, state_sharding
+from rlring.sharding import TOKENS, gathered, state_sharding
 from rlring.transformer import Transformer, TransformerConfig
 
 NO_TARGET = -1  # of a token whose successor does not count
-TOKENS = P("data", SEQUENCE_AXES)  # of [B, T]
 
 # Width, layers, heads, feed-forward. LLaMA (2302.13971, table 2) has 7b to 65b, OpenLLaMA 3b, but with 32 heads of 100:
 # a TPU works on 128 numbers at a time, and its compiler on heads of 100 three times as long. The two small ones follow

@@ -1,10 +1,11 @@
-"""The device mesh: its three axes, and virtual CPU devices for machines that have only one."""
+"""The device mesh: its three axes, the hosts that share it, and virtual CPU devices for machines that have only one."""
 
 import os
 import re
 from collections.abc import Sequence
 
 import jax
+from jax._src import distributed  # the only place that knows how many processes there are without starting a backend
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -49,6 +50,41 @@ def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequen
     # Neighbours of an axis are neighbours on the torus of a TPU. jax.make_mesh would refuse a ring of half a side.
     ordered = mesh_utils.create_device_mesh(sizes, devices[:wanted], allow_split_physical_axes=True)
     return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def join_cluster(
+    address: str | None = None, *, processes: int | None = None, process: int | None = None, patience_s: int = 100
+) -> None:
+    """Makes this process one of several that compute together: jax.devices() are then those of all. Call it first.
+
+    address: HOST:PORT of process 0, with the number of processes and which of them this one is. None: asked of Slurm,
+    Kubernetes, Open MPI or Cloud TPU, whichever started this process. patience_s: seconds without a sign of life
+    after which a process counts as dead, and the others end too.
+
+    Raises:
+        UsageError: only some of the three were given, nothing that is known started this process, or the processes do
+            not find each other.
+    """
+    given = (address, processes, process)
+    if None in given and given != (None, None, None):
+        raise UsageError(
+            f"a cluster takes an address, the number of processes and which one this is; got {address}, {processes}, "
+            f"{process}. Give all three, or none where Slurm, Kubernetes, Open MPI or Cloud TPU starts the processes."
+        )
+    if processes is not None and not 0 <= process < processes:
+        raise UsageError(f"of {processes} processes one is number 0 to {processes - 1}; got {process}.")
+    try:
+        jax.distributed.initialize(address, processes, process, heartbeat_timeout_seconds=patience_s)
+    except ValueError as nothing_found:
+        raise UsageError(
+            f"no cluster was found: {nothing_found} Neither Slurm, Kubernetes, Open MPI nor Cloud TPU seems to have "
+            "started this process; give the address of process 0, the number of processes, and which one this is."
+        ) from nothing_found
+
+
+def processes() -> int:
+    """Returns how many processes compute together; unlike jax.process_count() it starts no backend."""
+    return distributed.global_state.num_processes or 1
 
 
 def request_cpu_devices(count: int) -> None:

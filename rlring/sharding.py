@@ -1,4 +1,5 @@
-"""Where weights live: FSDP / ZeRO-3 (Rajbhandari et al. 1910.02054) over every device, those of one sequence included.
+"""Where weights live: FSDP / ZeRO-3 (Rajbhandari et al. 1910.02054) over every device, those of one sequence included;
+and where batches do.
 
 Each device keeps one part of every matrix, of its gradient and of its optimizer state. A block gathers its weights when
 its turn comes and lets go of them after; the gradient of a weight is summed into where the weight lives.
@@ -8,13 +9,18 @@ their prime factors, and those are shared out among the dimensions of a weight.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlring.mesh import SEQUENCE_AXES
+
+TOKENS = P("data", SEQUENCE_AXES)  # of [B, T, ...]: rows over "data", the sequence over the other axes
 GATHERED = "gathered_weights"  # a name by which remat policies do not keep them
 STACKED = "blocks"  # the attribute of a model whose weights are those of all layers, first dimension the layer
 
@@ -83,6 +89,42 @@ def _gather_backward(home, whole, dtype, _, gradient):
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+class BatchPart(NamedTuple):
+    """The part of a batch [B, T, ...] that the devices of this process hold: no host needs to make the rest."""
+
+    rows: np.ndarray  # of the batch, ascending
+    places: np.ndarray  # in the sequence, ascending
+    shape: tuple[int, int]  # of the whole batch
+    mesh: Mesh | None
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], mesh: Mesh | None) -> "BatchPart":
+        """Returns the part of a batch of this shape; without a mesh, all of it."""
+        if mesh is None:
+            return cls(np.arange(shape[0]), np.arange(shape[1]), shape, mesh)
+        held = NamedSharding(mesh, TOKENS).addressable_devices_indices_map(shape).values()
+        rows, places = (
+            np.unique(np.concatenate([np.arange(size)[index[axis]] for index in held]))
+            for axis, size in enumerate(shape)
+        )
+        return cls(rows, places, shape, mesh)
+
+    def on_devices(self, part):
+        """Returns arrays of this part, [rows, places, ...] on every host, as one global array each."""
+        if self.mesh is None:
+            return jax.device_put(part)
+        sharding = NamedSharding(self.mesh, TOKENS)
+
+        def one(x: np.ndarray) -> jax.Array:
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
+                wanted = (np.arange(size)[s] for size, s in zip(self.shape, index, strict=False))
+                return x[np.ix_(*(np.searchsorted(own, w) for own, w in zip(self[:2], wanted, strict=True)))]
+
+            return jax.make_array_from_callback((*self.shape, *x.shape[2:]), sharding, shard)
+
+        return jax.tree.map(one, part)
 
 
 def _prime_factors(number: int) -> tuple[int, ...]:

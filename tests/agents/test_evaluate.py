@@ -19,8 +19,18 @@ def returns(folder):
 SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2, stride=2}", "model.dense_every=2"]
 
 
-@pytest.mark.parametrize("tokens", ["fused", "rsar"])
-@pytest.mark.parametrize(("settings", "mesh"), [([], "ring=1"), ([], "ring=2"), (SPARSE, "ulysses=2")], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "mesh", "tokens"),
+    [
+        ([], "ring=1", "fused"),
+        ([], "ring=2", "rsar"),
+        (SPARSE, "ulysses=2", "fused"),
+        pytest.param([], "ring=1", "rsar", marks=pytest.mark.slow),
+        pytest.param([], "ring=2", "fused", marks=pytest.mark.slow),
+        pytest.param(SPARSE, "ulysses=2", "rsar", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_acting_step_by_step_equals_one_full_pass(trained, dataset, tokens, settings, mesh):
     """The action distribution that a cached rollout acts on is the one that training computes, to 1e-5."""
     folder = trained(f"agent.tokens={tokens}", *settings)

@@ -43,12 +43,12 @@ def golden(tiny):
     return make
 
 
-@pytest.mark.parametrize("tokens", ["fused", "rsar"])
+@pytest.mark.parametrize("tokens", ["fused", slow("rsar")])
 def test_losses_are_the_same_on_every_mesh(golden, tiny, tokens):
     want = golden(f"agent.tokens={tokens}")
     assert len(want) == 30
     assert want[30][0] < want[1][0]
-    meshes = ["mesh.ring=2", "mesh.ring=4", "mesh.ring=8", "mesh.data=2 mesh.ring=2"]
+    meshes = ["mesh.ring=2", "mesh.ring=4", "mesh.ring=8"]
     for mesh in meshes if tokens == "fused" else meshes[1:2]:
         name = mesh.replace("=", "").replace(" ", "")
         config = tiny("train.updates=30", f"name={name}", f"agent.tokens={tokens}", *mesh.split())

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import ChainSampler, DataError, GoalSampling, Trajectory
+from data.column import BLOCK
 from data.store import write_store
 from data.tasks import goal_task
 
@@ -476,3 +477,32 @@ def test_mixed_lengths_pack_whole_chains_side_by_side(dark, ragged):
         alone = sampler.sample(5, [9])
         for values, own in zip(batch, alone, strict=True):
             np.testing.assert_array_equal(values[9:10], own)
+
+
+@pytest.mark.parametrize("kind", ["even", "ragged", "dark"])
+@pytest.mark.parametrize("lengths", ["full", "mixed"])
+def test_a_moment_is_the_same_whichever_others_are_asked_for(request, kind, lengths):
+    store = request.getfixturevalue(kind)
+    sampler = ChainSampler(store, trajectories=6, seed=4, lengths=lengths)
+    whole = sampler.sample(7, 5)
+    rng = np.random.default_rng(0)
+    for places in (rng.permutation(sampler.moments)[:20], np.r_[-1, 3, 0, 10_000, sampler.moments - 1], np.arange(4)):
+        part = ChainSampler(store, trajectories=6, seed=4, lengths=lengths).sample(7, [3, 1], places)
+        rows = type(whole)(*(values[[3, 1]] for values in whole))
+        assert_same(part, rows.take(places))
+
+
+def test_only_the_moments_asked_for_are_read(tmp_path):
+    store = write_store(tmp_path / "s.h5", numbered([1000] * 64), task="walker-walk", source="a test")
+    part = ChainSampler(store, trajectories=8, seed=0)
+    part.sample(0, 2, np.arange(2000, 4000))
+    whole = ChainSampler(store, trajectories=8, seed=0)
+    whole.sample(0, 2)
+
+    def read(sampler):
+        return sampler._stored().observation.is_read
+
+    assert not (read(part) & ~read(whole)).any()
+    # A quarter of two chains; whole blocks of rows are read, of each trajectory up to two besides its own.
+    assert read(part).sum() <= read(whole).sum() / 4 + 2 * 4
+    assert read(whole).sum() >= 2 * 8 * 1000 // BLOCK

@@ -68,7 +68,7 @@ def test_a_window_bounds_the_cache():
         assert relative(features, full[:, t : t + 1]) < 1e-5
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "all"])
+@pytest.mark.parametrize("remat", ["none", "attention", pytest.param("all", marks=pytest.mark.slow)])
 def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat):
     x, position = tokens()
     reference = make()

@@ -90,7 +90,14 @@ def check(scheme, mesh, inputs, masks, tolerance=1e-5):
             assert relative_error(a, b) <= tolerance, (name, part)
 
 
-@pytest.mark.parametrize(("scheme", "mesh"), ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "mesh"),
+    [
+        case if case[0] in ("blockwise", "ring", "hybrid") else pytest.param(*case, marks=pytest.mark.slow)
+        for case in ONE_OF_EACH
+    ],
+    ids=str,
+)
 def test_every_mask_with_grouped_heads(scheme, mesh):
     check(scheme, mesh, arrays(kv_heads=2), all_masks())
 

@@ -122,7 +122,7 @@ def test_all_heads_share_one():
     check(arrays(6, 1), masks()["plain"], AttentionConfig("sparse", 32, 16, sparse=PATTERNS["plain"]))
 
 
-@pytest.mark.parametrize(("length", "name"), [(610, "packed"), (640, "zigzag")])
+@pytest.mark.parametrize(("length", "name"), [(610, "packed"), pytest.param(640, "zigzag", marks=pytest.mark.slow)])
 def test_small_sparsity_blocks_in_large_tiles(length, name):
     """MergeQ: blocks of 16 in tiles of 128 and 256, and a length that none of them divides."""
     config = AttentionConfig("sparse", 256, 256, sparse=SparsePattern(16, 2, 4))

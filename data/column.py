@@ -1,0 +1,32 @@
+"""Column: one field of a store, read from disk where it is asked for and then kept."""
+
+import numpy as np
+
+from data.store import TrajectoryStore
+
+BLOCK = 256  # rows read at a time
+
+
+class Column:
+    """The rows of one field; `column[rows]` reads those that it has not read yet.
+
+    So a host that works on a part of every chain never reads the rest. A copy that is pickled reads for itself.
+    """
+
+    def __init__(self, store: TrajectoryStore, field: str) -> None:
+        self.store, self.field = store, field
+        shape, dtype = store.shape(field), store.dtype(field)
+        self.is_read = np.zeros(-(-shape[0] // BLOCK), bool)
+        self._values = np.empty(shape, dtype)  # memory that nobody has touched takes no room
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        blocks = rows // BLOCK
+        if not self.is_read[blocks].all():
+            self._read(np.unique(blocks[~self.is_read[blocks]]))
+        return self._values[rows]
+
+    def _read(self, blocks: np.ndarray) -> None:
+        for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
+            rows = slice(int(run[0]) * BLOCK, min((int(run[-1]) + 1) * BLOCK, len(self._values)))
+            self._values[rows] = self.store.rows(self.field, rows)
+            self.is_read[run] = True

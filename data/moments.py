@@ -1,0 +1,110 @@
+"""The moments of chains, each computed on its own: of a chain of any length, only those asked for ever exist."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from data.chain_batch import ChainBatch
+from data.column import Column
+from data.store import TrajectoryStore
+
+
+class Chains(NamedTuple):
+    """C chains of N trajectories, in their order."""
+
+    episodes: np.ndarray  # i64[C, N]
+    told: np.ndarray  # f64[C, N], the return that each trajectory is told to reach
+    is_reached: np.ndarray  # bool[C, N], whether it reached that of the chain
+    reward: np.ndarray | None  # f32[C, N, longest], padded with 0; None: what the store says
+
+
+class StoredMoments:
+    """The moments of a store, by chain and place in it."""
+
+    def __init__(self, store: TrajectoryStore) -> None:
+        self.store = store
+        self.observation, self.action, self.reward = (
+            Column(store, field) for field in ("observation", "action", "reward")
+        )
+
+    def put(
+        self,
+        chains: Chains,
+        chain: np.ndarray,
+        place: np.ndarray,
+        batch: ChainBatch,
+        at: tuple[np.ndarray, np.ndarray],
+        segment: np.ndarray | int,
+    ) -> None:
+        """Writes moments into a batch, as of `segment`: those at `place` [L] of `chain` [L] go to `at`, row [L] and
+        column [L].
+
+        A place behind the last moment of its chain is padding, and but for its position stays as the batch has it.
+        """
+        segment = np.broadcast_to(segment, chain.shape)
+        batch.position[at] = place
+        length, start = self.store.lengths[chains.episodes], self.store.start
+        ends = np.cumsum(length, axis=1)
+        real = place < ends[chain, -1]
+        chain, place, segment, at = chain[real], place[real], segment[real], (at[0][real], at[1][real])
+
+        count, longest = chains.episodes.shape[1], self.store.longest
+        # One search for all chains: the ends of chain c lie between c * size and (c + 1) * size.
+        size = count * longest + 1
+        shifted = ends + np.arange(len(ends))[:, None] * size
+        trajectory = np.searchsorted(shifted.ravel(), chain * size + place, side="right") - chain * count
+        step = place - (ends - length)[chain, trajectory]
+        episode = chains.episodes[chain, trajectory]
+        row = start[episode] + step
+
+        # The moment before: a step earlier, or the last of the trajectory before. The first moment has none.
+        crosses, has_before = (step == 0) & (place > 0), place > 0
+        trajectory_before = trajectory - crosses
+        step_before = np.where(crosses, length[chain, trajectory_before], step) - 1
+        step_before = np.maximum(step_before, 0)
+        row_before = start[chains.episodes[chain, trajectory_before]] + step_before
+
+        # What was earned within the trajectory needs all its rewards, of no other one.
+        touched, own = np.unique(chain * count + trajectory, return_inverse=True)
+        if chains.reward is None:
+            index, is_step = self.store.step_rows(chains.episodes.ravel()[touched])
+            paid = np.where(is_step, self.reward[index], np.float32(0))
+            reward, reward_before = self.reward[row], self.reward[row_before]
+        else:
+            paid = chains.reward.reshape(-1, longest)[touched]
+            reward = chains.reward[chain, trajectory, step]
+            reward_before = chains.reward[chain, trajectory_before, step_before]
+        # float64: sums of thousands of rewards, and the return to go is a difference of them.
+        earned = np.cumsum(paid, axis=-1, dtype=np.float64)
+        earned_before = np.where(step > 0, earned[own, step - 1], 0.0)
+
+        batch.observation[at] = self.observation[row + episode]
+        batch.action[at] = self.action[row]
+        batch.reward[at] = reward
+        batch.return_to_go[at] = chains.told[chain, trajectory] - earned_before
+        batch.previous_action[at] = np.where(has_before[:, None], self.action[row_before], np.float32(0))
+        batch.previous_reward[at] = np.where(has_before, reward_before, np.float32(0))
+        batch.segment[at] = segment
+        batch.step[at] = step
+        batch.trajectory[at] = trajectory
+        batch.last[at] = trajectory == count - 1
+        batch.completion[at] = chains.is_reached[chain, trajectory] & (step == length[chain, trajectory] - 1)
+
+    def empty(self, rows: int, places: np.ndarray) -> ChainBatch:
+        """Returns padding in so many rows, one place after the other."""
+        size = (rows, len(places))
+        whole = {"step", "trajectory", "position", "segment"}
+        wide = {
+            "observation": self.store.observation_size,
+            "action": self.store.action_size,
+            "previous_action": self.store.action_size,
+        }
+        batch = ChainBatch(
+            *(
+                np.zeros((*size, wide[name]) if name in wide else size, np.int32 if name in whole else np.float32)
+                for name in ChainBatch._fields
+            )
+        )
+        batch.position[:] = np.maximum(places, 0)
+        batch.segment[:] = -1
+        return batch
