@@ -16,7 +16,7 @@ from agents.gaussian import Gaussian, GaussianHead, action_loss
 from agents.tokens import TOKENS_PER_MOMENT, Moments, Tokenizer
 from data import ChainBatch
 from rlring import AttentionConfig, KVCache, Mask, SparsePattern, Transformer, TransformerConfig, zigzag_order
-from rlring.sharding import STACKED, gathered
+from rlring.sharding import SMALLEST_SPLIT, STACKED, gathered
 
 SHORTEST_ZIGZAG = 256  # tokens a device; below, zigzag was measured slower than the natural order (1.35x)
 
@@ -131,7 +131,7 @@ class ReturnConditionedAgent:
 
         def one(path, weight):
             is_stacked = STACKED in jax.tree_util.keystr(path)
-            return weight if is_stacked else gathered(weight, self.mesh, jnp.float32)
+            return weight if is_stacked else gathered(weight, self.mesh, jnp.float32, smallest=SMALLEST_SPLIT)
 
         return jax.tree_util.tree_map_with_path(one, params)
 

@@ -368,13 +368,18 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="with --cluster HOST:PORT")
     parser.add_argument("--process", type=int, metavar="I", help="with --cluster HOST:PORT: which one this is, from 0")
+    parser.add_argument(
+        "--patience", type=int, default=100, metavar="S", help="with --cluster: seconds until a silent process is dead"
+    )
     arguments = parser.parse_intermixed_args(argv)
 
     def body() -> int:
         config = load(Config, arguments.config, arguments.overrides)
         if arguments.cluster is not None:
             address = None if arguments.cluster == DETECTED else arguments.cluster
-            join_cluster(address, processes=arguments.processes, process=arguments.process)
+            join_cluster(
+                address, processes=arguments.processes, process=arguments.process, patience_s=arguments.patience
+            )
         elif arguments.processes is not None or arguments.process is not None:
             raise UsageError("--processes and --process go with --cluster HOST:PORT. Add it, or leave them out.")
         try:

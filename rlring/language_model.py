@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from rlring import sharding
 from rlring.attention import AttentionConfig, Mask, zigzag_order
 from rlring.errors import UsageError
 from rlring.mesh import AXES, SEQUENCE_AXES
@@ -102,7 +103,9 @@ class LanguageModel(nnx.Module):
 
     def _whole(self, weight: Array, mesh: Mesh | None) -> Array:
         config = self.config.transformer
-        return gathered(weight, mesh, config.compute_type) if config.fsdp and mesh is not None else weight
+        if not config.fsdp or mesh is None:
+            return weight
+        return gathered(weight, mesh, config.compute_type, smallest=sharding.SMALLEST_SPLIT)
 
 
 def cross_entropy(

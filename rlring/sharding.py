@@ -22,6 +22,7 @@ from rlring.mesh import SEQUENCE_AXES
 
 TOKENS = P("data", SEQUENCE_AXES)  # of [B, T, ...]: rows over "data", the sequence over the other axes
 GATHERED = "gathered_weights"  # a name by which remat policies do not keep them
+SMALLEST_SPLIT = 2**16  # numbers of a weight outside of the blocks; a smaller one costs more to gather than to keep
 STACKED = "blocks"  # the attribute of a model whose weights are those of all layers, first dimension the layer
 
 
@@ -54,18 +55,24 @@ def state_sharding(state, mesh: Mesh, *, fsdp: bool):
     def one(path, x):
         if not fsdp or jnp.ndim(x) == 0:
             return NamedSharding(mesh, P())
-        return weight_sharding(x.shape, mesh, is_stacked=STACKED in jax.tree_util.keystr(path))
+        is_stacked = STACKED in jax.tree_util.keystr(path)
+        if not is_stacked and x.size < SMALLEST_SPLIT:
+            return NamedSharding(mesh, P())
+        return weight_sharding(x.shape, mesh, is_stacked=is_stacked)
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def gathered(weights, mesh: Mesh, dtype):
-    """Returns the weights of a block whole on every device, matrices in the compute type.
+def gathered(weights, mesh: Mesh, dtype, *, smallest: int = 0):
+    """Returns the weights of a block whole on every device, matrices in the compute type; those with fewer numbers
+    than `smallest` are whole already.
 
     Gradients come back in float32, each device with its part of the sum over all.
     """
 
     def one(weight):
+        if weight.size < smallest:
+            return weight
         home, whole = weight_sharding(weight.shape, mesh), NamedSharding(mesh, P())
         # Cast before they travel. Vectors are scales of norms, which are computed in float32.
         return checkpoint_name(_gather(weight, home, whole, dtype if weight.ndim > 1 else weight.dtype), GATHERED)

@@ -56,6 +56,27 @@ def test_losses_are_the_same_on_every_mesh(golden, tiny, tokens):
         np.testing.assert_allclose([got[s][0] for s in want], [want[s][0] for s in want], atol=1e-5, err_msg=mesh)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        "model.fsdp=true",
+        "model.fsdp=true model.remat=attention train.accumulate=4",
+        "model.fsdp=true model.remat=all",
+        "model.remat=all train.accumulate=4",
+    ],
+)
+def test_how_it_is_computed_changes_no_loss(tiny, how):
+    """data x ring x ulysses against one device without any of it."""
+    same = ["train.updates=20", "train.batch=8", "model.heads=4", "attention.scheme=hybrid"]
+    want = losses(train(tiny("name=want", *same), progress=False))
+    for data, ring, ulysses in ((1, 1, 1), (2, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2)):
+        mesh = [f"mesh.data={data}", f"mesh.ring={ring}", f"mesh.ulysses={ulysses}"]
+        got = losses(train(tiny(f"name=m{data}{ring}{ulysses}", *same, *mesh, *how.split()), progress=False))
+        np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5, atol=1e-5, err_msg=str(mesh))
+
+
 @pytest.mark.parametrize(("ring", "remat"), [(4, "attention"), slow(1, "none"), slow(4, "all")])
 def test_memory_of_a_train_step_is_linear_in_length(tiny, ring, remat):
     """The trap: what depends on positions alone must not be kept for every layer and every pair of blocks."""
@@ -149,6 +170,18 @@ def test_sigterm_checkpoints_and_ends(write_config, tmp_path):
     last = read_metrics(tmp_path / "runs/tiny/metrics.jsonl")[-1]["step"]
     with Checkpoints(tmp_path / "runs/tiny") as checkpoints:
         assert checkpoints.latest() == last
+
+
+def test_the_best_checkpoint_is_kept_and_acts(tiny):
+    folder = train(tiny("train.checkpoint_every=2", "train.keep_checkpoints=1", "train.keep_best=1"), progress=False)
+    mean = {step: np.mean([losses(folder)[s][0] for s in (step - 1, step)]) for step in range(2, 13, 2)}
+    best = min(mean, key=lambda step: (mean[step], -step))
+    with Checkpoints(folder, keep=1, keep_best=1) as checkpoints:
+        assert set(checkpoints.manager.all_steps()) == {best, 12}
+        assert checkpoints.best() == best
+        assert checkpoints.meta(best).config["train"]["keep_best"] == 1
+    assert load_agent(folder, ["evaluate.checkpoint=best"]).step == best
+    assert load_agent(folder).step == 12
 
 
 def test_a_checkpoint_goes_onto_any_mesh(trained):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from rlring import AttentionConfig, TransformerConfig, UsageError, make_mesh
+from rlring import AttentionConfig, TransformerConfig, UsageError, make_mesh, sharding
 from rlring.attention import zigzag_order
 from rlring.language_model import (
     PRESETS,
@@ -22,6 +22,12 @@ from rlring.language_model import (
 
 MESHES = ({}, {"data": 2}, {"ring": 4}, {"ulysses": 4}, {"data": 2, "ring": 2, "ulysses": 2})
 STEPS, ROWS, LENGTH, VOCABULARY = 3, 8, 64, 40
+
+
+@pytest.fixture(autouse=True)
+def everything_is_split(monkeypatch):
+    """Small weights too."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 0)
 
 
 def config(*, is_tied: bool = False, **changes) -> LanguageModelConfig:

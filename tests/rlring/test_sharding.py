@@ -7,8 +7,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlring import make_mesh
+from rlring import make_mesh, sharding
 from rlring.sharding import gathered, state_sharding, weight_sharding
+
+
+@pytest.fixture(autouse=True)
+def everything_is_split(monkeypatch):
+    """Small weights too."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 0)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +77,14 @@ def test_states():
     assert parts == {"count": (), "blocks": {"w": (8, 2)}, "head": (1, 3)}  # layers are not split
     whole = state_sharding(state, mesh, fsdp=False)
     assert all(home.is_fully_replicated for home in jax.tree.leaves(whole))
+
+
+def test_small_weights_stay_whole_but_those_of_blocks(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 1000)
+    state = {"blocks": jnp.ones((2, 8, 8)), "norm": jnp.ones(8), "head": jnp.ones((8, 125))}
+    home = state_sharding(state, make_mesh(ring=8), fsdp=True)
+    assert {name: home[name].shard_shape(x.shape) for name, x in state.items()} == {
+        "blocks": (2, 1, 8),
+        "norm": (8,),
+        "head": (1, 125),
+    }
