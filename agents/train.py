@@ -7,22 +7,17 @@ import argparse
 import json
 import math
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import grain.python as grain
 import jax
 import numpy as np
-import optax
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from agents.agent import Agent, Sampler, Scales
@@ -32,10 +27,12 @@ from agents.config import Config, dump, load
 from agents.datasets import open_stores
 from agents.kinds import make_agent
 from agents.optimizer import make_optimizer, schedule
+from agents.processes import check_processes, stop_requests, wait_for_all
+from agents.update import first_state, make_update
 from data import ChainBatch, ChainSampler, TrajectoryStore
 from data.atomic_file import write_text
 from rlring import UsageError, join_cluster, make_mesh, processes, request_cpu_devices
-from rlring.sharding import TOKENS, BatchPart, state_sharding
+from rlring.sharding import BatchPart
 
 RUNS = Path("runs")
 DETECTED = "detected"
@@ -63,11 +60,11 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     _check_folder(folder, config, resume)
     request_cpu_devices(-(-config.mesh.devices // processes()))
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
-    _check_processes(mesh)
+    check_processes(mesh)
     is_first = jax.process_index() == 0
     if is_first:
         stores = open_stores(config.data, say=lambda text: print(text, file=sys.stderr))
-    _wait_for_all("data")
+    wait_for_all("data")
     if not is_first:
         stores = open_stores(config.data.model_copy(update={"collect": None}))
     meta = describe(config, stores)
@@ -77,11 +74,11 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", dump(config))
-    _wait_for_all("folder")
+    wait_for_all("folder")
     optimizer = make_optimizer(config)
     kept = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
 
-    with Checkpoints(folder, **kept) as checkpoints, _stop_requests(checkpoints) as stop:
+    with Checkpoints(folder, **kept) as checkpoints, stop_requests(checkpoints) as stop:
         state, sharding = first_state(config, agent, optimizer, mesh)
         first = checkpoints.latest() or 0
         if first:
@@ -147,62 +144,6 @@ def targets(sampler: Sampler, stores: Sequence[TrajectoryStore]) -> dict[str, fl
     """Returns the typical return that training chains ask for, by task."""
     samplers = getattr(sampler, "samplers", [sampler])
     return {store.task: float(own.typical_target()) for store, own in zip(stores, samplers, strict=True)}
-
-
-def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None):
-    """Returns weights and optimizer state before the first update, and where each of their arrays lives."""
-
-    def init(key):
-        params = agent.init(key)
-        return params, optimizer.init(params)
-
-    key = jax.random.key(config.seed)
-    if mesh is not None and config.model.fsdp:  # no device, and no host, ever holds it all
-        sharding = state_sharding(jax.eval_shape(init, key), mesh, fsdp=True)
-        return jax.jit(init, out_shardings=sharding)(key), sharding
-    sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
-    params = jax.device_put(jax.tree.map(np.asarray, agent.init(key)), sharding)
-    return (params, jax.jit(optimizer.init, out_shardings=sharding)(params)), sharding
-
-
-def make_update(
-    agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, sharding=None, *, accumulate=1
-):
-    """Returns the jitted step `((params, optimizer state), batch) -> (state, metrics)`; the old state's memory is
-    reused.
-
-    accumulate: parts of the batch whose gradients are added up, as if it had been one. sharding: of the state.
-    """
-    differentiate = jax.value_and_grad(agent.loss, has_aux=True)
-
-    def in_parts(x: jax.Array) -> jax.Array:
-        # Each part has rows of every device.
-        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-        return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *TOKENS)))
-
-    def accumulated(params, batch: ChainBatch):
-        def add(total, part):
-            (_, metrics), gradients = differentiate(params, part, batch)
-            return jax.tree.map(jax.numpy.add, total, (metrics, gradients)), None
-
-        parts = jax.tree.map(in_parts, batch)
-        shapes = jax.eval_shape(lambda: differentiate(params, jax.tree.map(lambda x: x[0], parts), batch))
-        zero = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-        return jax.lax.scan(add, zero, parts)[0]
-
-    def update(state: tuple, batch: ChainBatch) -> tuple[tuple, dict[str, jax.Array]]:
-        params, optimizer_state = state
-        if accumulate == 1:
-            (_, metrics), gradients = differentiate(params, batch)
-        else:
-            metrics, gradients = accumulated(params, batch)
-        changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        metrics = metrics | {"gradient/global_norm": optax.global_norm(gradients)}
-        return (optax.apply_updates(params, changes), optimizer_state), metrics
-
-    if mesh is None or sharding is None:
-        return jax.jit(update, donate_argnums=0)
-    return jax.jit(update, donate_argnums=0, out_shardings=(sharding, NamedSharding(mesh, P())))
 
 
 def batches(
@@ -273,48 +214,6 @@ def _refuse_nan(values: dict[str, float], done: int, folder: Path, saved: int) -
             f"{bad} is not a number after update {done} of {folder}. Lower optimizer.learning_rate or raise "
             f"optimizer.warmup; the last good checkpoint is of update {saved}."
         )
-
-
-def _check_processes(mesh: Mesh | None) -> None:
-    """All processes take part, each with all of its devices."""
-    total = jax.process_count() * jax.local_device_count()
-    if jax.process_count() > 1 and (mesh is None or mesh.size != total):
-        raise ConfigError(
-            f"{jax.process_count()} processes have {total} devices, and all of them take part; the mesh has "
-            f"{1 if mesh is None else mesh.size}. Change mesh.data, mesh.ring or mesh.ulysses."
-        )
-
-
-def _wait_for_all(what: str) -> None:
-    """Waits until every process is here: what the first one has written is there."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
-@contextmanager
-def _stop_requests(checkpoints: Checkpoints):
-    """Gives a function of the update that tells whether the process was asked to stop (Ctrl-C, SIGTERM): the loop then
-    checkpoints and ends. Of several processes all learn of it at the same update."""
-    if jax.process_count() > 1:
-        yield checkpoints.is_asked_to_end  # JAX watches for SIGTERM
-        return
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt  # asked twice: at once
-        asked = True
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        before = {}
-    try:
-        yield lambda update: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

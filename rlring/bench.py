@@ -20,9 +20,12 @@ from typing import NoReturn
 import jax
 import jaxlib
 
+from rlring.attention import SparsePattern
+from rlring.attention.kernels import KERNELS
+from rlring.candidates import EXACT, ONE_DEVICE, Settings
 from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
-from rlring.timing import EXACT, ONE_DEVICE, Measurement, Settings, measure
+from rlring.timing import Measurement, measure
 from rlring.traffic import traffic_table
 
 MATMUL = {"cpu": 2048}  # the side of the square matrices; elsewhere:
@@ -82,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             type=arguments.type,
             repeats=arguments.repeats,
             matmul=arguments.matmul or MATMUL.get(versions.platform, LARGE_MATMUL),
+            kernel=arguments.kernel,
+            blocks=tuple(arguments.blocks),
+            hops=arguments.hops,
+            sparse=tuple(arguments.sparse),
         )
         measurements = measure(settings)
         print(table(measurements, settings, versions))
@@ -97,22 +104,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(measurements: Iterable[Measurement], settings: Settings, versions: Versions) -> str:
     """Returns the measurements as a Markdown table, with what was measured and where below it."""
+    measurements = list(measurements)
+    beside_jax = any(m.forward.ratio_to_jax is not None for m in measurements)
     columns = ["scheme", "tokens", "devices", "mesh"]
     for name in ("forward", "forward+backward"):
-        columns += [f"{name} ms (min)", "x blockwise", "of peak", "temporary MiB"]
-    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * 2 + " --- |" + " ---: |" * 8]
+        columns += [f"{name} ms (min)", "x blockwise", *["x jax.nn"] * beside_jax, "of peak", "temporary MiB"]
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * 2 + " --- |" + " ---: |" * (len(columns) - 4)]
     for m in measurements:
         axes = [f"{name} {size}" for name, size in (("ring", m.ring), ("ulysses", m.ulysses)) if size > 1]
         cells = [m.scheme, str(m.length), str(m.devices), " x ".join(axes) or "-"]
         for one in (m.forward, m.forward_backward):
-            ratio = "-" if one.ratio_to_blockwise is None else f"{one.ratio_to_blockwise:.2f}"
+            ratios = [one.ratio_to_blockwise, *[one.ratio_to_jax] * beside_jax]
             held = "-" if one.temporary_bytes is None else f"{one.temporary_bytes / 2**20:.1f}"
-            cells += [f"{one.median_ms:.1f} ({one.min_ms:.1f})", ratio, f"{one.share_of_peak:.0%}", held]
+            cells += [f"{one.median_ms:.1f} ({one.min_ms:.1f})", *("-" if r is None else f"{r:.2f}" for r in ratios)]
+            cells += [f"{one.share_of_peak:.0%}", held]
         lines.append("| " + " | ".join(cells) + " |")
     torch = f", torch {versions.torch}" if versions.torch else ""
     note = (
         f"`{versions.command}`: causal, batch {settings.batch}, {settings.heads} query heads over {settings.kv_heads} "
-        f"key/value heads of size {settings.head_size}, {settings.type}; median (min) of {settings.repeats} "
+        f"key/value heads of size {settings.head_size}, {settings.type}, kernel {settings.kernel}; "
+        f"median (min) of {settings.repeats} "
         f"interleaved rounds; peak: a product of {settings.matmul} x {settings.matmul} matrices on each device; "
         f"temporary memory of one device, from the compiler. {versions.device_kind} ({versions.platform}), "
         f"{versions.cores} cores, rlring {versions.rlring}, jax {versions.jax}, jaxlib {versions.jaxlib}{torch}, "
@@ -173,6 +184,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--devices", nargs="+", type=_count, default=[8], help="over which the sequence is split; virtual ones on a CPU"
     )
+    add("--kernel", choices=KERNELS, default="jax", help="what computes a block of all schemes but dense and sparse")
+    add("--blocks", nargs=2, type=_count, default=[512, 512], metavar=("Q", "K"), help="tokens")
+    add("--hops", type=_count, default=0, metavar="P", help="also a ring of P devices that take turns on one")
+    add(
+        "--sparse",
+        nargs="+",
+        type=_pattern,
+        default=[],
+        metavar="BLOCK,LOCAL,STRIDE",
+        help="also S2 with these patterns (rlring.SparsePattern)",
+    )
     add("--repeats", type=_count, default=5, help="rounds, in each of which every candidate runs once")
     add(
         "--matmul",
@@ -184,6 +206,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.kv_heads = arguments.kv_heads or arguments.heads
     return arguments
+
+
+def _pattern(text: str) -> SparsePattern:
+    numbers = text.split(",")
+    if len(numbers) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK,LOCAL,STRIDE, such as 64,16,8")
+    return SparsePattern(*map(_count, numbers))
 
 
 def _count(text: str) -> int:

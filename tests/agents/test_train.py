@@ -19,7 +19,8 @@ from agents.cli import ConfigError
 from agents.evaluate import load_agent
 from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
-from agents.train import main, make_update, train
+from agents.train import main, train
+from agents.update import make_update
 from data import ChainBatch, DataError
 from rlring import make_mesh
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlring import bench, timing
+from rlring import bench, candidates, timing
 from rlring.attention import AttentionConfig, Mask, attention
 from rlring.errors import UsageError
 from rlring.mesh import make_mesh
@@ -34,7 +34,7 @@ def rows_of(text: str) -> list[list[str]]:
 def test_table_and_json(tmp_path, capsys):
     out = tmp_path / "bench.json"
     argv = [*TINY, "32", "--heads", "8", "--kv-heads", "4", "--devices", "4", "--json", str(out)]
-    assert bench.main(["--schemes", *timing.EXACT, *argv]) == 0
+    assert bench.main(["--schemes", *candidates.EXACT, *argv]) == 0
     printed = capsys.readouterr()
     columns, rule, *rows = rows_of(printed.out)
     assert columns[:4] == ["scheme", "tokens", "devices", "mesh"]
@@ -75,6 +75,7 @@ def test_table_and_json(tmp_path, capsys):
             one = m[name]
             assert set(one) == {
                 *("median_ms", "min_ms", "ratio_to_blockwise", "share_of_peak", "temporary_bytes", "rounds_ms"),
+                "ratio_to_jax",
             }
             assert len(one["rounds_ms"]) == 2
             assert 0 < one["min_ms"] == min(one["rounds_ms"]) <= one["median_ms"]
@@ -82,6 +83,14 @@ def test_table_and_json(tmp_path, capsys):
             assert one["share_of_peak"] > 0
             assert (one["ratio_to_blockwise"] == 1) == (m["scheme"] == "blockwise")
     assert os.listdir(tmp_path) == ["bench.json"]
+
+
+def test_hops_and_patterns(capsys):
+    more = ["--hops", "4", "--sparse", "4,2,2", "4,8,1", "--blocks", "8", "8", "--kernel", "auto"]
+    assert bench.main(["--schemes", "blockwise", *TINY, "32", *more]) == 0
+    rows = rows_of(capsys.readouterr().out)[2:]
+    names = [row[0] for row in rows]
+    assert names == ["blockwise", "sparse, 69.4% kept", "sparse, 100.0% kept", "hops of a ring of 4"]
 
 
 def test_lengths_and_devices_and_no_blockwise(capsys):
@@ -109,6 +118,12 @@ def test_lengths_and_devices_and_no_blockwise(capsys):
             ["--schemes", "ulysses"],
             r"attention scheme 'ulysses' splits the heads over mesh.ulysses=8 devices; got 4 query heads",
         ),
+        (["--sparse", "64,16"], r"argument --sparse: '64,16' is not BLOCK,LOCAL,STRIDE, such as 64,16,8"),
+        (["--lengths", "64", "--hops", "3"], r"--lengths are multiples of 2 \* --hops = 6; got 64. Use 66"),
+        (
+            ["--kernel", "splash", *TINY, "64", "--schemes", "blockwise"],
+            r"attention kernel 'splash' cannot run: it nee",
+        ),
         (["--heads", "4", "--kv-heads", "3"], r"--heads is a multiple of --kv-heads; got 4 and 3\. Leave"),
         (["--traffic", "--kv-heads", "8"], r"--heads is a multiple of --kv-heads; got 4 and 8\. Leave"),
         (["--json", "nowhere/bench.json"], r"--json nowhere/bench.json: there is no folder nowhere\. Make it first"),
@@ -127,7 +142,7 @@ def test_errors_are_one_line(argv, message, capsys):
 
 
 def test_measure_checks_before_it_compiles():
-    settings = timing.Settings(("ring",), (32,), (16,), 4, 4, 4, 1, "float32", 1, 8)
+    settings = candidates.Settings(("ring",), (32,), (16,), 4, 4, 4, 1, "float32", 1, 8)
     with pytest.raises(UsageError, match="needs 16 devices; this process sees 8"):
         timing.measure(settings)
 
@@ -152,16 +167,16 @@ def test_rounds_ratios_and_shares(monkeypatch):
             turns.append(name)
             clock.now += left.pop(0)
 
-        return timing._Run(call, 7)
+        return candidates.Run(call, 7)
 
-    candidates = {
-        "blockwise": timing._Candidate("blockwise", 1, 1, 1, run("b", 1, 4, 2), run("B", 5, 5, 5)),
-        "ring": timing._Candidate("ring", 2, 2, 1, run("r", 3, 4, 4), run("R", 10, 20, 5)),
+    made = {
+        "blockwise": candidates.Candidate("blockwise", 1, 1, 1, run("b", 1, 4, 2), run("B", 5, 5, 5)),
+        "ring": candidates.Candidate("ring", 2, 2, 1, run("r", 3, 4, 4), run("R", 10, 20, 5)),
     }
     matmuls = {1: run("m", 1, 1, 1), 2: run("M", 2, 1, 4)}
-    monkeypatch.setattr(timing, "_scheme", lambda scheme, *_: candidates[scheme])
-    monkeypatch.setattr(timing, "_matmul", lambda devices, _: matmuls[devices])
-    settings = timing.Settings(("blockwise", "ring"), (4,), (2,), 3, 3, 5, 1, "float32", 3, 10)
+    monkeypatch.setattr(timing, "scheme_candidate", lambda scheme, *_: made[scheme])
+    monkeypatch.setattr(timing, "matmul", lambda devices, _: matmuls[devices])
+    settings = candidates.Settings(("blockwise", "ring"), (4,), (2,), 3, 3, 5, 1, "float32", 3, 10)
     blockwise, ring = timing.measure(settings)
     assert "".join(turns) == 4 * "mMbBrR"
     assert blockwise.forward == timing.Pass(2000, 1000, 1.0, blockwise.forward.share_of_peak, 7, (1000, 4000, 2000))

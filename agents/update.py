@@ -1,0 +1,68 @@
+"""One update: the first state, and the jitted step from a state to the next."""
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from agents.agent import Agent
+from agents.config import Config
+from data import ChainBatch
+from rlring.sharding import TOKENS, state_sharding
+
+
+def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None):
+    """Returns weights and optimizer state before the first update, and where each of their arrays lives."""
+
+    def init(key):
+        params = agent.init(key)
+        return params, optimizer.init(params)
+
+    key = jax.random.key(config.seed)
+    if mesh is not None and config.model.fsdp:  # no device, and no host, ever holds it all
+        sharding = state_sharding(jax.eval_shape(init, key), mesh, fsdp=True)
+        return jax.jit(init, out_shardings=sharding)(key), sharding
+    sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
+    params = jax.device_put(jax.tree.map(np.asarray, agent.init(key)), sharding)
+    return (params, jax.jit(optimizer.init, out_shardings=sharding)(params)), sharding
+
+
+def make_update(
+    agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, sharding=None, *, accumulate=1
+):
+    """Returns the jitted step `((params, optimizer state), batch) -> (state, metrics)`; the old state's memory is
+    reused.
+
+    accumulate: parts of the batch whose gradients are added up, as if it had been one. sharding: of the state.
+    """
+    differentiate = jax.value_and_grad(agent.loss, has_aux=True)
+
+    def in_parts(x: jax.Array) -> jax.Array:
+        # Each part has rows of every device.
+        x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *TOKENS)))
+
+    def accumulated(params, batch: ChainBatch):
+        def add(total, part):
+            (_, metrics), gradients = differentiate(params, part, batch)
+            return jax.tree.map(jax.numpy.add, total, (metrics, gradients)), None
+
+        parts = jax.tree.map(in_parts, batch)
+        shapes = jax.eval_shape(lambda: differentiate(params, jax.tree.map(lambda x: x[0], parts), batch))
+        zero = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+        return jax.lax.scan(add, zero, parts)[0]
+
+    def update(state: tuple, batch: ChainBatch) -> tuple[tuple, dict[str, jax.Array]]:
+        params, optimizer_state = state
+        if accumulate == 1:
+            (_, metrics), gradients = differentiate(params, batch)
+        else:
+            metrics, gradients = accumulated(params, batch)
+        changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        metrics = metrics | {"gradient/global_norm": optax.global_norm(gradients)}
+        return (optax.apply_updates(params, changes), optimizer_state), metrics
+
+    if mesh is None or sharding is None:
+        return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=(sharding, NamedSharding(mesh, P())))

@@ -1,0 +1,115 @@
+"""A ring without its links: what its devices compute, hop by hop, one device after the other on a single one.
+
+For measuring what cutting attention into hops costs: the same kernel calls and merges as ring_attention's, and nothing
+sent. Not a scheme: on one device nothing is gained by it.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from rlring.attention.local import Gradients, Kernel, named_for_remat
+from rlring.attention.mask import Mask
+from rlring.attention.softmax import Partial, merge
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attention_in_hops(
+    q: Float[Array, "R G T H"],
+    k: Float[Array, "R S H"],
+    v: Float[Array, "R S H"],
+    mask: Mask,
+    ring: int,
+    kernel: Kernel,
+) -> Float[Array, "R G T H"]:
+    """Returns attention in q's type, computed as a ring of so many devices would; both lengths divide by them."""
+    return _forward(q, k, v, mask, ring, kernel).out.astype(q.dtype)
+
+
+def _attention_forward(q, k, v, mask, ring, kernel):
+    out, lse = named_for_remat(*_forward(q, k, v, mask, ring, kernel), q.dtype)
+    return out, (q, k, v, mask, out, lse)
+
+
+def _attention_backward(ring, kernel, residuals, d_out):
+    q, k, v, mask, out, lse = residuals
+    q_size, k_size = q.shape[2] // ring, k.shape[1] // ring
+
+    def device(r, gradients: Gradients) -> Gradients:
+        mine = [_shard(x, r, q_size, 2) for x in (q, out, lse, d_out)]
+
+        def hop(n, gradients: Gradients) -> Gradients:
+            source = (r - n) % ring
+            here = _shard(k, source, k_size, 1), _shard(v, source, k_size, 1)
+            seen = _mask(mask, r, source, q_size, k_size)
+            q_r, out_r, lse_r, d_out_r = mine
+
+            def differentiate(gradients: Gradients) -> Gradients:
+                dq, dk, dv = kernel.backward(q_r, *here, seen, out_r, lse_r, d_out_r)
+                return Gradients(
+                    _add(gradients.dq, dq, r * q_size, 2),
+                    _add(gradients.dk, dk, source * k_size, 1),
+                    _add(gradients.dv, dv, source * k_size, 1),
+                )
+
+            return lax.cond(_sees(seen), differentiate, lambda same: same, gradients)
+
+        return lax.fori_loop(0, ring, hop, gradients)
+
+    zero = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
+    dq, dk, dv = lax.fori_loop(0, ring, device, zero)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+attention_in_hops.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
+    q_size, k_size = q.shape[2] // ring, k.shape[1] // ring
+
+    def device(r) -> Partial:
+        q_r = _shard(q, r, q_size, 2)
+
+        def hop(n, total: Partial) -> Partial:
+            source = (r - n) % ring
+            seen = _mask(mask, r, source, q_size, k_size)
+
+            def attend(total: Partial) -> Partial:
+                here = _shard(k, source, k_size, 1), _shard(v, source, k_size, 1)
+                return merge(total, kernel.forward(q_r, *here, seen))
+
+            return lax.cond(_sees(seen), attend, lambda total: total, total)
+
+        home = _shard(k, r, k_size, 1), _shard(v, r, k_size, 1)
+        first = kernel.forward(q_r, *home, _mask(mask, r, r, q_size, k_size))
+        return lax.fori_loop(1, ring, hop, first)
+
+    parts = lax.map(device, jnp.arange(ring))
+    return Partial(*(jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]) for x in parts))
+
+
+def _shard(x: Array, device, size: int, dimension: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, device * size, size, dimension)
+
+
+def _add(x: Array, more: Array, start, dimension: int) -> Array:
+    here = lax.dynamic_slice_in_dim(x, start, more.shape[dimension], dimension)
+    return lax.dynamic_update_slice_in_dim(x, here + more, start, dimension)
+
+
+def _mask(mask: Mask, q_device, k_device, q_size: int, k_size: int) -> Mask:
+    return replace(
+        mask,
+        q_position=_shard(mask.q_position, q_device, q_size, 1),
+        q_segment=_shard(mask.q_segment, q_device, q_size, 1),
+        k_position=_shard(mask.k_position, k_device, k_size, 1),
+        k_segment=_shard(mask.k_segment, k_device, k_size, 1),
+    )
+
+
+def _sees(mask: Mask):
+    return mask.may_see(mask.q_bounds(mask.q_position.shape[1]), mask.k_bounds(mask.k_position.shape[1]))[0]

@@ -1,0 +1,216 @@
+"""What rlring.timing measures: the schemes, a ring that takes turns on one device, S2, and what others offer."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, zigzag_order
+from rlring.attention.blocks import Blocks
+from rlring.attention.hops import attention_in_hops
+from rlring.attention.kernels import make_kernel
+from rlring.attention.kernels.cudnn import unavailable
+from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.mesh import SEQUENCE_AXES, make_mesh
+
+EXACT = ("auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")  # all the same work: comparable
+ONE_DEVICE = ("dense", "blockwise")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    schemes: tuple[str, ...]
+    lengths: tuple[int, ...]
+    devices: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_size: int
+    batch: int
+    type: str
+    repeats: int
+    matmul: int
+    kernel: str = "jax"
+    blocks: tuple[int, int] = (512, 512)
+    hops: int = 0  # of a ring whose devices take turns on one: attention.hops; 0: not measured
+    sparse: tuple[SparsePattern, ...] = ()
+
+
+class Run(NamedTuple):
+    """Something to be timed: calling it runs it to its end."""
+
+    call: Callable[[], object]
+    temporary_bytes: int | None
+
+
+class Candidate(NamedTuple):
+    scheme: str
+    devices: int
+    ring: int
+    ulysses: int
+    forward: Run
+    forward_backward: Run
+
+
+def scheme_candidate(scheme: str, length: int, devices: int, settings: Settings) -> Candidate:
+    say(f"{length} tokens: compiling {scheme} on {devices} device{'s' * (devices > 1)}")
+    ring, ulysses = _axes(scheme, devices, settings)
+    mesh = make_mesh(ring=ring, ulysses=ulysses)
+    config = AttentionConfig(scheme, *settings.blocks, kernel=settings.kernel)
+
+    def forward(q, k, v, mask):
+        return attention(q, k, v, mask, config=config, mesh=None if scheme in ONE_DEVICE else mesh)
+
+    order = zigzag_order(length, ring) if ring > 1 else range(length)
+    arrays = jax.device_put(_arrays(length, settings, order), NamedSharding(mesh, P("data", SEQUENCE_AXES)))
+    return Candidate(scheme, devices, ring, ulysses, *_both(forward, arrays))
+
+
+def sparse_candidate(pattern: SparsePattern, length: int, settings: Settings) -> Candidate:
+    """Returns S2 attention on one device; its share of the peak counts the blocks that it leaves out as done."""
+    kept = pattern.density(length, kv_heads=settings.kv_heads)
+    say(f"{length} tokens: compiling sparse, {kept:.1%} of the blocks kept")
+    config = AttentionConfig("sparse", *settings.blocks, sparse=pattern)
+
+    def forward(q, k, v, mask):
+        return attention(q, k, v, mask, config=config)
+
+    runs = _both(forward, _arrays(length, settings, range(length)))
+    return Candidate(f"sparse, {kept:.1%} kept", 1, 1, 1, *runs)
+
+
+def hops_candidates(length: int, settings: Settings) -> list[Candidate]:
+    """Returns a ring whose devices take turns on one, or nothing if it was not asked for."""
+    if not settings.hops:
+        return []
+    say(f"{length} tokens: compiling {settings.hops} x {settings.hops} hops on 1 device")
+    shard = length // settings.hops
+    blocks = Blocks(*settings.blocks, AttentionConfig().scores).within_halves(shard, shard)
+    kernel = make_kernel(
+        settings.kernel,
+        blocks,
+        platform=jax.default_backend(),
+        dtype=jnp.dtype(settings.type),
+        head_size=settings.head_size,
+    )
+
+    def forward(q, k, v, mask):
+        rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
+        return tokens_of_rows(attention_in_hops(*rows, mask, settings.hops, kernel), q.shape[0])
+
+    runs = _both(forward, _arrays(length, settings, zigzag_order(length, settings.hops)))
+    return [Candidate(f"hops of a ring of {settings.hops}", 1, 1, 1, *runs)]
+
+
+def jax_candidates(length: int, settings: Settings) -> list[Candidate]:
+    """Returns JAX's own call of cuDNN's attention, over the whole sequence at once, where there is one."""
+    dtype = jnp.dtype(settings.type)
+    if jax.default_backend() != "gpu" or unavailable(dtype, settings.head_size) is not None:
+        return []
+    say(f"{length} tokens: compiling jax.nn.dot_product_attention, cuDNN")
+
+    def forward(q, k, v, mask):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    return [Candidate("jax.nn", 1, 1, 1, *_both(forward, _arrays(length, settings, range(length))))]
+
+
+def _arrays(length: int, settings: Settings, order) -> tuple:
+    """Returns q, k, v, the mask, and the gradient of the out; the tokens stand in this order."""
+    mask = Mask.causal(jnp.broadcast_to(jnp.asarray(order, jnp.int32), (settings.batch, length)))
+    shapes = [(settings.batch, length, n, settings.head_size) for n in _heads_of(settings)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    q, k, v, d_out = (jax.random.normal(key, shape, settings.type) for key, shape in zip(keys, shapes, strict=True))
+    return q, k, v, mask, d_out
+
+
+def _both(forward: Callable, arrays: tuple) -> tuple[Run, Run]:
+    """Returns a forward, and a forward and backward."""
+
+    def forward_backward(q, k, v, mask, d_out):
+        out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, mask), q, k, v)
+        return out, pull(d_out)
+
+    return _compiled(forward, *arrays[:-1]), _compiled(forward_backward, *arrays)
+
+
+def _axes(scheme: str, devices: int, settings: Settings) -> tuple[int, int]:
+    """Returns the sizes of (ring, ulysses). hybrid takes the largest ulysses that fits the heads and leaves a ring."""
+    match scheme:
+        case "ulysses":
+            return 1, devices
+        case "hybrid":
+            heads, kv_heads = settings.heads, settings.kv_heads
+            shares = (n for n in range(max(1, devices // 2), 0, -1) if devices % n == 0 == heads % n)
+            ulysses = next(n for n in shares if kv_heads % n == 0 or n % kv_heads == 0)
+            return devices // ulysses, ulysses
+    return devices, 1
+
+
+def _heads_of(settings: Settings) -> tuple[int, int, int, int]:
+    """Of q, k, v and the gradient of the out."""
+    return settings.heads, settings.kv_heads, settings.kv_heads, settings.heads
+
+
+def _compiled(function: Callable, *arguments) -> Run:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    return Run(
+        lambda: jax.block_until_ready(compiled(*arguments)), None if memory is None else memory.temp_size_in_bytes
+    )
+
+
+def matmul(devices: int, settings: Settings) -> Run:
+    """The peak to be compared with: on every device a product of two square matrices, all at the same time."""
+    mesh, side = make_mesh(ring=devices), settings.matmul
+    matrices = jax.random.normal(jax.random.key(0), (devices * side, side), settings.type)
+    matrices = jax.device_put(matrices, NamedSharding(mesh, P("ring")))
+    return _compiled(jax.shard_map(jnp.matmul, mesh=mesh, in_specs=P("ring"), out_specs=P("ring")), matrices, matrices)
+
+
+def matmul_flops(devices: int, settings: Settings) -> float:
+    return 2.0 * settings.matmul**3 * devices
+
+
+def torch_candidates(length: int, settings: Settings) -> list[Candidate]:
+    """Returns torch's own attention on one device, the same work, or nothing where torch cannot run it."""
+    device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    if importlib.util.find_spec("torch") is None:
+        return []
+    torch = importlib.import_module("torch")
+    if device is None or (device == "cuda" and not torch.cuda.is_available()):
+        say(f"torch sees no {jax.default_backend()}: left out")
+        return []
+    attend = partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        is_causal=True,
+        enable_gqa=settings.heads != settings.kv_heads,
+    )
+    make = partial(torch.randn, device=device, dtype=getattr(torch, settings.type))
+    q, k, v, d_out = (make(settings.batch, n, length, settings.head_size) for n in _heads_of(settings))
+    with_gradient = [x.requires_grad_() for x in (q, k, v)]
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+
+    def forward():
+        with torch.no_grad():
+            attend(q, k, v)
+        wait()
+
+    def forward_backward():
+        torch.autograd.grad(attend(*with_gradient), with_gradient, d_out)
+        wait()
+
+    return [Candidate("torch", 1, 1, 1, Run(forward, None), Run(forward_backward, None))]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
