@@ -100,8 +100,10 @@ def test_memory_of_a_train_step_is_linear_in_length(tiny, ring, remat):
         )
         return make_update(agent, optimizer).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
-    sizes = np.array([temporary_bytes(tokens // 4) for tokens in (4096, 8192, 16384, 32768, 65536)])
-    assert (sizes[1:] / sizes[:-1]).max() < 2.1, f"temporary bytes from 4K to 64K tokens: {sizes.tolist()}"
+    lengths = np.array([4096, 8192, 16384, 32768, 65536] if ring == 1 else [4096, 16384, 65536])
+    sizes = np.array([temporary_bytes(tokens // 4) for tokens in lengths])
+    growth = (sizes[1:] / sizes[:-1]) / (lengths[1:] / lengths[:-1])
+    assert growth.max() < 1.05, f"temporary bytes from 4K to 64K tokens: {sizes.tolist()}"
 
 
 @pytest.mark.parametrize("kind", ["decision_transformer", "bc"])

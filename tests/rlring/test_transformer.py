@@ -68,7 +68,9 @@ def test_a_window_bounds_the_cache():
         assert relative(features, full[:, t : t + 1]) < 1e-5
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "remat", ["none", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("attention", "all"))]
+)
 def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat):
     x, position = tokens()
     reference = make()

@@ -92,10 +92,7 @@ def check(scheme, mesh, inputs, masks, tolerance=1e-5):
 
 @pytest.mark.parametrize(
     ("scheme", "mesh"),
-    [
-        case if case[0] in ("blockwise", "ring", "hybrid") else pytest.param(*case, marks=pytest.mark.slow)
-        for case in ONE_OF_EACH
-    ],
+    [case if case[0] in ("blockwise", "ring") else pytest.param(*case, marks=pytest.mark.slow) for case in ONE_OF_EACH],
     ids=str,
 )
 def test_every_mask_with_grouped_heads(scheme, mesh):

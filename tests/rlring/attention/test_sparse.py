@@ -122,7 +122,10 @@ def test_all_heads_share_one():
     check(arrays(6, 1), masks()["plain"], AttentionConfig("sparse", 32, 16, sparse=PATTERNS["plain"]))
 
 
-@pytest.mark.parametrize(("length", "name"), [(610, "packed"), pytest.param(640, "zigzag", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("length", "name"),
+    [pytest.param(610, "packed", marks=pytest.mark.slow), pytest.param(640, "zigzag", marks=pytest.mark.slow)],
+)
 def test_small_sparsity_blocks_in_large_tiles(length, name):
     """MergeQ: blocks of 16 in tiles of 128 and 256, and a length that none of them divides."""
     config = AttentionConfig("sparse", 256, 256, sparse=SparsePattern(16, 2, 4))
@@ -227,6 +230,7 @@ def temporary_bytes(length: int) -> int:
     return jax.jit(jax.grad(loss)).lower(x, mask).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_length():
     assert temporary_bytes(2**16) <= 4.2 * temporary_bytes(2**14)
 
