@@ -40,8 +40,8 @@ def _gathered(k, v, mask: Mask, axes):
 def _attention_forward(q, k, v, mask, axes, kernel):
     q, mask = tie_to_data(q, mask)
     partial_out = kernel.forward(q, *_gathered(k, v, mask, axes))
-    out, lse = named_for_remat(*partial_out, q.dtype)
-    return out, (q, k, v, mask, out, lse)
+    out, lse = named_for_remat(*partial_out, kernel.kept_type(q.dtype))
+    return out.astype(q.dtype), (q, k, v, mask, out, lse)
 
 
 def _attention_backward(axes, kernel, residuals, d_out):

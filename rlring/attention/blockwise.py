@@ -25,6 +25,9 @@ class BlockwiseKernel(NamedTuple):
 
     blocks: Blocks
 
+    def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
+        return jnp.promote_types(dtype, jnp.float32)
+
     def forward(self, q, k, v, mask: Mask) -> Partial:
         return forward(q, k, v, mask, self.blocks)
 

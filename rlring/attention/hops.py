@@ -31,8 +31,8 @@ def attention_in_hops(
 
 
 def _attention_forward(q, k, v, mask, ring, kernel):
-    out, lse = named_for_remat(*_forward(q, k, v, mask, ring, kernel), q.dtype)
-    return out, (q, k, v, mask, out, lse)
+    out, lse = named_for_remat(*_forward(q, k, v, mask, ring, kernel), kernel.kept_type(q.dtype))
+    return out.astype(q.dtype), (q, k, v, mask, out, lse)
 
 
 def _attention_backward(ring, kernel, residuals, d_out):

@@ -29,6 +29,13 @@ class Gradients(NamedTuple):
 class Kernel(Protocol):
     """How attention over keys that are here is computed. Hashable: it is a static argument."""
 
+    def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
+        """Returns the type in which the out is kept for backward(), given that of the arrays.
+
+        In bfloat16 it is the largest error of all: every gradient of a query has that of sum(out * d_out).
+        """
+        ...
+
     def forward(
         self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask
     ) -> Partial:
@@ -62,8 +69,8 @@ def local_attention(
 
 def _attention_forward(q, k, v, mask, kernel):
     q, mask = tie_to_data(q, mask)
-    out, lse = named_for_remat(*kernel.forward(q, k, v, mask), q.dtype)
-    return out, (q, k, v, mask, out, lse)
+    out, lse = named_for_remat(*kernel.forward(q, k, v, mask), kernel.kept_type(q.dtype))
+    return out.astype(q.dtype), (q, k, v, mask, out, lse)
 
 
 def _attention_backward(kernel, residuals, d_out):
@@ -86,5 +93,5 @@ def tie_to_data(data: Array, mask: Mask) -> tuple[Array, Mask]:
 
 
 def named_for_remat(out: Array, lse: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Returns out in the compute type and lse, by names with which a remat policy can keep them."""
+    """Returns out in this type and lse, by names with which a remat policy can keep them."""
     return checkpoint_name(out.astype(dtype), "attention_out"), checkpoint_name(lse, "attention_lse")

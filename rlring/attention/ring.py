@@ -55,8 +55,8 @@ def ring_attention(
 
 def _attention_forward(q, k, v, mask, axis, kernel):
     q, mask = tie_to_data(q, mask)
-    out, lse = named_for_remat(*_forward(q, k, v, mask, axis, kernel), q.dtype)
-    return out, (q, k, v, mask, out, lse)
+    out, lse = named_for_remat(*_forward(q, k, v, mask, axis, kernel), kernel.kept_type(q.dtype))
+    return out.astype(q.dtype), (q, k, v, mask, out, lse)
 
 
 def _attention_backward(axis, kernel, residuals, d_out):

@@ -142,8 +142,8 @@ def _attention(q, k, v, mask: Mask, heads, kv_heads: int, pattern: SparsePattern
 def _attention_forward(q, k, v, mask, heads, kv_heads, pattern, blocks):
     q, mask = tie_to_data(q, mask)
     total = _forward(q, k, v, mask, heads, kv_heads, pattern, blocks)
-    out, lse = named_for_remat(*total, q.dtype)
-    return out, (q, k, v, mask, heads, out, lse)
+    out, lse = named_for_remat(*total, blockwise.BlockwiseKernel(blocks).kept_type(q.dtype))
+    return out.astype(q.dtype), (q, k, v, mask, heads, out, lse)
 
 
 def _attention_backward(kv_heads, pattern, blocks, residuals, d_out):

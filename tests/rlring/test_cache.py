@@ -66,7 +66,7 @@ def check_decoding(model, position, segment, *, prompt=32, step=4, mesh=None, wi
     return cache
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_sparse_decoding_equals_one_full_pass(step):
     check_decoding(make(), *layouts(), step=step)
 

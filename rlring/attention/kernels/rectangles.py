@@ -82,6 +82,9 @@ class RectangleKernel(NamedTuple):
     tile: Tile
     fallback: Kernel
 
+    def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
+        return dtype  # the library's kernels take it so
+
     def forward(self, q, k, v, mask: Mask) -> Partial:
         def attend(k, v, mask: Mask) -> Partial:
             branches = [_forward(self.tile, shape) for shape in SHAPES]

@@ -42,6 +42,9 @@ class SplashKernel(NamedTuple):
     blocks: Blocks
     interpret: bool = False  # runs on any device, slowly: for tests
 
+    def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
+        return dtype  # the library's kernels take it so
+
     def forward(self, q, k, v, mask: Mask) -> Partial:
         def attend(k, v, mask: Mask) -> Partial:
             keys = _Keys.in_order(k, v, mask)
