@@ -6,9 +6,8 @@ and about as many weights. acting: the time of a step against the length of what
 """
 
 import argparse
-import importlib
+import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -167,7 +166,7 @@ def versions() -> dict[str, str]:
     """Returns what the numbers hold for."""
     found = {"python": platform.python_version(), "cores": str(len(os.sched_getaffinity(0)))}
     for name in ("rlring", "jax", "jaxlib", "torch", "transformers"):
-        if importlib.util.find_spec(name) is not None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
 
