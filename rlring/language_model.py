@@ -185,7 +185,7 @@ class Training:
 
     def init(self, seed: int = 0) -> TrainState:
         """Returns the state before the first step."""
-        weights = nnx.state(LanguageModel(self.config, rngs=nnx.Rngs(seed)))
+        weights = nnx.state(LanguageModel(self.config, rngs=nnx.Rngs(jax.random.key(seed))))
         return TrainState(weights, self.optimizer.init(weights))
 
     def step(
