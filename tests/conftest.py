@@ -11,6 +11,9 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+# They compile far more than they compute: what LLVM makes of the same program may be slow. (Any flag of yours wins.)
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+
 import hypothesis
 import jax
 import pytest

@@ -63,24 +63,30 @@ class Kernel(Protocol):
 def local_attention(
     q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask, kernel: Kernel
 ) -> Float[Array, "R G T H"]:
-    """Returns attention in q's type. Lengths need not be multiples of a kernel's blocks."""
-    return kernel.forward(q, k, v, mask).out.astype(q.dtype)
+    """Returns attention in q's type, in which it is computed; gradients of k and v have theirs. Lengths need not be
+    multiples of a kernel's blocks."""
+    return kernel.forward(q, *as_computed(q, k, v), mask).out.astype(q.dtype)
 
 
 def _attention_forward(q, k, v, mask, kernel):
     q, mask = tie_to_data(q, mask)
-    out, lse = named_for_remat(*kernel.forward(q, k, v, mask), kernel.kept_type(q.dtype))
+    out, lse = named_for_remat(*kernel.forward(q, *as_computed(q, k, v), mask), kernel.kept_type(q.dtype))
     return out.astype(q.dtype), (q, k, v, mask, out, lse)
 
 
 def _attention_backward(kernel, residuals, d_out):
     q, k, v, mask, out, lse = residuals
     d_out, mask = tie_to_data(d_out, mask)
-    dq, dk, dv = kernel.backward(q, k, v, mask, out, lse, d_out)
+    dq, dk, dv = kernel.backward(q, *as_computed(q, k, v), mask, out, lse, d_out)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 local_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def as_computed(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """Returns keys and values in the type of the queries."""
+    return k.astype(q.dtype), v.astype(q.dtype)
 
 
 def tie_to_data(data: Array, mask: Mask) -> tuple[Array, Mask]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlring.attention.local import Gradients, Kernel, named_for_remat, tie_to_data
+from rlring.attention.local import Gradients, Kernel, as_computed, named_for_remat, tie_to_data
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, merge
 from rlring.mesh import AXES
@@ -67,6 +67,8 @@ def _attention_backward(axis, kernel, residuals, d_out):
 
 
 def _forward(q, k, v, mask, axis, kernel) -> Partial:
+    k, v = as_computed(q, k, v)
+
     def ring(hops: int) -> Partial:
         def hop(state, is_last=False):
             total, parcel = state
@@ -91,6 +93,8 @@ def _forward(q, k, v, mask, axis, kernel) -> Partial:
 
 
 def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
+    k, v = as_computed(q, k, v)
+
     def ring(hops: int) -> Gradients:
         # A whole ring turns the other way round: a compiler that sees both passes would else keep the keys of all
         # devices since the forward. Where few hops are enough they are those of the forward.

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from rlring.attention import band, blockwise
 from rlring.attention.blocks import Blocks
-from rlring.attention.local import Gradients, named_for_remat, tie_to_data
+from rlring.attention.local import Gradients, as_computed, named_for_remat, tie_to_data
 from rlring.attention.mask import NOWHERE, Bounds, Mask
 from rlring.attention.softmax import Partial, merge, rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.attention.ulysses import ulysses_attention
@@ -157,6 +157,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
+    k, v = as_computed(q, k, v)
     near = band.forward(q, k, v, _NearMask.of(mask, pattern), _near_tile(blocks, pattern), blocks.scores // 4)
     far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
 
@@ -169,6 +170,7 @@ def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
 
 
 def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) -> Gradients:
+    k, v = as_computed(q, k, v)
     near_mask, tile = _NearMask.of(mask, pattern), _near_tile(blocks, pattern)
     near = band.backward(q, k, v, near_mask, out, lse, d_out, tile, blocks.scores // 4)
     far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)

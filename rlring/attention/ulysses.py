@@ -4,6 +4,7 @@ Each device then sees the whole sequence for its own heads, runs any local schem
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +24,43 @@ def ulysses_attention(
     axis: str,
     local: Callable[[Array, Array, Array, Mask], Array],
 ) -> Float[Array, "B T N H"]:
-    """Returns local(q, k, v, mask) computed with the whole of the mesh axis' sequence and a share of the heads.
+    """Returns local(q, k, v, mask) computed with the whole of the mesh axis' sequence and a share of the heads; local
+    computes in q's type, and k and v may come to it in a wider one.
 
     Runs inside shard_map. Where there are fewer key/value heads than devices each is copied for the devices that read
     it; check_heads() says whether that works out.
     """
     devices = lax.axis_size(axis)
     copies = max(1, devices // k.shape[2])
-    k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
-    q, k, v = (lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+    q = _by_heads(q, axis)
+    k, v = (_copied_by_heads(x, axis, copies) if copies > 1 else _by_heads(x, axis) for x in (k, v))
     whole = jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), mask)
     return lax.all_to_all(local(q, k, v, whole), axis, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _by_heads(x: Float[Array, "B T N H"], axis: str) -> Array:
+    """Returns the whole sequence of this device's heads, of its part of the sequence of all heads."""
+    return lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copied_by_heads(x: Float[Array, "B S K H"], axis: str, copies: int) -> Array:
+    """Returns _by_heads() of heads that are copied, in float32: they travel as they are, but the gradients of the
+    copies, which are added up, come back unrounded."""
+    return _by_heads(jnp.repeat(x, copies, axis=2), axis).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _copied_forward(x, axis, copies):
+    return _copied_by_heads(x, axis, copies), jnp.zeros(0, x.dtype)
+
+
+def _copied_backward(axis, copies, like, gradient):
+    home = lax.all_to_all(gradient, axis, split_axis=1, concat_axis=2, tiled=True)
+    batch, length, heads, size = home.shape
+    return (home.reshape(batch, length, heads // copies, copies, size).sum(3).astype(like.dtype),)
+
+
+_copied_by_heads.defvjp(_copied_forward, _copied_backward)
 
 
 def check_heads(scheme: str, heads: int, kv_heads: int, devices: int) -> None:
