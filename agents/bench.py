@@ -70,7 +70,7 @@ def measure_learning(rounds: int) -> list[Learning]:
             _say(f"window {window}, batch {batch}: round {number + 1} of {rounds}")
             for own, learner in zip(rates, learners, strict=True):
                 count, began = 0, time.perf_counter()
-                while time.perf_counter() - began < TRIED_SECONDS:
+                while not count or time.perf_counter() - began < TRIED_SECONDS:
                     learner.update()
                     count += 1
                 own.append(count * window * batch / (time.perf_counter() - began))
