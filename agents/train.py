@@ -88,7 +88,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
         show = progress and is_first
         bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not show)
         with bar, _metrics(folder / "metrics.jsonl", config, first) as log:
-            last_time, last_update, saved, seen = time.monotonic(), first, first, []
+            last_time, last_update, saved, done, seen = time.monotonic(), first, first, first, []
             for update, batch in batches(config, agent, sampler, first, mesh):
                 state, metrics = update_state(state, batch)
                 done = update + 1

@@ -16,6 +16,7 @@ import pytest
 from agents.agent import Scales
 from agents.checkpoint import Checkpoints, read_metrics
 from agents.cli import ConfigError
+from agents.config import dump
 from agents.evaluate import load_agent
 from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
@@ -127,6 +128,15 @@ def test_a_stopped_and_resumed_run_logs_the_same_bits(tiny, ring):
     (folder / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # and a line torn in the middle
     train(tiny("name=part", mesh), resume=True, progress=False)
     assert losses(folder) == whole
+
+
+def test_a_finished_run_has_nothing_to_resume(trained, tiny):
+    folder = trained()
+    before = losses(folder)
+    config = tiny(f"name={folder.name}")
+    (folder / "config.json").write_text(dump(config))
+    assert train(config, resume=True, progress=False) == folder
+    assert losses(folder) == before
 
 
 def test_kill_minus_nine_at_any_moment_changes_no_bit(write_config, tmp_path):
