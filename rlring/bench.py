@@ -5,8 +5,6 @@ rlring.timing says how it is measured, rlring.traffic what the model of the traf
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -15,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import jaxlib
@@ -23,6 +20,7 @@ import jaxlib
 from rlring.attention import SparsePattern
 from rlring.attention.kernels import KERNELS
 from rlring.candidates import EXACT, ONE_DEVICE, Settings
+from rlring.cli import Parser, count, version, write_json
 from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
 from rlring.timing import Measurement, measure
@@ -47,13 +45,6 @@ class Versions:
     device_kind: str
     system: str
     cores: int
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         measurements = measure(settings)
         print(table(measurements, settings, versions))
         if arguments.json is not None:
-            _write(arguments.json, settings, versions, measurements)
+            content = {"versions": asdict(versions), "settings": asdict(settings)}
+            write_json(arguments.json, content | {"measurements": [asdict(m) for m in measurements]})
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -133,12 +125,6 @@ def table(measurements: Iterable[Measurement], settings: Settings, versions: Ver
 
 
 def _versions(command: str) -> Versions:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     device = jax.devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     return Versions(
@@ -156,37 +142,20 @@ def _versions(command: str) -> Versions:
     )
 
 
-def _write(path: Path, settings: Settings, versions: Versions, measurements: list[Measurement]) -> None:
-    """Writes the file whole or not at all."""
-    content = {
-        "versions": asdict(versions),
-        "settings": asdict(settings),
-        "measurements": [asdict(m) for m in measurements],
-    }
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m rlring.bench", description="Time and memory of attention, by scheme and length.")
+    parser = Parser(prog="python -m rlring.bench", description="Time and memory of attention, by scheme and length.")
     add = parser.add_argument
     add("--schemes", nargs="+", choices=EXACT, default=["blockwise", "ring", "all_gather", "hybrid"])
-    add("--lengths", nargs="+", type=_count, default=[4096, 8192], help="tokens")
-    add("--heads", type=_count, default=4, help="query heads")
-    add("--kv-heads", type=_count, help="key/value heads; as many as query heads if left out")
-    add("--head-size", type=_count, default=64)
-    add("--batch", type=_count, default=1)
+    add("--lengths", nargs="+", type=count, default=[4096, 8192], help="tokens")
+    add("--heads", type=count, default=4, help="query heads")
+    add("--kv-heads", type=count, help="key/value heads; as many as query heads if left out")
+    add("--head-size", type=count, default=64)
+    add("--batch", type=count, default=1)
     add("--type", choices=("float32", "bfloat16"), default="float32")
-    add(
-        "--devices", nargs="+", type=_count, default=[8], help="over which the sequence is split; virtual ones on a CPU"
-    )
+    add("--devices", nargs="+", type=count, default=[8], help="over which the sequence is split; virtual ones on a CPU")
     add("--kernel", choices=KERNELS, default="jax", help="what computes a block of all schemes but dense and sparse")
-    add("--blocks", nargs=2, type=_count, default=[512, 512], metavar=("Q", "K"), help="tokens")
-    add("--hops", type=_count, default=0, metavar="P", help="also a ring of P devices that take turns on one")
+    add("--blocks", nargs=2, type=count, default=[512, 512], metavar=("Q", "K"), help="tokens")
+    add("--hops", type=count, default=0, metavar="P", help="also a ring of P devices that take turns on one")
     add(
         "--sparse",
         nargs="+",
@@ -195,10 +164,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="BLOCK,LOCAL,STRIDE",
         help="also S2 with these patterns (rlring.SparsePattern)",
     )
-    add("--repeats", type=_count, default=5, help="rounds, in each of which every candidate runs once")
+    add("--repeats", type=count, default=5, help="rounds, in each of which every candidate runs once")
     add(
         "--matmul",
-        type=_count,
+        type=count,
         help=f"side of the matrices that give the peak: {MATMUL['cpu']} on a CPU, {LARGE_MATMUL} else",
     )
     add("--json", type=Path, metavar="F", help="also write everything into this file")
@@ -212,13 +181,7 @@ def _pattern(text: str) -> SparsePattern:
     numbers = text.split(",")
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK,LOCAL,STRIDE, such as 64,16,8")
-    return SparsePattern(*map(_count, numbers))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    return SparsePattern(*map(count, numbers))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ one link of the torus (rlring.traffic), so the share of hidden communication is 
 """
 
 import argparse
-import importlib.metadata
-import json
 import re
 import shlex
 import sys
@@ -18,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 
+from rlring.cli import Parser, count, version, write_json
 from rlring.errors import UsageError
 from rlring.language_model import PRESETS, Training, preset
 from rlring.mesh import make_mesh
@@ -144,13 +142,6 @@ def _wanted(refusal: str) -> int | None:
     return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; returns its exit status: 0, 2 for arguments that cannot work, 130 when interrupted.
 
@@ -164,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = _request(arguments)
         plans = list(search(request, _reported)) if arguments.search else [_reported(request)]
         command = shlex.join(["python", "-m", "rlring.plan", *(sys.argv[1:] if argv is None else argv)])
-        versions = {name: _version(name) for name in ("rlring", "jax", "jaxlib", "libtpu")}
+        versions = {name: version(name) for name in ("rlring", "jax", "jaxlib", "libtpu")}
         print(table(plans))
         print(f"\n`{command}`: {', '.join(f'{k} {v}' for k, v in versions.items() if v)}.")
         if arguments.json is not None:
@@ -173,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": versions,
             }
-            _write(arguments.json, content | {"plans": [asdict(one) for one in plans]})
+            write_json(arguments.json, content | {"plans": [asdict(one) for one in plans]})
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -221,14 +212,14 @@ def _reported(request: Request) -> Plan:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    count = len(topology_devices(arguments.topology))
+    devices = len(topology_devices(arguments.topology))
     data, ulysses = arguments.data, arguments.ulysses
-    if count % (data * ulysses):
+    if devices % (data * ulysses):
         raise UsageError(
-            f"--data {data} times --ulysses {ulysses} does not divide the {count} devices of {arguments.topology}. "
+            f"--data {data} times --ulysses {ulysses} does not divide the {devices} devices of {arguments.topology}. "
             "The ring takes the devices that they leave."
         )
-    ring, rows = count // (data * ulysses), arguments.rows or data
+    ring, rows = devices // (data * ulysses), arguments.rows or data
     if rows % data or arguments.tokens % (ring * ulysses):
         raise UsageError(
             f"{data} x {ring} x {ulysses} devices share --rows {rows} sequences of --tokens {arguments.tokens}. Use "
@@ -238,42 +229,19 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(arguments.model, arguments.topology, arguments.tokens, data, ring, ulysses, rows, arguments.remat)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _write(path: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m rlring.plan", description="Memory and traffic of training, from the compiler.")
+    parser = Parser(prog="python -m rlring.plan", description="Memory and traffic of training, from the compiler.")
     add = parser.add_argument
     add("--model", required=True, metavar="M", help=", ".join(PRESETS))
     add("--topology", required=True, metavar="T", help=f"such as {', '.join(EXAMPLES)}; cpu: virtual devices")
-    add("--tokens", required=True, type=_count, help="of one sequence")
-    add("--data", type=_count, default=1, help="devices over which the sequences of a batch are split")
-    add("--ulysses", type=_count, default=1, help="devices over which heads are split; the ring takes the rest")
-    add("--rows", type=_count, help="sequences of a batch; as many as --data if left out")
+    add("--tokens", required=True, type=count, help="of one sequence")
+    add("--data", type=count, default=1, help="devices over which the sequences of a batch are split")
+    add("--ulysses", type=count, default=1, help="devices over which heads are split; the ring takes the rest")
+    add("--rows", type=count, help="sequences of a batch; as many as --data if left out")
     add("--remat", choices=("none", "attention", "all", "offload"), default="all")
     add("--search", action="store_true", help="double (or halve) the tokens up to the longest context that fits")
     add("--json", type=Path, metavar="F", help="also write everything into this file")
     return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":
