@@ -6,8 +6,6 @@ and about as many weights. acting: the time of a step against the length of what
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -29,6 +27,7 @@ from agents.cli import run
 from agents.learners import LAYERS, WIDTH, hugging_face, ours
 from data.atomic_file import write_text
 from rlring import Mask, Transformer, TransformerConfig, make_mesh, request_cpu_devices
+from rlring.cli import count, version
 
 SHAPES = ((20, 64), (256, 8), (1024, 2))  # window in steps, rows of a batch
 HISTORIES = (1024, 16 * 1024, 128 * 1024, 512 * 1024)  # tokens
@@ -69,11 +68,11 @@ def measure_learning(rounds: int) -> list[Learning]:
         for number in range(rounds):
             _say(f"window {window}, batch {batch}: round {number + 1} of {rounds}")
             for own, learner in zip(rates, learners, strict=True):
-                count, began = 0, time.perf_counter()
-                while not count or time.perf_counter() - began < TRIED_SECONDS:
+                updates, began = 0, time.perf_counter()
+                while not updates or time.perf_counter() - began < TRIED_SECONDS:
                     learner.update()
-                    count += 1
-                own.append(count * window * batch / (time.perf_counter() - began))
+                    updates += 1
+                own.append(updates * window * batch / (time.perf_counter() - began))
         other = rates[2] if len(learners) > 2 else None
         for own, learner in zip(rates, learners, strict=True):
             ratio = None if other is None else statistics.median(a / b for a, b in zip(own, other, strict=True))
@@ -166,8 +165,8 @@ def versions() -> dict[str, str]:
     """Returns what the numbers hold for."""
     found = {"python": platform.python_version(), "cores": str(len(os.sched_getaffinity(0)))}
     for name in ("rlring", "jax", "jaxlib", "torch", "transformers"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+        if (installed := version(name)) is not None:
+            found[name] = installed
     return found
 
 
@@ -178,8 +177,8 @@ def _say(text: str) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m agents.bench", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("learning", "acting"))
-    parser.add_argument("--devices", type=int, default=8, help="acting: over which the cache is split")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--devices", type=count, default=8, help="acting: over which the cache is split")
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--json", type=Path, metavar="F", help="also write everything into this file")
     arguments = parser.parse_args(argv)
 
@@ -192,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
             rows = measure_acting(arguments.devices, 4 * arguments.rounds)
             print(acting_table(rows))
         command, known = shlex.join(["python", "-m", "agents.bench", *argv]), versions()
-        listed = ", ".join(f"{name} {version}" for name, version in known.items())
+        listed = ", ".join(f"{name} {number}" for name, number in known.items())
         print(f"\n`{command}`: width {WIDTH}, {LAYERS} layers, float32; {listed}.")
         if arguments.json is not None:
             content = {"command": command, "versions": known, "rows": [row._asdict() for row in rows]}
