@@ -54,7 +54,9 @@ class Work:
         numbers = 2 * c * max(K, request.ulysses) / request.ulysses * H
         hops = request.ring - 1
         hop = numbers * NUMBER_BYTES
-        ring = layers * hops * (hop * (2 + again[1]) + numbers * GRADIENT_BYTES)
+        # Gradients go all the way around, with those of the device itself.
+        gradients = (hops + 1 if hops else 0) * numbers * GRADIENT_BYTES
+        ring = layers * (hops * hop * (2 + again[1]) + gradients)
         gathers = parameters * NUMBER_BYTES * (1 - 1 / devices) * (3 if model.fsdp else 0)
         hop_flops = 4 * N / request.ulysses * H * c * request.tokens / request.ring / 2
         return cls(parameters, flops / devices, computed / devices, ring, gathers, hop_flops, hop)

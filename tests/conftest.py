@@ -29,6 +29,13 @@ hypothesis.settings.register_profile("rlring", deadline=None)
 hypothesis.settings.load_profile("rlring")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Linux gives a process 65,530 pieces of memory, and each compiled program takes hundreds: beyond, it crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any connection that leaves this machine fails the test that makes it."""

@@ -21,7 +21,9 @@ from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, merge
 from rlring.mesh import AXES
 
-UNROLLED_HOPS = 8  # the hops of a longer ring are a loop: the program must not grow with the cluster
+# The hops of a longer ring are a loop: the program must not grow with the cluster. Not those of a shorter one: XLA on CPU
+# keeps collectives that stand side by side in one order on all devices, but not those of a loop and those beside it.
+UNROLLED_HOPS = 8
 BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
 
 
@@ -101,10 +103,10 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
         step = -1 if hops == lax.axis_size(axis) - 1 else 1
         shift = partial(_shift, axis=axis, step=step)
 
-        def hop(state, is_first=False, is_last=False):
-            dq, behind, parcel = state  # behind: what the hops before this one found for the keys that are here now
+        def hop(state, is_last=False):
+            dq, behind, parcel = state  # behind: what the hops before this one found for the keys that were here then
             # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
-            arriving, behind = shift((None if is_last else parcel, None if is_first else behind))
+            arriving, behind = shift((None if is_last else parcel, behind))
             hop_mask = parcel.mask(mask)
 
             def differentiate(dq) -> Gradients:
@@ -113,21 +115,18 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
 
             here = lax.cond(_sees(hop_mask), differentiate, partial(_no_gradients, k), dq)
             here, behind, arriving = _in_turn((here, behind, arriving))
-            found = (here.dk, here.dv) if is_first else (behind[0] + here.dk, behind[1] + here.dv)
-            return here.dq, found, arriving
+            return here.dq, (behind[0] + here.dk, behind[1] + here.dv), arriving
 
         home = _Parcel(k, v, mask.k_position, mask.k_segment)
         arriving = shift(home) if hops else None
-        dq, dk, dv = kernel.backward(q, k, v, mask, out, lse, d_out)
+        here = kernel.backward(q, k, v, mask, out, lse, d_out)
         if hops == 0:
-            return Gradients(dq, dk, dv)
-        dq, dk, dv, arriving = _in_turn((dq, dk, dv, arriving))
-        state = hop((dq, None, arriving), is_first=True, is_last=hops == 1)
-        if hops > 1:
-            state = hop(_repeat(hop, hops - 2, state), is_last=True)
-        dq, found, _ = state
-        dk_elsewhere, dv_elsewhere = _shift(found, axis, step=-hops * step)
-        return Gradients(dq, dk + dk_elsewhere, dv + dv_elsewhere)
+            return here
+        # What is found at home travels as well: kept, it would be there beside what arrives in the end.
+        here, arriving = _in_turn((here, arriving))
+        state = _repeat(hop, hops - 1, (here.dq, (here.dk, here.dv), arriving))
+        dq, found, _ = hop(state, is_last=True)
+        return Gradients(dq, *_shift(found, axis, step=-hops * step))
 
     return _as_far_as_seen(ring, mask, axis)
 

@@ -269,7 +269,7 @@ def test_the_ring_sends_what_the_model_says():
     gradients = 2 * kv_heads * size * c * 4
     hops = ring - 1
     assert sum(int(n) * int(bits) // 8 for n, bits in sent) == (
-        2 * hops * (keys_and_values + positions_and_segments) + hops * gradients
+        2 * hops * (keys_and_values + positions_and_segments) + ring * gradients
     )
     # A link as fast as the compute: the block is the bytes of a hop over its operations for one query a device.
     even = Link("", "", flops=1.0, bandwidth=1.0, source="")
