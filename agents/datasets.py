@@ -1,6 +1,5 @@
 """The stores of a config: opened, or first collected and built where the config says how."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from agents.cli import ConfigError
@@ -8,11 +7,11 @@ from agents.config import DataConfig
 from data import DataError, TrajectoryStore
 
 
-def open_stores(config: DataConfig, *, say: Callable[[str], None] = print) -> list[TrajectoryStore]:
+def open_stores(config: DataConfig) -> list[TrajectoryStore]:
     """Returns a store a task. With a `[data.collect]` section, what is missing is made; without, missing data is an
     error."""
     if config.collect is not None:
-        prepare(config, say=say)
+        prepare(config)
     stores = []
     for task, path in zip(config.tasks, config.stores, strict=True):
         if not Path(path).exists():
@@ -29,7 +28,7 @@ def open_stores(config: DataConfig, *, say: Callable[[str], None] = print) -> li
     return stores
 
 
-def prepare(config: DataConfig, *, say: Callable[[str], None] = print) -> None:
+def prepare(config: DataConfig) -> None:
     """Collects the episodes and builds the stores that are not there yet."""
     from data.build import build
     from data.collect import collect
@@ -39,5 +38,4 @@ def prepare(config: DataConfig, *, say: Callable[[str], None] = print) -> None:
         raise ConfigError("the config has no [data.collect] section, so its episodes cannot be made; add one.")
     collect(config.tasks[0], recipe.policy, recipe.episodes, recipe.seed, Path(config.episodes), workers=recipe.workers)
     for task, path in zip(config.tasks, config.stores, strict=True):
-        if not build(Path(config.episodes), task, Path(path), workers=recipe.workers):
-            say(f"{path} is up to date")
+        build(Path(config.episodes), task, Path(path), workers=recipe.workers)

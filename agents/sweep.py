@@ -44,7 +44,7 @@ def sweep(config: SweepConfig, source: Path) -> Path | None:
     request_cpu_devices(max(max(one.mesh.devices, one.evaluate.mesh.devices) for one in runs))
     for data in {one.data.model_dump_json(): one.data for one in runs}.values():
         say(f"episodes {data.episodes}, stores {', '.join(data.stores)}")
-        prepare(data, say=say)
+        prepare(data)
     for one in runs:
         if not is_trained(one):
             say(f"train {one.name}: {one.agent.kind}, {one.mesh.devices} devices")

@@ -63,7 +63,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     check_processes(mesh)
     is_first = jax.process_index() == 0
     if is_first:
-        stores = open_stores(config.data, say=lambda text: print(text, file=sys.stderr))
+        stores = open_stores(config.data)
     wait_for_all("data")
     if not is_first:
         stores = open_stores(config.data.model_copy(update={"collect": None}))

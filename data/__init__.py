@@ -1,9 +1,9 @@
-"""Offline-RL data: trajectories, the store that holds them, and the chains drawn import os
+"""Offline-RL data: trajectories, the store that holds them, and the chains drawn from it. NumPy only, no JAX."""
+
+import os
 
 # Nothing here renders, and without a display dm_control would warn of it at import. To render: MUJOCO_GL=egl or osmesa.
 os.environ.setdefault("MUJOCO_GL", "disabled")
-
-from it. NumPy only, no JAX."""
 
 from data.chains import ChainBatch, ChainSampler, GoalSampling
 from data.errors import DataError

@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,8 +71,13 @@ def plan(request: Request) -> Plan:
     state = jax.eval_shape(training.init)
     tokens = jax.ShapeDtypeStruct((request.rows, request.tokens), jnp.int32)
     _, step = training.jitted()
+    weights = sum(x.size for x in jax.tree.leaves(state.weights))
+    return compiled_plan(request, Work.of(training.config, request, weights), step.lower(state, tokens, tokens))
+
+
+def compiled_plan(request: Request, work: Work, lowered: jax.stages.Lowered) -> Plan:
+    """Returns what the compiler says of a step that was lowered for the devices of request.topology."""
     started, refusal, compiled = time.perf_counter(), None, None
-    lowered = step.lower(state, tokens, tokens)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -91,7 +96,6 @@ def plan(request: Request) -> Plan:
         total = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporary
         # The ring's; the compiler turns products with scattered gradients into rings of its own.
         transfers = [x for x in permutes(compiled.as_text()) if x.source.endswith("ppermute")]
-    work = Work.of(training.config, request, sum(x.size for x in jax.tree.leaves(state.weights)))
     link = next((x for x in DATASHEETS if x.device == f"TPU {generation}"), None)
     known = compiled is not None and link is not None
     return Plan(
@@ -149,28 +153,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _arguments(argv)
     try:
-        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-            raise UsageError(f"--json {arguments.json}: there is no folder {arguments.json.parent}. Make it first.")
+        check_json(arguments.json)
         jax.config.update("jax_platforms", "cpu")  # nothing runs: a TPU that is here is left alone
         request = _request(arguments)
         plans = list(search(request, _reported)) if arguments.search else [_reported(request)]
-        command = shlex.join(["python", "-m", "rlring.plan", *(sys.argv[1:] if argv is None else argv)])
-        versions = {name: version(name) for name in ("rlring", "jax", "jaxlib", "libtpu")}
-        print(table(plans))
-        print(f"\n`{command}`: {', '.join(f'{k} {v}' for k, v in versions.items() if v)}.")
-        if arguments.json is not None:
-            content = {
-                "command": command,
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": versions,
-            }
-            write_json(arguments.json, content | {"plans": [asdict(one) for one in plans]})
+        publish(plans, ["python", "-m", "rlring.plan", *(sys.argv[1:] if argv is None else argv)], arguments.json)
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def check_json(path: Path | None) -> None:
+    """Raises UsageError, before the long work, where publish() could not write."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UsageError(f"--json {path}: there is no folder {path.parent}. Make it first.")
+
+
+def publish(plans: Sequence[Plan], command: Sequence[str], path: Path | None) -> None:
+    """Prints the table with the command and versions that made it, and writes all of it as JSON where asked."""
+    line = shlex.join(command)
+    versions = {name: version(name) for name in ("rlring", "jax", "jaxlib", "libtpu")}
+    print(table(plans))
+    print(f"\n`{line}`: {', '.join(f'{k} {v}' for k, v in versions.items() if v)}.")
+    if path is not None:
+        made = {"command": line, "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+        write_json(path, made | {"plans": [asdict(one) for one in plans]})
 
 
 def table(plans: Sequence[Plan]) -> str:
@@ -187,24 +197,33 @@ def table(plans: Sequence[Plan]) -> str:
         hbm = "-" if one.hbm_bytes is None else f"{one.hbm_bytes / GIB:.2f}"
         hidden = "-" if one.hidden_share is None else f"{one.hidden_share:.0%}"
         cells = (
-            *(f"{r.model} ({one.parameters / 1e9:.2f}B)", r.topology, f"{r.data} x {r.ring} x {r.ulysses}", r.remat),
+            *(f"{r.model} ({_counted(one.parameters)})", r.topology, f"{r.data} x {r.ring} x {r.ulysses}", r.remat),
             *(f"{r.tokens:,}", f"{r.rows * r.tokens // (r.data * r.ring * r.ulysses):,}", *gib, f"{total} of {hbm}"),
             {True: "yes", False: "no", None: "-"}[one.fits],
-            *(f"{one.flops / 1e15:.1f}", f"{one.computed_flops / 1e15:.1f}"),
-            *(f"{one.ring_bytes / 1e9:.1f}", f"{one.gather_bytes / 1e9:.1f}", hidden),
+            *(_shown(one.flops / 1e15), _shown(one.computed_flops / 1e15)),
+            *(_shown(one.ring_bytes / 1e9), _shown(one.gather_bytes / 1e9), hidden),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _counted(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M"
+
+
+def _shown(number: float) -> str:
+    return f"{number:.1f}" if number >= 10 or not number else f"{number:.2g}"
+
+
 def _reported(request: Request) -> Plan:
-    print(
-        f"{request.model} at {request.tokens:,} tokens on {request.topology}: compiling ...",
-        end=" ",
-        file=sys.stderr,
-        flush=True,
-    )
-    one = plan(request)
+    return reported(request, lambda: plan(request))
+
+
+def reported(request: Request, make: Callable[[], Plan]) -> Plan:
+    """Returns make(), which takes minutes, and says so on stderr."""
+    what = f"{request.model} at {request.tokens:,} tokens on {request.topology}"
+    print(f"{what}: compiling ...", end=" ", file=sys.stderr, flush=True)
+    one = make()
     total = "" if one.total_bytes is None else f"{one.total_bytes / GIB:.2f} GiB a device, "
     fits = {True: "fits", False: "does not fit", None: "compiled"}[one.fits]
     print(f"{total}{fits} ({one.compile_seconds:.0f} s)", file=sys.stderr)

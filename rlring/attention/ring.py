@@ -21,8 +21,8 @@ from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, merge
 from rlring.mesh import AXES
 
-# The hops of a longer ring are a loop: the program must not grow with the cluster. Not those of a shorter one: XLA on CPU
-# keeps collectives that stand side by side in one order on all devices, but not those of a loop and those beside it.
+# The hops of a longer ring are a loop: the program must not grow with the cluster. Not those of a shorter one: XLA on
+# CPU runs collectives that stand side by side in one order on all devices, but not those of a loop and those beside it.
 UNROLLED_HOPS = 8
 BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
 

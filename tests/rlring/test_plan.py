@@ -60,9 +60,9 @@ def test_table():
     assert cells["total of GiB"] == "4.00 of 4.88"
     assert (cells["tokens"], cells["a device"], cells["fits"]) == ("4,096", "256", "yes")
     assert (cells["PFLOP"], cells["computed"], cells["ring GB"], cells["hops hidden |"]) == (
-        "1.0",
-        "2.0",
-        "3.0",
+        "1",
+        "2",
+        "3",
         "88% |",
     )
 

@@ -1,0 +1,106 @@
+"""Does this config fit that cluster? python -m agents.plan CONFIG.toml --topology v4:4x4x4 [section.key=value ...]
+
+Compiles the update that `agents.train` would run, on chains of the config's own stores (made first where they are
+missing), with the compiler of the cluster and without the cluster: rlring.plan for an agent.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from agents.cli import ConfigError, run
+from agents.config import Config, load
+from agents.datasets import open_stores
+from agents.kinds import make_agent
+from agents.optimizer import make_optimizer
+from agents.train import describe
+from agents.update import make_update
+from data import ChainBatch
+from rlring import TransformerConfig, make_mesh
+from rlring.language_model import LanguageModelConfig
+from rlring.plan import Plan, check_json, compiled_plan, publish, reported
+from rlring.sharding import TOKENS, state_sharding
+from rlring.topology import EXAMPLES, topology_devices
+from rlring.work import Request, Work
+
+
+def plan(config: Config, topology: str) -> Plan:
+    """Returns what the compiler says of an update.
+
+    Its work is that of the Transformer: what turns moments into tokens, and the action head, are not counted.
+
+    Raises:
+        ConfigError: an agent that is no Transformer, or another number of devices than the mesh of the config has.
+        UsageError: a topology that there is not.
+    """
+    if config.agent.kind == "bc":
+        raise ConfigError("agent.kind 'bc' has no context to plan for. Plan for a transformer.")
+    devices, sizes = topology_devices(topology), config.mesh
+    if len(devices) != sizes.devices:
+        raise ConfigError(
+            f"the mesh of the config is {sizes.data} x {sizes.ring} x {sizes.ulysses} = {sizes.devices} devices; "
+            f"{topology} has {len(devices)}. Add mesh.ring={len(devices) // (sizes.data * sizes.ulysses)}."
+        )
+    mesh = make_mesh(**sizes.model_dump(), devices=devices)
+    with redirect_stdout(sys.stderr):  # where the progress goes: what is printed is the table
+        stores = open_stores(config.data)
+    meta = describe(config, stores)
+    agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
+    sampler, optimizer = agent.sampler(stores), make_optimizer(config)
+
+    def state(key):
+        params = agent.init(key)
+        return params, optimizer.init(params)
+
+    shapes = jax.eval_shape(state, jax.random.key(0))
+    sharding = state_sharding(shapes, mesh, fsdp=config.model.fsdp)
+    shapes = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, sharding)
+    order = agent.order(sampler.moments)
+    places = sampler.moments if order is None else len(order)
+
+    def field(one: np.ndarray) -> jax.ShapeDtypeStruct:
+        shape = config.train.batch, places, *one.shape[2:]
+        return jax.ShapeDtypeStruct(shape, one.dtype, sharding=NamedSharding(mesh, TOKENS))
+
+    batch = ChainBatch(*map(field, sampler.sample(0, np.arange(1), np.arange(1))))
+    update = make_update(agent, optimizer, mesh, sharding, accumulate=config.train.accumulate)
+    request = Request(
+        config.name,
+        topology,
+        places * agent.tokens_per_moment,
+        sizes.data,
+        sizes.ring,
+        sizes.ulysses,
+        config.train.batch,
+        config.model.remat,
+    )
+    transformer = LanguageModelConfig(0, TransformerConfig(**config.model.model_dump()))
+    work = Work.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes[0])))
+    return reported(request, lambda: compiled_plan(request, work, update.lower(shapes, batch)))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m agents.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--topology", required=True, metavar="T", help=f"such as {', '.join(EXAMPLES)}")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write everything into this file")
+    arguments = parser.parse_intermixed_args(argv)
+
+    def body() -> None:
+        check_json(arguments.json)
+        config = load(Config, arguments.config, arguments.overrides)
+        jax.config.update("jax_platforms", "cpu")  # nothing runs: a TPU that is here is left alone
+        publish([plan(config, arguments.topology)], ["python", "-m", "agents.plan", *argv], arguments.json)
+
+    return run(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
