@@ -1,0 +1,212 @@
+"""Trains a language model to look things up: python -m agents.recall configs/recall.toml [section.key=value ...]
+
+Byte-level associative recall, the shape of line retrieval (the test of long contexts in LongChat, Li et al. 2023):
+every line says what a key stands for, and is followed by a question about any line so far.
+
+    q7=4 / ?q7=4 / 0b=k / ?q7=4 / x3=4 / ?0b=k / ...        where / ends a line
+
+Only the answers are learnt and counted. Early questions have few lines to choose from: what is learnt on them serves
+the later ones. Running the command again continues an interrupted run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from pydantic import PositiveInt, model_validator
+from tqdm import tqdm
+
+from agents.checkpoint import read_metrics
+from agents.cli import ConfigError, run
+from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerConfig, Section, TrainConfig, dump, load
+from data.atomic_file import write_text
+from rlring import AttentionConfig, TransformerConfig, make_mesh, request_cpu_devices
+from rlring.language_model import NO_TARGET, LanguageModel, LanguageModelConfig, Training, laid_out, positions
+
+RUNS = Path("runs")
+KEYS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
+LINE, QUESTION = len(b"ab=1\n"), len(b"?ab=1\n")
+ANSWER = LINE + len(b"?ab=")  # its place, from the start of its line
+TESTED = 64  # texts
+
+
+class RecallConfig(Section):
+    """One run: the task, the model, how it is trained."""
+
+    name: str
+    seed: int = 0
+    lines: PositiveInt = 64
+    model: ModelConfig = ModelConfig()
+    attention: AttentionSection = AttentionSection()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def tokens(self) -> int:
+        """Of a text."""
+        return self.lines * (LINE + QUESTION)
+
+    @model_validator(mode="after")
+    def can_be_made_and_split(self) -> "RecallConfig":
+        if self.lines > len(KEYS) ** 2:
+            raise ValueError(f"lines={self.lines}: there are {len(KEYS) ** 2} keys of two characters; use fewer lines")
+        if self.tokens % (self.mesh.ring * self.mesh.ulysses):
+            raise ValueError(
+                f"lines={self.lines} are {self.tokens} bytes, which mesh.ring * mesh.ulysses="
+                f"{self.mesh.ring * self.mesh.ulysses} devices cannot share; use a multiple of them"
+            )
+        if self.train.batch % (self.mesh.data * self.train.accumulate):
+            raise ValueError(
+                f"train.batch={self.train.batch} does not divide over mesh.data={self.mesh.data} devices in train."
+                f"accumulate={self.train.accumulate} parts"
+            )
+        return self
+
+
+class Texts(NamedTuple):
+    """Texts [B, T+1], and of each byte but the last the one that follows where that is an answer [B, T]."""
+
+    bytes: np.ndarray
+    answers: np.ndarray
+
+
+def texts(config: RecallConfig, update: int, rows: int) -> Texts:
+    """Returns the texts of an update, a pure function of (seed, update)."""
+    made = [_text(np.random.default_rng((config.seed, update, row)), config.lines) for row in range(rows)]
+    whole = np.pad(np.stack(made).astype(np.int32), ((0, 0), (0, 1)), constant_values=ord("\n"))
+    is_answer = np.arange(1, config.tokens + 1) % (LINE + QUESTION) == ANSWER
+    return Texts(whole, np.where(is_answer, whole[:, 1:], NO_TARGET))
+
+
+def _text(random: np.random.Generator, lines: int) -> np.ndarray:
+    numbers = random.choice(len(KEYS) ** 2, lines, replace=False)
+    keys = KEYS[np.stack(np.divmod(numbers, len(KEYS)), 1)]
+    values = KEYS[random.integers(0, len(KEYS), (lines, 1))]
+    asked = random.integers(0, np.arange(lines) + 1)  # any line so far
+
+    def letter(of: bytes) -> np.ndarray:
+        return np.full((lines, 1), ord(of), np.uint8)
+
+    line = [keys, letter(b"="), values, letter(b"\n")]
+    question = [letter(b"?"), keys[asked], letter(b"="), values[asked], letter(b"\n")]
+    return np.concatenate([*line, *question], 1).ravel()
+
+
+def training(config: RecallConfig) -> Training:
+    """Returns the model of a config, its optimizer, and the mesh that it is trained on."""
+    mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
+    attention = config.attention.model_dump(exclude={"sparse", "scheme"})
+    scheme = config.attention.scheme if mesh is not None else "blockwise"
+    shape = TransformerConfig(**config.model.model_dump(), attention=AttentionConfig(scheme, **attention))
+    own = config.optimizer
+    warmup = min(own.warmup, config.train.updates // 2)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, own.learning_rate, warmup, config.train.updates, own.learning_rate / 100
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(own.gradient_clip), optax.adamw(rate, b2=own.beta2, weight_decay=own.weight_decay)
+    )
+    return Training(LanguageModelConfig(256, shape), optimizer, mesh, accumulate=config.train.accumulate)
+
+
+def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
+    """Trains, or goes on training, and returns the share of new texts in which each question is answered right."""
+    folder = RUNS / config.name
+    if (folder / "config.json").exists() and (folder / "config.json").read_text() != dump(config):
+        raise ConfigError(f"{folder} holds a run with other settings; choose another name, or delete the folder.")
+    request_cpu_devices(config.mesh.devices)
+    whole = training(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", dump(config))
+    init, step = whole.jitted()
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints)
+    with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as checkpoints:
+        state, first = init(config.seed), checkpoints.latest_step() or 0
+        if first:
+            state = checkpoints.restore(first, args=ocp.args.StandardRestore(state))
+        log = folder / "metrics.jsonl"
+        write_text(log, "".join(json.dumps(entry) + "\n" for entry in read_metrics(log, up_to=first)))
+        bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not progress)
+        with bar, log.open("a") as file:
+            for update in range(first, config.train.updates):
+                made = texts(config, update, config.train.batch)
+                state, loss = step(state, *arranged(made, whole))
+                done = update + 1
+                if done % config.train.log_every == 0 or done == config.train.updates:
+                    _refuse_nan(float(loss), done, folder)
+                    file.write(json.dumps({"step": done, "loss": float(loss)}) + "\n")
+                    file.flush()
+                    bar.set_postfix_str(f"loss {float(loss):.3f}")
+                bar.update()
+                if done % config.train.checkpoint_every == 0 or done == config.train.updates:
+                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+    return accuracy(config, whole, state.weights)
+
+
+def arranged(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and targets in the order in which the mesh wants them."""
+    tokens, _ = laid_out(made.bytes, mesh=whole.mesh)
+    first = np.zeros((len(made.answers), 1), made.answers.dtype)  # laid_out drops it
+    _, targets = laid_out(np.concatenate([first, made.answers], 1), mesh=whole.mesh)
+    return tokens, targets
+
+
+def accuracy(config: RecallConfig, whole: Training, weights: nnx.State) -> np.ndarray:
+    """Returns, by question, in how many of TESTED texts that no update has seen its answer is the likeliest byte."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(whole.config, rngs=nnx.Rngs(0))))
+
+    @jax.jit
+    def likeliest(weights, tokens):
+        model = nnx.merge(graph, weights)
+        x = model(tokens, positions(*tokens.shape, mesh=whole.mesh), mesh=whole.mesh)
+        head = model.embedding[...].T if model.head is None else model.head[...]
+        return jnp.argmax(x.astype(jnp.float32) @ head, axis=-1)
+
+    right = np.zeros(config.lines)
+    tests = -(-TESTED // config.train.batch)
+    for test in range(tests):
+        tokens, targets = arranged(texts(config, config.train.updates + test, config.train.batch), whole)
+        rows, places = np.nonzero(targets != NO_TARGET)
+        # Any order of the tokens: a question is known by its position in the text.
+        question = np.asarray(positions(*tokens.shape, mesh=whole.mesh))[rows, places] // (LINE + QUESTION)
+        found = np.asarray(likeliest(weights, tokens))
+        np.add.at(right, question, found[rows, places] == targets[rows, places])
+    return right / (tests * config.train.batch)
+
+
+def _refuse_nan(loss: float, done: int, folder: Path) -> None:
+    if not np.isfinite(loss):
+        raise ConfigError(f"loss is not a number after update {done} of {folder}. Lower optimizer.learning_rate.")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m agents.recall", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args(argv)
+
+    def body() -> None:
+        config = load(RecallConfig, arguments.config, arguments.overrides)
+        right = recall(config)
+        late = right[len(right) // 2 :]
+        print(
+            f"runs/{config.name}: {config.train.updates} updates; {right.mean():.1%} of the questions about new texts "
+            f"of {config.lines} lines ({config.tokens} bytes) answered right, {late.mean():.1%} in their second half; "
+            f"{1 / len(KEYS):.1%} by chance"
+        )
+
+    return run(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

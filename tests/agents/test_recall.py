@@ -1,0 +1,107 @@
+"""The recall task: questions that the text answers, and runs that go on where they were stopped."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from agents import recall
+from agents.config import load
+from agents.recall import RecallConfig, main, texts
+from rlring.language_model import NO_TARGET
+
+TINY = """
+name = "tiny"
+lines = 8
+[model]
+width = 16
+layers = 2
+heads = 2
+[optimizer]
+warmup = 2
+[train]
+updates = 6
+batch = 4
+log_every = 1
+checkpoint_every = 2
+"""
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recall, "TESTED", 8)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path / "tiny.toml"
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_question_is_answered_by_an_earlier_line(path):
+    config = load(RecallConfig, path, [])
+    made = texts(config, 3, 5)
+    assert made.bytes.shape == (5, config.tokens + 1)
+    for text, answers in zip(made.bytes, made.answers, strict=True):
+        lines = bytes(text.astype(np.uint8)).decode().splitlines()
+        said, asked = {}, []
+        for line, question in zip(lines[0::2], lines[1::2], strict=False):
+            key, value = re.fullmatch(r"([a-z0-9]{2})=([a-z0-9])", line).groups()
+            assert key not in said
+            said[key] = value
+            key, answer = re.fullmatch(r"\?([a-z0-9]{2})=([a-z0-9])", question).groups()
+            assert said[key] == answer
+            asked.append(answer)
+        assert len(said) == config.lines
+        assert "".join(map(chr, answers[answers != NO_TARGET])) == "".join(asked)
+        np.testing.assert_array_equal(answers[answers != NO_TARGET], text[1:][answers != NO_TARGET])
+    assert len({answers.tobytes() for answers in made.answers}) == 5
+    np.testing.assert_array_equal(texts(config, 3, 5).bytes, made.bytes)
+    assert (texts(config, 4, 5).bytes != made.bytes).any()
+
+
+def test_the_mesh_changes_no_loss_and_a_run_goes_on(path, tmp_path, capsys):
+    assert main([str(path)]) == 0
+    whole = losses(tmp_path / "runs" / "tiny")
+    assert len(whole) == 6
+    assert re.fullmatch(r"runs/tiny: 6 updates; .*% by chance\n", capsys.readouterr().out)
+    assert main([str(path), "name=ring", "mesh.ring=4", "attention.block_q=8"]) == 0
+    np.testing.assert_allclose(losses(tmp_path / "runs" / "ring"), whole, rtol=1e-5)
+    # As if it had been killed after the checkpoint of update 4.
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoints" / "6")
+    assert main([str(path)]) == 0
+    assert losses(tmp_path / "runs" / "tiny") == whole
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lines=2000", "there are 1296 keys of two characters"),
+        ("mesh.ring=3", "lines=8 are 88 bytes, which mesh.ring * mesh.ulysses=3 devices cannot share"),
+        ("train.batch=3 mesh.data=2", "train.batch=3 does not divide over mesh.data=2"),
+    ],
+)
+def test_errors_are_one_line(path, capsys, override, message):
+    assert main([str(path), *override.split()]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_another_config_does_not_touch_the_run(path, capsys):
+    assert main([str(path)]) == 0
+    assert main([str(path), "model.width=32"]) == 2
+    assert "runs/tiny holds a run with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_it_learns(path):
+    """Chance is 1 in 36, and 1 in 3 for a model that only copies one of the three values that it has seen."""
+    config = load(RecallConfig, path, [
+        "lines=3", "model.width=64", "optimizer.learning_rate=3e-3", "optimizer.warmup=50",
+        "train.updates=600", "train.batch=64", "train.checkpoint_every=600",
+    ])  # fmt: skip
+    assert recall.recall(config, progress=False).mean() > 0.8
