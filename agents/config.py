@@ -108,8 +108,8 @@ class SparseSection(Section):
 class AttentionSection(Section):
     scheme: Literal["auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse"] = "ring"
     kernel: Literal["auto", "jax", "cudnn", "splash"] = "jax"
-    block_q: PositiveInt = 512
-    block_k: PositiveInt = 512
+    block_q: PositiveInt | None = None
+    block_k: PositiveInt | None = None
     sparse: SparseSection | None = None
     """With scheme "sparse". model.dense_every makes some layers dense."""
 

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             repeats=arguments.repeats,
             matmul=arguments.matmul or MATMUL.get(versions.platform, LARGE_MATMUL),
             kernel=arguments.kernel,
-            blocks=tuple(arguments.blocks),
+            blocks=tuple(arguments.blocks) if arguments.blocks else None,
             hops=arguments.hops,
             sparse=tuple(arguments.sparse),
         )
@@ -154,7 +154,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--type", choices=("float32", "bfloat16"), default="float32")
     add("--devices", nargs="+", type=count, default=[8], help="over which the sequence is split; virtual ones on a CPU")
     add("--kernel", choices=KERNELS, default="jax", help="what computes a block of all schemes but dense and sparse")
-    add("--blocks", nargs=2, type=count, default=[512, 512], metavar=("Q", "K"), help="tokens")
+    add("--blocks", nargs=2, type=count, metavar=("Q", "K"), help="tokens")
     add("--hops", type=count, default=0, metavar="P", help="also a ring of P devices that take turns on one")
     add(
         "--sparse",

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, zigzag_order
-from rlring.attention.blocks import Blocks
+from rlring.attention.blocks import Blocks, default_block
 from rlring.attention.hops import attention_in_hops
 from rlring.attention.kernels import make_kernel
 from rlring.attention.kernels.cudnn import unavailable
@@ -40,7 +40,7 @@ class Settings:
     repeats: int
     matmul: int
     kernel: str = "jax"
-    blocks: tuple[int, int] = (512, 512)
+    blocks: tuple[int, int] | None = None  # None: those of AttentionConfig
     hops: int = 0  # of a ring whose devices take turns on one: attention.hops; 0: not measured
     sparse: tuple[SparsePattern, ...] = ()
 
@@ -65,7 +65,7 @@ def scheme_candidate(scheme: str, length: int, devices: int, settings: Settings)
     say(f"{length} tokens: compiling {scheme} on {devices} device{'s' * (devices > 1)}")
     ring, ulysses = _axes(scheme, devices, settings)
     mesh = make_mesh(ring=ring, ulysses=ulysses)
-    config = AttentionConfig(scheme, *settings.blocks, kernel=settings.kernel)
+    config = AttentionConfig(scheme, *settings.blocks or (), kernel=settings.kernel)
 
     def forward(q, k, v, mask):
         return attention(q, k, v, mask, config=config, mesh=None if scheme in ONE_DEVICE else mesh)
@@ -79,7 +79,7 @@ def sparse_candidate(pattern: SparsePattern, length: int, settings: Settings) ->
     """Returns S2 attention on one device; its share of the peak counts the blocks that it leaves out as done."""
     kept = pattern.density(length, kv_heads=settings.kv_heads)
     say(f"{length} tokens: compiling sparse, {kept:.1%} of the blocks kept")
-    config = AttentionConfig("sparse", *settings.blocks, sparse=pattern)
+    config = AttentionConfig("sparse", *settings.blocks or (), sparse=pattern)
 
     def forward(q, k, v, mask):
         return attention(q, k, v, mask, config=config)
@@ -94,7 +94,8 @@ def hops_candidates(length: int, settings: Settings) -> list[Candidate]:
         return []
     say(f"{length} tokens: compiling {settings.hops} x {settings.hops} hops on 1 device")
     shard = length // settings.hops
-    blocks = Blocks(*settings.blocks, AttentionConfig().scores).within_halves(shard, shard)
+    block = default_block(jax.default_backend(), is_split=False)
+    blocks = Blocks(*settings.blocks or (block, block), AttentionConfig().scores).within_halves(shard, shard)
     kernel = make_kernel(
         settings.kernel,
         blocks,

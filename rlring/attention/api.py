@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from rlring.attention.all_gather import all_gather_attention
-from rlring.attention.blocks import Blocks, pad
+from rlring.attention.blocks import Blocks, default_block, pad
 from rlring.attention.choose import choose_scheme
 from rlring.attention.dense import dense_attention
 from rlring.attention.kernels import KERNELS, make_kernel
@@ -37,8 +37,8 @@ class AttentionConfig:
     """
 
     scheme: str = "ring"
-    block_q: int = 512  # tokens; shorter sequences use shorter blocks
-    block_k: int = 512
+    block_q: int | None = None  # tokens; shorter sequences use shorter blocks; None: blocks.default_block()
+    block_k: int | None = None
     scores: int = 2**20  # of one block, held at once; more falls out of a CPU's cache, accelerators like 2**24
     kernel: str = "jax"  # what computes a block: kernels.make_kernel; sparse and dense attention are plain JAX
     sparse: SparsePattern | None = None  # which blocks of the context each head sees; with scheme "sparse"
@@ -49,7 +49,7 @@ class AttentionConfig:
         if self.kernel not in KERNELS:
             raise UsageError(f"there is no attention kernel {self.kernel!r}. Choose one of {', '.join(KERNELS)}.")
         for name in ("block_q", "block_k", "scores"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(
                     f"attention.{name} is at least 1; got {getattr(self, name)}. Leave it out for the default."
                 )
@@ -109,8 +109,7 @@ def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
 
 @partial(jax.jit, static_argnames=("config", "platform", "axis"))
 def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, platform: str, axis: str | None = None):
-    blocks = Blocks(config.block_q, config.block_k, config.scores)
-    by_rows = partial(_by_rows, config.kernel, platform, blocks)
+    by_rows = partial(_by_rows, config, platform)
     one_device, ring = by_rows(local_attention), by_rows(ring_attention, "ring")
     match config.scheme:
         case "dense":
@@ -126,20 +125,27 @@ def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, platform: str, ax
         case "hybrid":  # USP, Fang and Zhao 2405.07719
             return ulysses_attention(q, k, v, mask, axis="ulysses", local=ring)
         case "sparse":
+            blocks = _blocks(config, platform, is_split=False)
             return sparse_attention(q, k, v, mask, pattern=config.sparse, blocks=blocks, axis=axis)
     raise AssertionError(config.scheme)
 
 
-def _by_rows(kernel: str, platform: str, blocks: Blocks, scheme: Callable, *axes) -> Callable:
+def _by_rows(config: AttentionConfig, platform: str, scheme: Callable, *axes) -> Callable:
     """Returns the scheme, which works on rows, as a function of tokens; axes: over which its sequence is split."""
+    blocks = _blocks(config, platform, is_split=bool(axes))
 
     def run(q, k, v, mask: Mask):
         fitting = blocks.within_halves(q.shape[1], k.shape[1]) if axes else blocks
-        compute = make_kernel(kernel, fitting, platform=platform, dtype=q.dtype, head_size=q.shape[3])
+        compute = make_kernel(config.kernel, fitting, platform=platform, dtype=q.dtype, head_size=q.shape[3])
         rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
         return tokens_of_rows(scheme(*rows, mask, *axes, compute), q.shape[0])
 
     return run
+
+
+def _blocks(config: AttentionConfig, platform: str, *, is_split: bool) -> Blocks:
+    default = default_block(platform, is_split=is_split)
+    return Blocks(config.block_q or default, config.block_k or default, config.scores)
 
 
 def check_shapes(q, k, v, mask: Mask) -> None:

@@ -14,6 +14,15 @@ from rlring.attention.mask import Bounds, Mask
 SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
 
 
+def default_block(platform: str, *, is_split: bool) -> int:
+    """Returns the tokens of a block; is_split: the sequence is, over devices.
+
+    The devices of a CPU share its cores, each product of theirs has one: with smaller blocks a ring of 8 takes 0.8 to
+    0.95 of the time, all_gather 0.7, where on one device attention takes 1.3 to 1.9 times as long.
+    """
+    return 256 if platform == "cpu" and is_split else 512
+
+
 class Blocks(NamedTuple):
     """How attention is cut into blocks."""
 
