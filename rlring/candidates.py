@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, zigzag_order
 from rlring.attention.blocks import Blocks, default_block
 from rlring.attention.hops import attention_in_hops
-from rlring.attention.kernels import make_kernel
+from rlring.attention.kernels import make_kernel, platform_of
 from rlring.attention.kernels.cudnn import unavailable
 from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.mesh import SEQUENCE_AXES, make_mesh
@@ -99,7 +99,7 @@ def hops_candidates(length: int, settings: Settings) -> list[Candidate]:
     kernel = make_kernel(
         settings.kernel,
         blocks,
-        platform=jax.default_backend(),
+        platform=platform_of(jax.devices()[0]),
         dtype=jnp.dtype(settings.type),
         head_size=settings.head_size,
     )

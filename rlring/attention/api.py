@@ -13,7 +13,7 @@ from rlring.attention.all_gather import all_gather_attention
 from rlring.attention.blocks import Blocks, default_block, pad
 from rlring.attention.choose import choose_scheme
 from rlring.attention.dense import dense_attention
-from rlring.attention.kernels import KERNELS, make_kernel
+from rlring.attention.kernels import KERNELS, make_kernel, platform_of
 from rlring.attention.local import local_attention
 from rlring.attention.mask import Mask
 from rlring.attention.ring import ring_attention
@@ -84,7 +84,7 @@ def attention(
         check_mask(mask)
     if mesh is None:
         local = config if config.scheme in ("dense", "sparse") else replace(config, scheme="blockwise")
-        return _on_shard(q, k, v, mask, config=local, platform=jax.default_backend())
+        return _on_shard(q, k, v, mask, config=local, platform=platform_of(jax.devices()[0]))
     check_batch(q, mesh)
     if config.scheme == "auto":
         config = replace(config, scheme=_chosen(q, k, mesh))
@@ -102,7 +102,7 @@ def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
     tokens = P("data", SEQUENCE_AXES)
     # check_vma off: its types do not pass the loops of the custom VJPs. Every array is split over every axis, so no
     # gradient needs a sum over devices.
-    run = partial(_on_shard, config=config, platform=mesh.devices.flat[0].platform, axis="ulysses")
+    run = partial(_on_shard, config=config, platform=platform_of(mesh.devices.flat[0]), axis="ulysses")
     on_shards = jax.shard_map(run, mesh=mesh, in_specs=(tokens,) * 4, out_specs=tokens, check_vma=False)
     return on_shards(q, k, v, mask)[:, :length]
 

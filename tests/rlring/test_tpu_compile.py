@@ -49,6 +49,7 @@ QUICK = (
     Case("v6e:4x4", "ring", 16, kernel="splash"),
 )
 SLOW = (
+    Case("v3:4x4", "ring", 32, kernel="auto"),  # which is not splash there
     *(Case(name, "ring", 16) for name in ("v4:2x2x4", "v5p:2x2x4", "v6e:4x4")),
     *(Case(name, scheme, 16, 4) for name in ("v4:4x4x4", "v5p:4x4x4") for scheme in ("hybrid", "all_gather")),
     *(Case(name, "hybrid", 8, 8) for name in ("v5e:8x8", "v6e:8x8")),
@@ -91,6 +92,10 @@ def check(case: Case, transfers: list[dict]) -> None:
     """All hops but the first and the last ones stand in a loop, one permute in each pass, beside the hop's compute."""
     if case.scheme in ("all_gather", "ulysses"):
         assert transfers == []
+        return
+    if case.topology.startswith("v3"):  # its compiler sends nothing while it computes
+        assert transfers
+        assert not any(x["is_asynchronous"] for x in transfers)
         return
     assert all(x["is_asynchronous"] for x in transfers)
     for is_backward, hops, outside in ((False, case.ring - 2, 1), (True, case.ring - 3, 4)):

@@ -1,5 +1,6 @@
 """Kernels of the hardware behind the two functions of rlring.attention.local.Kernel, and the choice among them."""
 
+import jax
 import jax.numpy as jnp
 
 from rlring.attention.blocks import Blocks
@@ -13,11 +14,19 @@ from rlring.errors import UsageError
 KERNELS = ("auto", "jax", "cudnn", "splash")
 
 
+def platform_of(device: jax.Device) -> str:
+    """Returns the platform of a device as make_kernel() wants it."""
+    # Their matrix unit takes no bfloat16 from a kernel of one's own: the compiler refuses it (libtpu 0.0.52).
+    is_old = device.platform == "tpu" and device.device_kind.startswith(("TPU v2", "TPU v3"))
+    return "old tpu" if is_old else device.platform
+
+
 def make_kernel(name: str, blocks: Blocks, *, platform: str, dtype: jnp.dtype, head_size: int) -> Kernel:
-    """Returns the kernel of this name for arrays of this type and head size on the platform ("cpu", "gpu", "tpu").
+    """Returns the kernel of this name for arrays of this type and head size on a platform: "cpu", "gpu", "tpu", or
+    "old tpu", before v4.
 
         jax      plain JAX: every device, type and mask
-        splash   TPU, float32 and bfloat16: every mask
+        splash   TPU from v4 on, float32 and bfloat16: every mask
         cudnn    NVIDIA from Ampere on, bfloat16 and float16: masks that are whole rectangles or the causal triangle,
                  as the hops of a ring over one causal sequence are; other masks are computed as by "jax"
         auto     splash on a TPU that takes the type, cudnn on a GPU where it is available, else jax
@@ -41,7 +50,7 @@ def make_kernel(name: str, blocks: Blocks, *, platform: str, dtype: jnp.dtype, h
 
 def _no_splash(platform: str, dtype: jnp.dtype) -> str | None:
     if platform != "tpu":
-        return f"it needs a TPU, and the mesh has {platform} devices; run it on a TPU"
+        return f"it needs a TPU from v4 on, and the mesh has {platform} devices; run it on one"
     if dtype not in DTYPES:
         return f"it computes in float32 and bfloat16; got {jnp.dtype(dtype).name}. Cast q, k and v"
     return None

@@ -24,6 +24,7 @@ def make(name, platform, dtype=jnp.bfloat16):
         ("tpu", jnp.bfloat16, SplashKernel),
         ("tpu", jnp.float32, SplashKernel),
         ("tpu", jnp.float16, BlockwiseKernel),
+        ("old tpu", jnp.bfloat16, BlockwiseKernel),
         ("gpu", jnp.bfloat16, RectangleKernel),
         ("gpu", jnp.float32, BlockwiseKernel),
         ("cpu", jnp.bfloat16, BlockwiseKernel),
@@ -46,7 +47,7 @@ def test_every_name_makes_a_kernel_that_can_be_hashed(monkeypatch):
     ("name", "platform", "dtype", "message"),
     [
         ("flash", "gpu", jnp.bfloat16, "no attention kernel 'flash'. Choose one of auto, jax, cudnn, splash"),
-        ("splash", "cpu", jnp.bfloat16, "'splash' cannot run: it needs a TPU, and the mesh has cpu devices"),
+        ("splash", "cpu", jnp.bfloat16, "'splash' cannot run: it needs a TPU from v4 on, and the mesh has cpu devices"),
         ("splash", "tpu", jnp.float16, "float32 and bfloat16; got float16. Cast"),
         ("cudnn", "cpu", jnp.bfloat16, "'cudnn' cannot run: it needs an NVIDIA GPU"),
         ("cudnn", "gpu", jnp.float32, "not in float32: cast q, k and v. Or use kernel 'auto' or 'jax'."),
