@@ -276,6 +276,10 @@ def evaluate_oracle(config: Config) -> list[Result]:
     return results
 
 
+def _interval(row) -> str:
+    return "(no interval)" if np.isnan(row.ci_low) else f"[{row.ci_low:.2f}, {row.ci_high:.2f}]"
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m agents.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run")
@@ -294,7 +298,7 @@ def main(argv: Sequence[str]) -> int:
             if row.statistic == "mean":
                 print(
                     f"{row.task} {row.mode} {row.context_trajectories} trajectories ({row.context_tokens} tokens): "
-                    f"interquartile mean {row.iqm:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}], mean {row.mean:.2f}, "
+                    f"interquartile mean {row.iqm:.2f} {_interval(row)}, mean {row.mean:.2f}, "
                     f"{row.episodes} episodes"
                 )
         print(f"{new} episodes appended to {path}")

@@ -3,7 +3,7 @@
 Byte-level associative recall, the shape of line retrieval (the test of long contexts in LongChat, Li et al. 2023):
 every line says what a key stands for, and is followed by a question about any line so far.
 
-    q7=4 / ?q7=4 / 0b=k / ?q7=4 / x3=4 / ?0b=k / ...        where / ends a line
+    A7 / ?A7 / Bk / ?A7 / C0 / ?Bk / ...        where / ends a line, and A, B, C are any of 128 bytes
 
 Only the answers are learnt and counted. Early questions have few lines to choose from: what is learnt on them serves
 the later ones. Running the command again continues an interrupted run.
@@ -33,9 +33,10 @@ from rlring import AttentionConfig, TransformerConfig, make_mesh, request_cpu_de
 from rlring.language_model import NO_TARGET, LanguageModel, LanguageModelConfig, Training, laid_out, positions
 
 RUNS = Path("runs")
-KEYS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
-LINE, QUESTION = len(b"ab=1\n"), len(b"?ab=1\n")
-ANSWER = LINE + len(b"?ab=")  # its place, from the start of its line
+KEYS = np.arange(128, 256, dtype=np.uint8)
+VALUES = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
+LINE, QUESTION = len(b"A7\n"), len(b"?A7\n")
+ANSWER = LINE + len(b"?A")  # its place, from the start of its line
 TESTED = 64  # texts
 
 
@@ -44,7 +45,7 @@ class RecallConfig(Section):
 
     name: str
     seed: int = 0
-    lines: PositiveInt = 64
+    lines: PositiveInt = 8
     model: ModelConfig = ModelConfig()
     attention: AttentionSection = AttentionSection()
     mesh: MeshConfig = MeshConfig()
@@ -58,8 +59,8 @@ class RecallConfig(Section):
 
     @model_validator(mode="after")
     def can_be_made_and_split(self) -> "RecallConfig":
-        if self.lines > len(KEYS) ** 2:
-            raise ValueError(f"lines={self.lines}: there are {len(KEYS) ** 2} keys of two characters; use fewer lines")
+        if self.lines > len(KEYS):
+            raise ValueError(f"lines={self.lines}: there are {len(KEYS)} keys; use fewer lines")
         if self.tokens % (self.mesh.ring * self.mesh.ulysses):
             raise ValueError(
                 f"lines={self.lines} are {self.tokens} bytes, which mesh.ring * mesh.ulysses="
@@ -89,16 +90,15 @@ def texts(config: RecallConfig, update: int, rows: int) -> Texts:
 
 
 def _text(random: np.random.Generator, lines: int) -> np.ndarray:
-    numbers = random.choice(len(KEYS) ** 2, lines, replace=False)
-    keys = KEYS[np.stack(np.divmod(numbers, len(KEYS)), 1)]
-    values = KEYS[random.integers(0, len(KEYS), (lines, 1))]
+    keys = random.permutation(KEYS)[:lines, None]
+    values = VALUES[random.integers(0, len(VALUES), (lines, 1))]
     asked = random.integers(0, np.arange(lines) + 1)  # any line so far
 
     def letter(of: bytes) -> np.ndarray:
         return np.full((lines, 1), ord(of), np.uint8)
 
-    line = [keys, letter(b"="), values, letter(b"\n")]
-    question = [letter(b"?"), keys[asked], letter(b"="), values[asked], letter(b"\n")]
+    line = [keys, values, letter(b"\n")]
+    question = [letter(b"?"), keys[asked], values[asked], letter(b"\n")]
     return np.concatenate([*line, *question], 1).ravel()
 
 
@@ -202,7 +202,7 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"runs/{config.name}: {config.train.updates} updates; {right.mean():.1%} of the questions about new texts "
             f"of {config.lines} lines ({config.tokens} bytes) answered right, {late.mean():.1%} in their second half; "
-            f"{1 / len(KEYS):.1%} by chance"
+            f"{1 / len(VALUES):.1%} by chance"
         )
 
     return run(body)
