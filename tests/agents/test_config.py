@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from agents.cli import ConfigError
 from agents.config import Config, SweepConfig, dump, load, parse_override
+from agents.recall import RecallConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = """
@@ -30,7 +31,9 @@ def minimal(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.toml")), ids=lambda path: path.stem)
 def test_every_config_of_the_repository_loads(path):
-    if "[runs." in path.read_text():
+    if path.stem == "recall":
+        load(RecallConfig, path)
+    elif "[runs." in path.read_text():
         assert load(SweepConfig, path).configs()
     else:
         load(Config, path)

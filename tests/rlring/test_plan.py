@@ -135,7 +135,7 @@ def test_a_plan_for_virtual_devices(tiny_models, tmp_path, capsys):
     path = tmp_path / "plan.json"
     assert plan.main([*CPU, "--data", "2", "--ulysses", "2", "--json", str(path)]) == 0
     printed = capsys.readouterr()
-    assert re.search(r"\| 350m \(0\.00B\) \| cpu:8 \| 2 x 2 x 2 \| all \| 512 \| 128 \|", printed.out)
+    assert re.search(r"\| 350m \(0\.03M\) \| cpu:8 \| 2 x 2 x 2 \| all \| 512 \| 128 \|", printed.out)
     assert "350m at 512 tokens on cpu:8: compiling ..." in printed.err
     written = json.loads(path.read_text())
     (one,) = written["plans"]

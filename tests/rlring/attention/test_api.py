@@ -96,7 +96,7 @@ def test_a_kernel_that_cannot_run_here_says_so():
     with pytest.raises(UsageError, match=r"no attention kernel 'flash'. Choose one of auto, jax, cudnn, splash"):
         AttentionConfig(kernel="flash")
     for mesh in (None, make_mesh(ring=2)):
-        for kernel, missing in (("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")):
+        for kernel, missing in (("cudnn", "an NVIDIA GPU"), ("splash", "a TPU from v4 on")):
             with pytest.raises(UsageError, match=rf"'{kernel}' cannot run: it needs {missing}, and the mesh has cpu"):
                 attention(q, q, q, mask, config=AttentionConfig(kernel=kernel), mesh=mesh)
         out = attention(q, q, q, mask, config=AttentionConfig(kernel="auto"), mesh=mesh)
