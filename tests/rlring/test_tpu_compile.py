@@ -98,7 +98,7 @@ def check(case: Case, transfers: list[dict]) -> None:
         assert not any(x["is_asynchronous"] for x in transfers)
         return
     assert all(x["is_asynchronous"] for x in transfers)
-    for is_backward, hops, outside in ((False, case.ring - 2, 1), (True, case.ring - 3, 4)):
+    for is_backward, hops, outside in ((False, case.ring - 2, 1), (True, case.ring - 2, 3)):
         found = [x for x in transfers if x["is_backward"] == is_backward]
         in_loop = [x["is_hidden"] for x in found if x["is_repeated"]]
         assert in_loop == ([True] if hops > 1 else [])
