@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from agents.config import load
 from agents.recall import RecallConfig, main, texts
 from rlring.language_model import NO_TARGET
 
+CONFIG = Path(__file__).parents[2] / "configs" / "recall.toml"
 TINY = """
 name = "tiny"
 lines = 8
@@ -100,8 +102,5 @@ def test_another_config_does_not_touch_the_run(path, capsys):
 @pytest.mark.slow
 def test_it_learns(path):
     """Who takes any of the values so far is right in a third of the cases."""
-    config = load(RecallConfig, path, [
-        "model.width=64", "model.heads=4", "optimizer.learning_rate=4e-3", "optimizer.warmup=50",
-        "train.updates=600", "train.batch=128", "train.checkpoint_every=600",
-    ])  # fmt: skip
+    config = load(RecallConfig, CONFIG, ["mesh.ring=1"])
     assert recall.recall(config, progress=False).mean() > 0.9
