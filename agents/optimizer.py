@@ -2,12 +2,11 @@
 
 import optax
 
-from agents.config import Config
+from agents.config import Config, OptimizerConfig
 
 
-def schedule(config: Config) -> optax.Schedule:
-    """Returns the learning rate by update."""
-    own, updates = config.optimizer, config.train.updates
+def schedule(own: OptimizerConfig, updates: int) -> optax.Schedule:
+    """Returns the learning rate by update, of so many."""
     warmup = min(own.warmup, updates // 2)
     return optax.warmup_cosine_decay_schedule(0.0, own.learning_rate, warmup, updates, own.learning_rate / 100)
 
@@ -24,5 +23,5 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(own.gradient_clip),
-        optax.adamw(schedule(config), b2=own.beta2, weight_decay=own.weight_decay, mask=decayed),
+        optax.adamw(schedule(own, config.train.updates), b2=own.beta2, weight_decay=own.weight_decay, mask=decayed),
     )

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,11 +21,12 @@ from agents.datasets import open_stores
 from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
 from agents.train import describe
-from agents.update import make_update
+from agents.update import make_update, new_state
 from data import ChainBatch
 from rlring import TransformerConfig, make_mesh
+from rlring.cli import check_json
 from rlring.language_model import LanguageModelConfig
-from rlring.plan import Plan, check_json, compiled_plan, publish, reported
+from rlring.plan import Plan, compiled_plan, publish, reported
 from rlring.sharding import TOKENS, state_sharding
 from rlring.topology import EXAMPLES, topology_devices
 from rlring.work import Request, Work
@@ -54,11 +56,7 @@ def plan(config: Config, topology: str) -> Plan:
     agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
     sampler, optimizer = agent.sampler(stores), make_optimizer(config)
 
-    def state(key):
-        params = agent.init(key)
-        return params, optimizer.init(params)
-
-    shapes = jax.eval_shape(state, jax.random.key(0))
+    shapes = jax.eval_shape(partial(new_state, agent, optimizer), jax.random.key(0))
     sharding = state_sharding(shapes, mesh, fsdp=config.model.fsdp)
     shapes = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, sharding)
     order = agent.order(sampler.moments)

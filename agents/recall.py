@@ -28,6 +28,7 @@ from tqdm import tqdm
 from agents.checkpoint import read_metrics
 from agents.cli import ConfigError, run
 from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerConfig, Section, TrainConfig, dump, load
+from agents.optimizer import schedule
 from data.atomic_file import write_text
 from rlring import AttentionConfig, TransformerConfig, make_mesh, request_cpu_devices
 from rlring.language_model import NO_TARGET, LanguageModel, LanguageModelConfig, Training, laid_out, positions
@@ -109,10 +110,7 @@ def training(config: RecallConfig) -> Training:
     scheme = config.attention.scheme if mesh is not None else "blockwise"
     shape = TransformerConfig(**config.model.model_dump(), attention=AttentionConfig(scheme, **attention))
     own = config.optimizer
-    warmup = min(own.warmup, config.train.updates // 2)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, own.learning_rate, warmup, config.train.updates, own.learning_rate / 100
-    )
+    rate = schedule(own, config.train.updates)
     optimizer = optax.chain(
         optax.clip_by_global_norm(own.gradient_clip), optax.adamw(rate, b2=own.beta2, weight_decay=own.weight_decay)
     )

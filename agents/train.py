@@ -103,7 +103,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
                         rate = (done - last_update) / max(now - last_time, 1e-9)
                         last_time, last_update = now, done
                         values |= {
-                            "learning_rate": float(schedule(config)(update)),
+                            "learning_rate": float(schedule(config.optimizer, config.train.updates)(update)),
                             "throughput/updates_per_second": rate,
                             "throughput/tokens_per_second": rate * tokens,
                             "memory/peak_bytes": peak_bytes(),

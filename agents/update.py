@@ -1,5 +1,7 @@
 """One update: the first state, and the jitted step from a state to the next."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import optax
@@ -12,14 +14,16 @@ from data import ChainBatch
 from rlring.sharding import TOKENS, state_sharding
 
 
+def new_state(agent: Agent, optimizer: optax.GradientTransformation, key: jax.Array):
+    """Returns weights and optimizer state before the first update."""
+    params = agent.init(key)
+    return params, optimizer.init(params)
+
+
 def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None):
-    """Returns weights and optimizer state before the first update, and where each of their arrays lives."""
+    """Returns new_state() on its devices, and where each of their arrays lives."""
 
-    def init(key):
-        params = agent.init(key)
-        return params, optimizer.init(params)
-
-    key = jax.random.key(config.seed)
+    init, key = partial(new_state, agent, optimizer), jax.random.key(config.seed)
     if mesh is not None and config.model.fsdp:  # no device, and no host, ever holds it all
         sharding = state_sharding(jax.eval_shape(init, key), mesh, fsdp=True)
         return jax.jit(init, out_shardings=sharding)(key), sharding

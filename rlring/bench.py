@@ -20,7 +20,7 @@ import jaxlib
 from rlring.attention import SparsePattern
 from rlring.attention.kernels import KERNELS
 from rlring.candidates import EXACT, ONE_DEVICE, Settings
-from rlring.cli import Parser, count, version, write_json
+from rlring.cli import Parser, check_json, count, version, write_json
 from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
 from rlring.timing import Measurement, measure
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traffic:
             print(traffic_table(arguments.heads, arguments.kv_heads))
             return 0
-        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-            raise UsageError(f"--json {arguments.json}: there is no folder {arguments.json.parent}. Make it first.")
+        check_json(arguments.json)
         if not set(arguments.schemes) <= set(ONE_DEVICE):
             request_cpu_devices(max(arguments.devices))
         command = shlex.join(["python", "-m", "rlring.bench", *(sys.argv[1:] if argv is None else argv)])

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import NoReturn
 
+from rlring.errors import UsageError
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
@@ -27,6 +29,12 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def check_json(path: Path | None) -> None:
+    """Raises UsageError, before the long work, where write_json() could not write."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UsageError(f"--json {path}: there is no folder {path.parent}. Make it first.")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rlring.cli import Parser, count, version, write_json
+from rlring.cli import Parser, check_json, count, version, write_json
 from rlring.errors import UsageError
 from rlring.language_model import PRESETS, Training, preset
 from rlring.mesh import make_mesh
@@ -164,12 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def check_json(path: Path | None) -> None:
-    """Raises UsageError, before the long work, where publish() could not write."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UsageError(f"--json {path}: there is no folder {path.parent}. Make it first.")
 
 
 def publish(plans: Sequence[Plan], command: Sequence[str], path: Path | None) -> None:
