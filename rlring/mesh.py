@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax._src import distributed  # the only place that knows how many processes there are without starting a backend
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
@@ -13,6 +14,10 @@ from rlring.errors import UsageError
 
 AXES = ("data", "ring", "ulysses")
 SEQUENCE_AXES = ("ring", "ulysses")  # ulysses innermost: it wants the fast links
+
+# TPU whose slices of more than 4 x 4 chips send asynchronously along straight lines of 1, 2 or 4 chips only, not back
+# over the whole side: with the mesh that JAX makes, no hop of a ring was hidden there (compiled with libtpu 0.0.52).
+_STRAIGHT_ONLY = ("TPU v5 lite", "TPU v5e")
 
 _CPU_FLAGS = {
     # A virtual CPU device that is busy with a long hop looks stuck to XLA, which aborts the process after 40 s.
@@ -47,9 +52,56 @@ def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequen
             f"the first JAX computation: rlring.request_cpu_devices({wanted}), or JAX_NUM_CPU_DEVICES={wanted} in the "
             "environment."
         )
-    # Neighbours of an axis are neighbours on the torus of a TPU. jax.make_mesh would refuse a ring of half a side.
-    ordered = mesh_utils.create_device_mesh(sizes, devices[:wanted], allow_split_physical_axes=True)
+    devices = devices[:wanted]
+    ordered = _straight_rings(devices, sizes) if devices[0].device_kind in _STRAIGHT_ONLY else None
+    if ordered is None:
+        # Neighbours of an axis are neighbours on the torus of a TPU. jax.make_mesh would refuse a ring of half a side.
+        ordered = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _straight_rings(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> np.ndarray | None:
+    """Returns the devices of a flat slice [data, ring, ulysses] so that every hop of a ring is a straight line.
+
+    The devices of `ulysses` are a box, as square as can be; boxes are the places of a ring, which goes around a
+    rectangle of them: each hop, the last one too, leads to the next box. None where no rectangles fit, or the devices
+    are not a whole rectangle themselves.
+    """
+    places = {tuple(device.coords): device for device in devices}
+    sides = tuple(1 + max(place[axis] for place in places) for axis in range(3))
+    if sides[2] != 1 or len(places) != sides[0] * sides[1]:
+        return None
+    _, ring, ulysses = sizes
+    fits = [
+        (box, rectangle)
+        for box in _rectangles(ulysses, sides[:2])
+        for rectangle in _rectangles(ring, (sides[0] // box[0], sides[1] // box[1]))
+        if ring <= 2 or min(rectangle) > 1  # a line of three has no way back from its end
+    ]
+    if not fits:
+        return None
+    (box_x, box_y), (ring_x, ring_y) = min(fits, key=lambda fit: (max(fit[0]), max(fit[1])))
+    grid = np.array([[places[x, y, 0] for y in range(sides[1])] for x in range(sides[0])])
+    split = grid.reshape(-1, ring_x, box_x, sides[1] // (ring_y * box_y), ring_y, box_y)
+    return split.transpose(0, 3, 1, 4, 2, 5).reshape(sizes)[:, _around(ring_x, ring_y)]
+
+
+def _rectangles(area: int, sides: tuple[int, int]) -> list[tuple[int, int]]:
+    """Returns the rectangles (x, y) of this area that tile one with these sides."""
+    found = [(x, area // x) for x in range(1, area + 1) if area % x == 0]
+    return [(x, y) for x, y in found if sides[0] % x == 0 and sides[1] % y == 0]
+
+
+def _around(x: int, y: int) -> list[int]:
+    """Returns the cells i * y + j of an x by y rectangle, an even number, as a walk from neighbour to neighbour.
+
+    It ends next to where it began.
+    """
+    cells = np.arange(x * y).reshape(x, y)
+    if x % 2:
+        cells = cells.T
+    there = [cell for i, row in enumerate(cells[:, 1:]) for cell in (row if i % 2 == 0 else row[::-1])]
+    return [cells[0, 0], *there, *cells[:0:-1, 0]]
 
 
 def join_cluster(

@@ -45,6 +45,7 @@ QUICK = (
     Case("v5e:4x4", "all_gather", 16),
     Case("v5e:4x4", "ulysses", 1, 16),
     Case("v5e:4x4", "hybrid", 4, 4),
+    Case("v5e:4x8", "hybrid", 8, 4),  # the smallest on which the order of the devices decides
     Case("v4:2x2x4", "ring", 8, data=2),
     Case("v6e:4x4", "ring", 16, kernel="splash"),
 )
@@ -54,6 +55,7 @@ SLOW = (
     *(Case(name, scheme, 16, 4) for name in ("v4:4x4x4", "v5p:4x4x4") for scheme in ("hybrid", "all_gather")),
     *(Case(name, "hybrid", 8, 8) for name in ("v5e:8x8", "v6e:8x8")),
     *(Case(name, "ulysses", 1, 16, data=4) for name in ("v4:4x4x4", "v5e:8x8", "v5p:4x4x4", "v6e:8x8")),
+    Case("v5e:8x8", "ring", 8, data=8),
     *(Case(name, "ring", 256) for name in ("v5e:16x16", "v6e:16x16")),
     *(Case(name, "ring", 1024) for name in ("v4:8x8x16", "v5p:8x8x16")),
     *(Case(name, "hybrid", 128, 8) for name in ("v4:8x8x16", "v5p:8x8x16")),
