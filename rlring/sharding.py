@@ -8,6 +8,7 @@ A dimension is split only evenly, and few dimensions of a model divide by 1,024 
 their prime factors, and those are shared out among the dimensions of a weight.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -22,13 +23,15 @@ from rlring.mesh import SEQUENCE_AXES
 
 TOKENS = P("data", SEQUENCE_AXES)  # of [B, T, ...]: rows over "data", the sequence over the other axes
 GATHERED = "gathered_weights"  # a name by which remat policies do not keep them
-SMALLEST_SPLIT = 2**16  # numbers of a weight outside of the blocks; a smaller one costs more to gather than to keep
+SMALLEST_SPLIT = 2**16  # numbers of a weight; of those outside of the blocks a smaller one is not worth gathering
 STACKED = "blocks"  # the attribute of a model whose weights are those of all layers, first dimension the layer
 
 
 def weight_sharding(shape: tuple[int, ...], mesh: Mesh, *, is_stacked: bool = False) -> NamedSharding:
     """Returns where a weight lives: split over as many devices of the mesh as its dimensions divide by.
 
+    Small ones that do not divide by all of them are whole everywhere: a sum over some of the devices may be more than
+    their links can route (TPU v5e), or slower than one over all.
     is_stacked: the first dimension is the layer, which is not split. If one dimension divides by all devices it alone
     is split, so that gradients are scattered in one go.
     """
@@ -46,6 +49,9 @@ def weight_sharding(shape: tuple[int, ...], mesh: Mesh, *, is_stacked: bool = Fa
         if dimension is not None:
             split[dimension].append(name)
             left[dimension] //= factor
+    is_split_over_all = sum(map(len, split)) == len(factors)
+    if not is_split_over_all and math.prod(shape[first:]) < SMALLEST_SPLIT:
+        return NamedSharding(parts, P())
     return NamedSharding(parts, P(*(tuple(names) or None for names in split)))
 
 

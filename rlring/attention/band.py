@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from rlring.attention.blocks import Blocks, Visits, by_rows, joined, pad, pick
-from rlring.attention.blockwise import _gradients, _next, _softmax_over, _visible
+from rlring.attention.blocks import Blocks, Visits, by_rows, pad, pick, put
+from rlring.attention.blockwise import _gradients, _next, _Running, _softmax_over, _visible
 from rlring.attention.local import Gradients
 from rlring.attention.mask import Bounds, Mask
-from rlring.attention.softmax import Partial, finite_lse
+from rlring.attention.softmax import Partial, finite_lse, nothing
 
 
 def forward(
@@ -59,13 +59,23 @@ class _Band(NamedTuple):
     def length(self) -> int:
         return self.tiles * self.tile
 
-    def at(self, x: Array, tile, dimension: int) -> Array:
-        """Returns the chunk that begins with this tile; those past the last are the first again."""
-        return lax.dynamic_slice_in_dim(x, tile * self.tile, self.chunk * self.tile, dimension)
+    @property
+    def size(self) -> int:
+        """Returns the tokens of a chunk."""
+        return self.chunk * self.tile
 
-    def around(self, x: Array, dimension: int) -> Array:
-        """Returns x with its first chunk once more behind the last."""
-        return jnp.concatenate([x, lax.slice_in_dim(x, 0, self.chunk * self.tile, axis=dimension)], dimension)
+    def at(self, x: Array, tile, dimension: int) -> Array:
+        """Returns the chunk that begins with this tile; the last tile is followed by the first."""
+        start = tile * self.tile
+
+        def around(x: Array) -> Array:
+            return jnp.take(x, (start + jnp.arange(self.size)) % self.length, dimension)
+
+        def straight(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, start, self.size, dimension)
+
+        # Few chunks go around. With what follows the last tile put there, all would be slices, of a copy of it all.
+        return lax.cond(tile + self.chunk <= self.tiles, straight, around, x)
 
     def cut(self, x: Array) -> Array:
         """Returns a chunk [R, G, C * tile, ...] as tiles [R * C, G * tile, ...]."""
@@ -81,8 +91,13 @@ class _Band(NamedTuple):
 
     def mask(self, mask: Mask, q_tile, k_tile) -> Mask:
         """Returns the mask of a chunk's tiles, in pairs."""
-        size = self.chunk * self.tile
-        block = mask.block(q_tile * self.tile, size, k_tile * self.tile, size)
+        block = replace(
+            mask,
+            q_position=self.at(mask.q_position, q_tile, 1),
+            q_segment=self.at(mask.q_segment, q_tile, 1),
+            k_position=self.at(mask.k_position, k_tile, 1),
+            k_segment=self.at(mask.k_segment, k_tile, 1),
+        )
         return jax.tree.map(lambda x: x.reshape(-1, self.tile), block)
 
     def visits(self, tile, seen, whole) -> Visits:
@@ -99,10 +114,8 @@ def _forward_rows(q, k, v, mask: Mask, *, band: _Band) -> Partial:
     (group, q_length), length = q.shape[1:3], band.length
     q, k, v, mask = pad(q, 2, length), pad(k, 1, length), pad(v, 1, length), mask.padded(length, length)
     q_bounds, k_bounds = mask.q_bounds(band.tile), mask.k_bounds(band.tile)
-    k, v = band.around(k, 1), band.around(v, 1)
-    mask = replace(mask, k_position=band.around(mask.k_position, 1), k_segment=band.around(mask.k_segment, 1))
 
-    def attend_from(i):
+    def attend_from(i, total: Partial) -> Partial:
         tile = i * band.chunk
         q_tiles = band.cut(band.at(q, tile, 2))
 
@@ -114,21 +127,20 @@ def _forward_rows(q, k, v, mask: Mask, *, band: _Band) -> Partial:
 
         own = _pairs(pick(q_bounds, i, band.chunk), 2), _pairs(k_bounds, 1)
         plan = band.visits(tile, mask.may_see(*own), mask.sees_all(*own))
-        here = _softmax_over(plan, attend_to, q_tiles).finish(1)
-        return Partial(*(band.uncut(x[:, 0], group) for x in here))
+        here = _softmax_over(plan, attend_to, _Running.start(q_tiles)).finish(1)
+        return jax.tree.map(lambda x, part: put(x, band.uncut(part[:, 0], group), i, 2), total, here)
 
-    parts = lax.map(attend_from, jnp.arange(band.tiles // band.chunk, dtype=jnp.int32))
-    return Partial(*(joined(part, 2)[:, :, :q_length] for part in parts))
+    total = lax.fori_loop(0, band.tiles // band.chunk, attend_from, nothing(q))
+    return jax.tree.map(lambda x: x[:, :, :q_length], total)
 
 
 def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, band: _Band) -> Gradients:
     (group, q_length), k_length, length = q.shape[1:3], k.shape[1], band.length
     k, v, mask = pad(k, 1, length), pad(v, 1, length), mask.padded(length, length)
-    q, lse, delta, d_out = (band.around(pad(x, 2, length), 2) for x in (q, lse, delta, d_out))
+    q, lse, delta, d_out = (pad(x, 2, length) for x in (q, lse, delta, d_out))
     q_bounds, k_bounds = mask.q_bounds(band.tile), mask.k_bounds(band.tile)
-    mask = replace(mask, q_position=band.around(mask.q_position, 1), q_segment=band.around(mask.q_segment, 1))
 
-    def gradients_of(dq, j):
+    def gradients_of(j, total):
         tile = j * band.chunk
         k_tiles, v_tiles = (band.cut(band.at(x, tile, 1)[:, None]) for x in (k, v))
 
@@ -138,21 +150,21 @@ def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, band: _Band) -> Gr
             q_tiles, *rest = (band.cut(band.at(x, place, 2)) for x in (q, lse, delta, d_out))
             dq, dk, dv = gradients
             dq_more, dk_more, dv_more = _gradients(q_tiles, k_tiles, v_tiles, visible, *rest)
-            dq_chunk = band.at(dq, place, 2) + band.uncut(dq_more, group)
+            dq_chunk = lax.dynamic_slice_in_dim(dq, place * band.tile, band.size, 2) + band.uncut(dq_more, group)
             return lax.dynamic_update_slice_in_dim(dq, dq_chunk, place * band.tile, 2), dk + dk_more, dv + dv_more
 
         own = _pairs(q_bounds, 1), _pairs(pick(k_bounds, j, band.chunk), 2)
         plan = band.visits(tile, mask.may_see(*own), mask.sees_all(*own))
         zero = jnp.zeros(k_tiles.mT.shape, jnp.float32)
-        dq, dk, dv = plan.walk(add_from, (dq, zero, zero))
-        return dq, tuple(band.uncut(x.mT, 1)[:, 0] for x in (dk, dv))
+        dq, dk, dv = plan.walk(add_from, (total.dq, zero, zero))
+        dk, dv = (put(x, band.uncut(part.mT, 1)[:, 0], j, 1) for x, part in ((total.dk, dk), (total.dv, dv)))
+        return Gradients(dq, dk, dv)
 
-    chunks = jnp.arange(band.tiles // band.chunk, dtype=jnp.int32)
-    dq, parts = lax.scan(gradients_of, jnp.zeros(q.shape, jnp.float32), chunks)
-    dk, dv = (joined(part, 1)[:, :k_length] for part in parts)
-    # What fell on the chunk that stands twice, behind the last, belongs to the first.
-    dq = dq[:, :, :length].at[:, :, : band.chunk * band.tile].add(dq[:, :, length:])
-    return Gradients(dq[:, :, :q_length], dk, dv)
+    # With one more chunk of dq: what falls behind the last belongs to the first.
+    zero = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (pad(q, 2, length + band.size), k, v)))
+    dq, dk, dv = lax.fori_loop(0, band.tiles // band.chunk, gradients_of, zero)
+    dq = dq[:, :, :length].at[:, :, : band.size].add(dq[:, :, length:])
+    return Gradients(dq[:, :, :q_length], dk[:, :k_length], dv[:, :k_length])
 
 
 def _pairs(bounds: Bounds, dimension: int) -> Bounds:

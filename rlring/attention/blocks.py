@@ -108,6 +108,11 @@ def take(x: Array, block, size: int, dimension: int) -> Array:
     return lax.dynamic_slice_in_dim(x, block * size, size, dimension)
 
 
+def put(x: Array, part: Array, block, dimension: int) -> Array:
+    """Returns x with this block of it: in place, in a loop, where parts stacked and joined would be one more copy."""
+    return lax.dynamic_update_slice_in_dim(x, part, block * part.shape[dimension], dimension)
+
+
 def joined(parts: Array, dimension: int) -> Array:
     """Returns [blocks, ..., size, ...] as [..., blocks * size, ...]."""
     moved = jnp.moveaxis(parts, 0, dimension)

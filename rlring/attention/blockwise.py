@@ -8,14 +8,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
-from rlring.attention.blocks import Blocks, Visits, by_rows, joined, pad, pick, take, visits
+from rlring.attention.blocks import Blocks, Visits, by_rows, pad, pick, put, take, visits
 from rlring.attention.local import Gradients
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, finite_lse
+from rlring.attention.softmax import Partial, finite_lse, nothing
 
 MOST = 1e19  # of a sum of exponentials, in float32
 
@@ -28,20 +29,25 @@ class BlockwiseKernel(NamedTuple):
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         return jnp.promote_types(dtype, jnp.float32)
 
-    def forward(self, q, k, v, mask: Mask) -> Partial:
-        return forward(q, k, v, mask, self.blocks)
+    def forward(self, q, k, v, mask: Mask, before: Partial | None = None) -> Partial:
+        return forward(q, k, v, mask, self.blocks, before)
 
     def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
         return backward(q, k, v, mask, out, lse, d_out, self.blocks)
 
 
 def forward(
-    q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask, blocks: Blocks
+    q: Float[Array, "R G T H"],
+    k: Float[Array, "R S H"],
+    v: Float[Array, "R S H"],
+    mask: Mask,
+    blocks: Blocks,
+    before: Partial | None = None,
 ) -> Partial:
     """Kernel.forward."""
     blocks = blocks.fit(q, k)
     attend = partial(_forward_rows, blocks=blocks)
-    return by_rows(attend, blocks.rows(*q.shape[:2]), (q, k, v, mask.repeated(q.shape[0] // mask.rows)))
+    return by_rows(attend, blocks.rows(*q.shape[:2]), (q, k, v, mask.repeated(q.shape[0] // mask.rows), before))
 
 
 def backward(
@@ -63,24 +69,30 @@ def backward(
     return by_rows(differentiate, blocks.rows(*q.shape[:2]), (q, k, v, mask, finite_lse(lse), delta, d_out))
 
 
-def _forward_rows(q, k, v, mask: Mask, *, blocks: Blocks) -> Partial:
+def _forward_rows(q, k, v, mask: Mask, before: Partial | None, *, blocks: Blocks) -> Partial:
     length, group = q.shape[2], q.shape[1]
-    if length <= blocks.q and k.shape[1] <= blocks.k:
-        return _first(_flat(q), k, v, _visible(mask, group)).finish(group)  # short: faster without any loop
+    if length <= blocks.q and k.shape[1] <= blocks.k:  # short: faster without any loop
+        visible = _visible(mask, group)
+        if before is None:
+            return _first(_flat(q), k, v, visible).finish(group)
+        return _next(_Running.after(before), _flat(q), k, v, visible).finish(group)
     q, k, v, mask = blocks.padded(q, k, v, mask)
+    before = nothing(q) if before is None else jax.tree.map(lambda x: pad(x, 2, q.shape[2]), before)
     q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
 
-    def attend_from(i):
+    def attend_from(i, total: Partial) -> Partial:
         q_block = _flat(take(q, i, blocks.q, 2))
 
         def attend_to(j, running, *, add=_next, is_masked=False):
             visible = _visible(blocks.mask(mask, i, j), group) if is_masked else None
             return add(running, q_block, take(k, j, blocks.k, 1), take(v, j, blocks.k, 1), visible)
 
-        return _softmax_over(visits(mask, pick(q_bounds, i), k_bounds), attend_to, q_block).finish(group)
+        start = _Running.after(jax.tree.map(lambda x: take(x, i, blocks.q, 2), total))
+        here = _softmax_over(visits(mask, pick(q_bounds, i), k_bounds), attend_to, start).finish(group)
+        return jax.tree.map(lambda x, part: put(x, part, i, 2), total, here)
 
-    parts = lax.map(attend_from, jnp.arange(q.shape[2] // blocks.q))
-    return Partial(*(joined(part, 2)[:, :, :length] for part in parts))
+    total = lax.fori_loop(0, q.shape[2] // blocks.q, attend_from, before)
+    return jax.tree.map(lambda x: x[:, :, :length], total)
 
 
 def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, blocks: Blocks) -> Gradients:
@@ -93,7 +105,7 @@ def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, blocks: Blocks) ->
     lse, delta, d_out = (pad(x, 2, q.shape[2]) for x in (lse, delta, d_out))
     q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
 
-    def gradients_of(dq, j):
+    def gradients_of(j, total: Gradients) -> Gradients:
         k_block, v_block = take(k, j, blocks.k, 1), take(v, j, blocks.k, 1)
 
         def add_from(i, gradients, *, is_masked):
@@ -102,17 +114,16 @@ def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, blocks: Blocks) ->
             dq, dk, dv = gradients
             dq_more, dk_more, dv_more = _gradients(q_block, k_block, v_block, visible, *rest)
             dq_block = take(dq, i, blocks.q, 2)
-            dq_block += dq_more.reshape(dq_block.shape)
-            return lax.dynamic_update_slice_in_dim(dq, dq_block, i * blocks.q, 2), dk + dk_more, dv + dv_more
+            return put(dq, dq_block + dq_more.reshape(dq_block.shape), i, 2), dk + dk_more, dv + dv_more
 
         zero = jnp.zeros(k_block.mT.shape, jnp.float32)
         plan = visits(mask, q_bounds, pick(k_bounds, j))
-        dq, dk, dv = plan.walk(add_from, (dq, zero, zero))
-        return dq, (dk.mT, dv.mT)
+        dq, dk, dv = plan.walk(add_from, (total.dq, zero, zero))
+        return Gradients(dq, put(total.dk, dk.mT, j, 1), put(total.dv, dv.mT, j, 1))
 
-    dq, parts = lax.scan(gradients_of, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[1] // blocks.k))
-    dk, dv = (joined(part, 1)[:, :k_length] for part in parts)
-    return Gradients(dq[:, :, :q_length], dk, dv)
+    zero = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
+    dq, dk, dv = lax.fori_loop(0, k.shape[1] // blocks.k, gradients_of, zero)
+    return Gradients(dq[:, :, :q_length], dk[:, :k_length], dv[:, :k_length])
 
 
 # One block. Its queries are flat, Q = G * T of them for each key/value head: one matrix product a row.
@@ -130,6 +141,12 @@ class _Running(NamedTuple):
         zero = jnp.zeros(q.shape, jnp.float32)
         return cls(jnp.full_like(zero[..., 0], -jnp.inf), zero[..., 0], zero)
 
+    @classmethod
+    def after(cls, before: Partial) -> "_Running":
+        """Returns where attention over other keys has come to: relative to their lse the exponentials add up to 1."""
+        out, lse = (_flat(x) for x in before)
+        return cls(lse / _scale(out), jnp.where(lse == -jnp.inf, 0.0, 1.0), out)
+
     def is_in_range(self) -> Bool[Array, ""]:
         """Returns whether no sum came near the end of the numbers."""
         return (self.total.max() < MOST) & jnp.isfinite(self.out).all()
@@ -140,10 +157,11 @@ class _Running(NamedTuple):
         return Partial(*(x.reshape(x.shape[0], group, -1, *x.shape[2:]) for x in (out, lse)))
 
 
-def _softmax_over(plan: Visits, attend_to: Callable, q: Float[Array, "R Q H"]) -> _Running:
+def _softmax_over(plan: Visits, attend_to: Callable, start: _Running) -> _Running:
     """Returns the softmax after attend_to(block, running, add=..., is_masked=...) at every block that is seen."""
-    first = jnp.minimum(plan.whole, 1)
-    known = plan.visit(0, first, attend_to, _Running.start(q))
+    # One block tells how great the scores are, unless it is known.
+    first = jnp.where(jnp.isfinite(start.top).all(), 0, jnp.minimum(plan.whole, 1))
+    known = plan.visit(0, first, attend_to, start)
     fast = plan.visit(first, plan.whole, partial(attend_to, add=_next_in_range), known)
     safe = partial(plan.visit, first, plan.whole, attend_to, known)
     running = lax.cond(fast.is_in_range(), lambda: fast, safe)

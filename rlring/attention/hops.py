@@ -1,6 +1,6 @@
 """A ring without its links: what its devices compute, hop by hop, one device after the other on a single one.
 
-For measuring what cutting attention into hops costs: the same kernel calls and merges as ring_attention's, and nothing
+For measuring what cutting attention into hops costs: the same kernel calls as ring_attention's, and nothing
 sent. Not a scheme: on one device nothing is gained by it.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from rlring.attention.local import Gradients, Kernel, named_for_remat
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, merge
+from rlring.attention.softmax import Partial
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -80,7 +80,7 @@ def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
 
             def attend(total: Partial) -> Partial:
                 here = _shard(k, source, k_size, 1), _shard(v, source, k_size, 1)
-                return merge(total, kernel.forward(q_r, *here, seen))
+                return kernel.forward(q_r, *here, seen, total)
 
             return lax.cond(_sees(seen), attend, lambda total: total, total)
 

@@ -37,11 +37,16 @@ class Kernel(Protocol):
         ...
 
     def forward(
-        self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask
+        self,
+        q: Float[Array, "R G T H"],
+        k: Float[Array, "R S H"],
+        v: Float[Array, "R S H"],
+        mask: Mask,
+        before: Partial | None = None,
     ) -> Partial:
         """Returns attention of q over these keys, and its lse; queries that see nothing have out 0 and lse -inf.
 
-        The mask has B rows, R a multiple of B.
+        before: attention over other keys, to go on from. The mask has B rows, R a multiple of B.
         """
         ...
 

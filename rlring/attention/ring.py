@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention.local import Gradients, Kernel, as_computed, named_for_remat, tie_to_data
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, merge
+from rlring.attention.softmax import Partial
 from rlring.mesh import AXES
 
 # The hops of a longer ring are a loop: the program must not grow with the cluster. Not those of a shorter one: XLA on
@@ -73,19 +73,20 @@ def _forward(q, k, v, mask, axis, kernel) -> Partial:
 
     def ring(hops: int) -> Partial:
         def hop(state, is_last=False):
-            total, parcel = state
-            arriving = None if is_last else _shift(parcel, axis)
+            total, packed = state
+            arriving = None if is_last else _sent(packed, axis, 1)
+            parcel = _unpacked(packed, home)  # and sent on as it came
             hop_mask = parcel.mask(mask)
 
             def attend(total: Partial) -> Partial:
-                return merge(total, kernel.forward(q, parcel.k, parcel.v, hop_mask))
+                return kernel.forward(q, parcel.k, parcel.v, hop_mask, total)
 
-            # Adding up inside of the branch makes every hop wait for the one before: side by side each would hold its
+            # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its
             # own out.
             return _in_turn((lax.cond(_sees(hop_mask), attend, lambda total: total, total), arriving))
 
         home = _Parcel(k, v, mask.k_position, mask.k_segment)
-        arriving = _shift(home, axis) if hops else None
+        arriving = _sent(_packed(home), axis, 1) if hops else None
         total = kernel.forward(q, k, v, mask)
         if hops:
             total, _ = hop(_repeat(hop, hops - 1, _in_turn((total, arriving))), is_last=True)
@@ -200,25 +201,37 @@ def _repeat(step, times: int, state):
     return lax.platform_dependent(state, tpu=loop, default=unrolled)
 
 
-def _shift(tree, axis: str, step: int = 1):
-    """Returns the tree that the device `step` before this one on the ring holds, in one collective.
+def _shift(tree, axis: str, step: int):
+    """Returns the tree that the device `step` before this one on the ring holds, in one collective."""
+    return _unpacked(_sent(_packed(tree), axis, step), tree) if jax.tree.leaves(tree) else tree
 
-    The arrays travel as the bits of one buffer of integers, which no backend rounds, flushes or canonicalises.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    if not leaves:
-        return tree
-    unit = jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in leaves)}")
-    words = [_words(x, unit) for x in leaves]
-    flat = jnp.concatenate([word.reshape(-1) for one in words for word in one])
+
+def _sent(x: Array, axis: str, step: int) -> Array:
     devices = lax.axis_size(axis)
-    arrived = lax.ppermute(flat, axis, [(r, (r + step) % devices) for r in range(devices)])
+    return lax.ppermute(x, axis, [(r, (r + step) % devices) for r in range(devices)])
+
+
+def _packed(tree) -> Array:
+    """Returns the bits of all arrays as one buffer of integers, which no backend rounds, flushes or canonicalises."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.concatenate([word.reshape(-1) for x in leaves for word in _words(x, _unit(leaves))])
+
+
+def _unpacked(packed: Array, like):
+    """Returns the inverse of _packed for arrays like these."""
+    leaves, structure = jax.tree.flatten(like)
     unpacked, start = [], 0
-    for x, one in zip(leaves, words, strict=True):
-        parts = [lax.slice_in_dim(arrived, start + i * x.size, start + (i + 1) * x.size) for i in range(len(one))]
-        unpacked.append(_of_words([part.reshape(x.shape) for part in parts], x.dtype))
-        start += len(one) * x.size
+    for x in leaves:
+        stops = range(start + x.size, start + x.nbytes // packed.itemsize + 1, x.size)
+        words = [lax.slice_in_dim(packed, stop - x.size, stop).reshape(x.shape) for stop in stops]
+        unpacked.append(_of_words(words, x.dtype))
+        start = stops[-1]
     return jax.tree.unflatten(structure, unpacked)
+
+
+def _unit(leaves: list[Array]) -> jnp.dtype:
+    """Returns the widest integers of which all arrays are whole multiples."""
+    return jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in leaves)}")
 
 
 def _words(x: Array, unit: jnp.dtype) -> list[Array]:

@@ -6,7 +6,8 @@ head. So the keys fall into two parts, each of which is a dense problem for bloc
     near   all keys in their order, seen through a band along the diagonal: tiles outside of the band are not visited
     far    the strided keys of each head, gathered once into a sequence that is shorter by the stride, and seen causally
 
-A key that is both belongs to near, so the parts are disjoint: their outs merge by lse, and their gradients add up.
+A key that is both belongs to near, so the parts are disjoint: the softmax over near goes on over far, and their
+gradients add up.
 That is the paper's MergeQ: a tile of queries holds as many sparsity blocks as fit, what it visits is the union of what
 they see, a mask per entry does the rest, and each key is gathered once for all tiles of its head.
 """
@@ -25,7 +26,7 @@ from rlring.attention import band, blockwise
 from rlring.attention.blocks import Blocks
 from rlring.attention.local import Gradients, as_computed, named_for_remat, tie_to_data
 from rlring.attention.mask import NOWHERE, Bounds, Mask
-from rlring.attention.softmax import Partial, merge, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.softmax import Partial, rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.attention.ulysses import ulysses_attention
 from rlring.errors import UsageError
 
@@ -164,7 +165,7 @@ def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
     def add(chunk, total: Partial) -> Partial:
         keys = far.keys(chunk)
         seen = far.mask(mask, keys, pattern)
-        return merge(total, blockwise.forward(q, keys.take(k), keys.take(v), seen, far_blocks))
+        return blockwise.forward(q, keys.take(k), keys.take(v), seen, far_blocks, total)
 
     return lax.fori_loop(0, far.chunks, add, near)
 

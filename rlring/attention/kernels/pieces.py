@@ -19,16 +19,18 @@ def forward_by_pieces(
     k: Float[Array, "R S H"],
     v: Float[Array, "R S H"],
     mask: Mask,
+    before: Partial | None,
     length: int,
 ) -> Partial:
-    """Returns forward(k, v, mask) of each `length` keys, merged."""
+    """Returns forward(k, v, mask) of each `length` keys, merged, and with what was before."""
     if k.shape[1] <= length:
-        return forward(k, v, mask)
+        here = forward(k, v, mask)
+        return here if before is None else merge(before, here)
 
     def add(total: Partial, piece) -> tuple[Partial, None]:
         return merge(total, forward(*piece)), None
 
-    return lax.scan(add, nothing(q), _cut(k, v, mask, length))[0]
+    return lax.scan(add, nothing(q) if before is None else before, _cut(k, v, mask, length))[0]
 
 
 def backward_by_pieces(

@@ -85,12 +85,12 @@ class RectangleKernel(NamedTuple):
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so
 
-    def forward(self, q, k, v, mask: Mask) -> Partial:
+    def forward(self, q, k, v, mask: Mask, before: Partial | None = None) -> Partial:
         def attend(k, v, mask: Mask) -> Partial:
             branches = [_forward(self.tile, shape) for shape in SHAPES]
             return lax.switch(shape_of(mask), [*branches, self.fallback.forward], q, k, v, mask)
 
-        return forward_by_pieces(attend, q, k, v, mask, _piece(q, k))
+        return forward_by_pieces(attend, q, k, v, mask, before, _piece(q, k))
 
     def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
         def differentiate(k, v, mask: Mask) -> Gradients:

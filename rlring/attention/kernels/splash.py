@@ -45,14 +45,14 @@ class SplashKernel(NamedTuple):
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so
 
-    def forward(self, q, k, v, mask: Mask) -> Partial:
+    def forward(self, q, k, v, mask: Mask, before: Partial | None = None) -> Partial:
         def attend(k, v, mask: Mask) -> Partial:
             keys = _Keys.in_order(k, v, mask)
             one = partial(_forward, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
             out, lse = _by_sequence(one, mask.rows, (q, keys.k, keys.v), keys.seen())
             return Partial(out.reshape(q.shape).astype(jnp.float32), lse.reshape(q.shape[:3]))
 
-        return forward_by_pieces(attend, q, k, v, mask, LONGEST)
+        return forward_by_pieces(attend, q, k, v, mask, before, LONGEST)
 
     def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
         # FlashAttention-2, equation 4, as in blockwise.py.
