@@ -100,6 +100,7 @@ def test_another_config_does_not_touch_the_run(path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_it_learns(path):
     """Who takes any of the values so far is right in a third of the cases."""
     config = load(RecallConfig, CONFIG, ["mesh.ring=1"])

@@ -176,6 +176,20 @@ def test_the_longest_context_of_a_tpu():
     assert [row[9] for row in rows[-2:]] == ["yes", "no"]
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_widths_that_do_not_divide_by_a_tpu_whose_links_route_straight_on():
+    """The scales of norms, of 160 numbers, on 64 chips: no sum over half of them, which its compiler refuses."""
+    odd = (
+        "import rlring.plan as plan; from rlring import *; from rlring.language_model import LanguageModelConfig;"
+        "config = TransformerConfig(width=160, layers=2, heads=5, fsdp=True, remat='all', compute_type='bfloat16',"
+        "attention=AttentionConfig('ring'));"
+        "plan.preset = lambda name, **how: LanguageModelConfig(512, config)"
+    )
+    (row,) = rows_of_a_tpu("--topology", "v5e:8x8", "--tokens", "65536", program=odd)
+    assert row[9] == "yes"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

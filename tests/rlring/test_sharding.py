@@ -38,6 +38,15 @@ def test_parts(shape, is_stacked, part):
         assert len(starts) == 8  # no part is kept twice
 
 
+def test_a_small_weight_is_split_over_all_devices_or_none(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 21)
+    mesh = make_mesh(data=2, ring=2, ulysses=2)
+    for shape, part in (((20,), (20,)), ((16,), (2,)), ((44,), (11,))):
+        assert weight_sharding(shape, mesh).shard_shape(shape) == part
+        stacked = weight_sharding((100, *shape), mesh, is_stacked=True)
+        assert stacked.shard_shape((100, *shape)) == (100, *part)
+
+
 @pytest.mark.parametrize("devices", [1, 6, 7, 8])
 def test_any_number_of_devices(devices):
     mesh = make_mesh(ring=devices)
