@@ -87,7 +87,7 @@ class _Band(NamedTuple):
         """Returns the inverse of cut()."""
         rows, rest = x.shape[0] // self.chunk, x.shape[2:]
         tiles = x.reshape(rows, self.chunk, group, self.tile, *rest)
-        return jnp.moveaxis(tiles, 2, 1).reshape(rows, group, self.chunk * self.tile, *rest)
+        return jnp.moveaxis(tiles, 2, 1).reshape(rows, group, self.size, *rest)
 
     def mask(self, mask: Mask, q_tile, k_tile) -> Mask:
         """Returns the mask of a chunk's tiles, in pairs."""
@@ -127,7 +127,7 @@ def _forward_rows(q, k, v, mask: Mask, *, band: _Band) -> Partial:
 
         own = _pairs(pick(q_bounds, i, band.chunk), 2), _pairs(k_bounds, 1)
         plan = band.visits(tile, mask.may_see(*own), mask.sees_all(*own))
-        here = _softmax_over(plan, attend_to, _Running.start(q_tiles)).finish(1)
+        here = _softmax_over(plan, attend_to, _Running.after(nothing(q_tiles[:, None]))).finish(1)
         return jax.tree.map(lambda x, part: put(x, band.uncut(part[:, 0], group), i, 2), total, here)
 
     total = lax.fori_loop(0, band.tiles // band.chunk, attend_from, nothing(q))

@@ -137,11 +137,6 @@ class _Running(NamedTuple):
     out: Float32[Array, "R Q H"]
 
     @classmethod
-    def start(cls, q: Float[Array, "R Q H"]) -> "_Running":
-        zero = jnp.zeros(q.shape, jnp.float32)
-        return cls(jnp.full_like(zero[..., 0], -jnp.inf), zero[..., 0], zero)
-
-    @classmethod
     def after(cls, before: Partial) -> "_Running":
         """Returns where attention over other keys has come to: relative to their lse the exponentials add up to 1."""
         out, lse = (_flat(x) for x in before)

@@ -4,7 +4,6 @@ For measuring what cutting attention into hops costs: the same kernel calls as r
 sent. Not a scheme: on one device nothing is gained by it.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from rlring.attention.blocks import put, take
 from rlring.attention.local import Gradients, Kernel, named_for_remat
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial
@@ -40,20 +40,20 @@ def _attention_backward(ring, kernel, residuals, d_out):
     q_size, k_size = q.shape[2] // ring, k.shape[1] // ring
 
     def device(r, gradients: Gradients) -> Gradients:
-        mine = [_shard(x, r, q_size, 2) for x in (q, out, lse, d_out)]
+        mine = [take(x, r, q_size, 2) for x in (q, out, lse, d_out)]
 
         def hop(n, gradients: Gradients) -> Gradients:
             source = (r - n) % ring
-            here = _shard(k, source, k_size, 1), _shard(v, source, k_size, 1)
+            here = take(k, source, k_size, 1), take(v, source, k_size, 1)
             seen = _mask(mask, r, source, q_size, k_size)
             q_r, out_r, lse_r, d_out_r = mine
 
             def differentiate(gradients: Gradients) -> Gradients:
                 dq, dk, dv = kernel.backward(q_r, *here, seen, out_r, lse_r, d_out_r)
                 return Gradients(
-                    _add(gradients.dq, dq, r * q_size, 2),
-                    _add(gradients.dk, dk, source * k_size, 1),
-                    _add(gradients.dv, dv, source * k_size, 1),
+                    _add(gradients.dq, dq, r, 2),
+                    _add(gradients.dk, dk, source, 1),
+                    _add(gradients.dv, dv, source, 1),
                 )
 
             return lax.cond(_sees(seen), differentiate, lambda same: same, gradients)
@@ -72,19 +72,19 @@ def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
     q_size, k_size = q.shape[2] // ring, k.shape[1] // ring
 
     def device(r) -> Partial:
-        q_r = _shard(q, r, q_size, 2)
+        q_r = take(q, r, q_size, 2)
 
         def hop(n, total: Partial) -> Partial:
             source = (r - n) % ring
             seen = _mask(mask, r, source, q_size, k_size)
 
             def attend(total: Partial) -> Partial:
-                here = _shard(k, source, k_size, 1), _shard(v, source, k_size, 1)
+                here = take(k, source, k_size, 1), take(v, source, k_size, 1)
                 return kernel.forward(q_r, *here, seen, total)
 
             return lax.cond(_sees(seen), attend, lambda total: total, total)
 
-        home = _shard(k, r, k_size, 1), _shard(v, r, k_size, 1)
+        home = take(k, r, k_size, 1), take(v, r, k_size, 1)
         first = kernel.forward(q_r, *home, _mask(mask, r, r, q_size, k_size))
         return lax.fori_loop(1, ring, hop, first)
 
@@ -92,23 +92,12 @@ def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
     return Partial(*(jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]) for x in parts))
 
 
-def _shard(x: Array, device, size: int, dimension: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, device * size, size, dimension)
-
-
-def _add(x: Array, more: Array, start, dimension: int) -> Array:
-    here = lax.dynamic_slice_in_dim(x, start, more.shape[dimension], dimension)
-    return lax.dynamic_update_slice_in_dim(x, here + more, start, dimension)
+def _add(x: Array, more: Array, device, dimension: int) -> Array:
+    return put(x, take(x, device, more.shape[dimension], dimension) + more, device, dimension)
 
 
 def _mask(mask: Mask, q_device, k_device, q_size: int, k_size: int) -> Mask:
-    return replace(
-        mask,
-        q_position=_shard(mask.q_position, q_device, q_size, 1),
-        q_segment=_shard(mask.q_segment, q_device, q_size, 1),
-        k_position=_shard(mask.k_position, k_device, k_size, 1),
-        k_segment=_shard(mask.k_segment, k_device, k_size, 1),
-    )
+    return mask.block(q_device * q_size, q_size, k_device * k_size, k_size)
 
 
 def _sees(mask: Mask):

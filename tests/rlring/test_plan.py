@@ -153,16 +153,20 @@ def rows_of_a_tpu(*argv: str, program: str = "import rlring.plan as plan") -> li
     return [line.strip("| ").split(" | ") for line in ran.stdout.splitlines() if line.startswith("| 350m")]
 
 
+def with_model(width: int, heads: int, scheme: str) -> str:
+    """Returns a program in which every preset is this model of two layers."""
+    return (
+        "import rlring.plan as plan; from rlring import *; from rlring.language_model import LanguageModelConfig;"
+        f"config = TransformerConfig(width={width}, layers=2, heads={heads}, fsdp=True, remat='all',"
+        f"compute_type='bfloat16', attention=AttentionConfig('{scheme}'));"
+        "plan.preset = lambda name, **how: LanguageModelConfig(512, config)"
+    )
+
+
 @needs_libtpu
 def test_a_plan_for_a_tpu():
     """The whole training step of a model as large as nothing."""
-    tiny = (
-        "import rlring.plan as plan; from rlring import *; from rlring.language_model import LanguageModelConfig;"
-        "config = TransformerConfig(width=256, layers=2, heads=2, fsdp=True, remat='all', compute_type='bfloat16',"
-        "attention=AttentionConfig('hybrid'));"
-        "plan.preset = lambda name, **how: LanguageModelConfig(512, config)"
-    )
-    (row,) = rows_of_a_tpu("--topology", "v5e:2x4", "--tokens", "16384", program=tiny)
+    (row,) = rows_of_a_tpu("--topology", "v5e:2x4", "--tokens", "16384", program=with_model(256, 2, "hybrid"))
     assert row[1:6] == ["v5e:2x4", "1 x 8 x 1", "all", "16,384", "2,048"]
     assert 0 < float(row[7]) < 1
     assert row[9] == "yes"
@@ -180,13 +184,7 @@ def test_the_longest_context_of_a_tpu():
 @pytest.mark.slow
 def test_widths_that_do_not_divide_by_a_tpu_whose_links_route_straight_on():
     """The scales of norms, of 160 numbers, on 64 chips: no sum over half of them, which its compiler refuses."""
-    odd = (
-        "import rlring.plan as plan; from rlring import *; from rlring.language_model import LanguageModelConfig;"
-        "config = TransformerConfig(width=160, layers=2, heads=5, fsdp=True, remat='all', compute_type='bfloat16',"
-        "attention=AttentionConfig('ring'));"
-        "plan.preset = lambda name, **how: LanguageModelConfig(512, config)"
-    )
-    (row,) = rows_of_a_tpu("--topology", "v5e:8x8", "--tokens", "65536", program=odd)
+    (row,) = rows_of_a_tpu("--topology", "v5e:8x8", "--tokens", "65536", program=with_model(160, 5, "ring"))
     assert row[9] == "yes"
 
 
