@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from rlring.attention import Mask, SparsePattern
 from rlring.attention.blocks import pad
 from rlring.attention.decode import attend
-from rlring.attention.softmax import rows_of_queries, tokens_of_rows
 from rlring.errors import UsageError
 from rlring.mesh import SEQUENCE_AXES
 from rlring.sparse_cache import SparseSlots
@@ -187,8 +186,7 @@ class KVCache:
             key, value = (slots.put(x, new, now, shard) for x, new in zip(held, (k, v), strict=True))
             rows = (x.reshape(-1, *x.shape[2:]).astype(q.dtype) for x in (key, value))
             axes = () if mesh is None else slots.spec(mesh)[2] or ()
-            seen = attend(rows_of_queries(q, k.shape[2]), *rows, slots.after(now, shard).mask(now), axes)
-            return tokens_of_rows(seen.out, q.shape[0]).astype(q.dtype), (key, value)
+            return attend(q, *rows, slots.after(now, shard).mask(now), axes), (key, value)
 
         slots, held = self._slots(self.is_sparse[layer]), (self.key[layer], self.value[layer])
         return _on_shards(attend_here, slots, held, (q, k, v), now, mesh, returns=("tokens", "held"))

@@ -18,7 +18,6 @@ from rlring.attention.blocks import Blocks, default_block
 from rlring.attention.hops import attention_in_hops
 from rlring.attention.kernels import make_kernel, platform_of
 from rlring.attention.kernels.cudnn import unavailable
-from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.mesh import SEQUENCE_AXES, make_mesh
 
 EXACT = ("auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")  # all the same work: comparable
@@ -105,8 +104,7 @@ def hops_candidates(length: int, settings: Settings) -> list[Candidate]:
     )
 
     def forward(q, k, v, mask):
-        rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
-        return tokens_of_rows(attention_in_hops(*rows, mask, settings.hops, kernel), q.shape[0])
+        return attention_in_hops(q, k, v, mask, settings.hops, kernel)
 
     runs = _both(forward, _arrays(length, settings, zigzag_order(length, settings.hops)))
     return [Candidate(f"hops of a ring of {settings.hops}", 1, 1, 1, *runs)]

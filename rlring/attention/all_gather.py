@@ -16,13 +16,13 @@ from rlring.attention.mask import Mask
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def all_gather_attention(
-    q: Float[Array, "R G T H"],
-    k: Float[Array, "R S H"],
-    v: Float[Array, "R S H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
     axes: tuple[str, ...],
     kernel: Kernel,
-) -> Float[Array, "R G T H"]:
+) -> Float[Array, "B T N H"]:
     """Returns attention of this device's queries over the keys of every device of the mesh axes, in q's type.
 
     Runs inside shard_map; q, k, v and mask are this device's shards. The gathered keys are not kept for the backward.

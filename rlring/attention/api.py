@@ -17,7 +17,6 @@ from rlring.attention.kernels import KERNELS, make_kernel, platform_of
 from rlring.attention.local import local_attention
 from rlring.attention.mask import Mask
 from rlring.attention.ring import ring_attention
-from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.attention.sparse import SparsePattern, check_mask, sparse_attention
 from rlring.attention.ulysses import check_heads, ulysses_attention
 from rlring.errors import UsageError
@@ -109,8 +108,8 @@ def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
 
 @partial(jax.jit, static_argnames=("config", "platform", "axis"))
 def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, platform: str, axis: str | None = None):
-    by_rows = partial(_by_rows, config, platform)
-    one_device, ring = by_rows(local_attention), by_rows(ring_attention, "ring")
+    with_kernel = partial(_with_kernel, config, platform)
+    one_device, ring = with_kernel(local_attention), with_kernel(ring_attention, "ring")
     match config.scheme:
         case "dense":
             return dense_attention(q, k, v, mask)
@@ -119,7 +118,7 @@ def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, platform: str, ax
         case "ring":
             return ring(q, k, v, mask)
         case "all_gather":
-            return by_rows(all_gather_attention, SEQUENCE_AXES)(q, k, v, mask)
+            return with_kernel(all_gather_attention, SEQUENCE_AXES)(q, k, v, mask)
         case "ulysses":
             return ulysses_attention(q, k, v, mask, axis="ulysses", local=one_device)
         case "hybrid":  # USP, Fang and Zhao 2405.07719
@@ -130,15 +129,14 @@ def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, platform: str, ax
     raise AssertionError(config.scheme)
 
 
-def _by_rows(config: AttentionConfig, platform: str, scheme: Callable, *axes) -> Callable:
-    """Returns the scheme, which works on rows, as a function of tokens; axes: over which its sequence is split."""
+def _with_kernel(config: AttentionConfig, platform: str, scheme: Callable, *axes) -> Callable:
+    """Returns the scheme with the kernel that the config asks for; axes: over which its sequence is split."""
     blocks = _blocks(config, platform, is_split=bool(axes))
 
     def run(q, k, v, mask: Mask):
         fitting = blocks.within_halves(q.shape[1], k.shape[1]) if axes else blocks
-        compute = make_kernel(config.kernel, fitting, platform=platform, dtype=q.dtype, head_size=q.shape[3])
-        rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
-        return tokens_of_rows(scheme(*rows, mask, *axes, compute), q.shape[0])
+        kernel = make_kernel(config.kernel, fitting, platform=platform, dtype=q.dtype, head_size=q.shape[3])
+        return scheme(q, k, v, mask, *axes, kernel)
 
     return run
 

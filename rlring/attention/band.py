@@ -4,39 +4,21 @@ What a short window shows lies along the diagonal, in tiles too small for a prod
 far from the diagonal are one batched product. Exact for every mask, and fast where few such offsets are seen.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Float32
 
-from rlring.attention.blocks import Blocks, Visits, by_rows, pad, pick, put
-from rlring.attention.blockwise import _gradients, _next, _Running, _softmax_over, _visible
-from rlring.attention.local import Gradients
+from rlring.attention.blocks import Blocks, Visits, pad, pick
+from rlring.attention.blockwise import _gradients, _next, _Running, _softmax_over
+from rlring.attention.local import Gradients, delta_of
 from rlring.attention.mask import Bounds, Mask
+from rlring.attention.rows import Rows, Turns
 from rlring.attention.softmax import Partial, finite_lse, nothing
-
-
-def forward(
-    q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask, tile: int, scores: int
-) -> Partial:
-    """Kernel.forward; so many scores are held at once."""
-    band = _Band.of(q, k, tile, scores)
-    mask = mask.repeated(q.shape[0] // mask.rows)
-    return by_rows(partial(_forward_rows, band=band), band.rows, (q, k, v, mask))
-
-
-def backward(q, k, v, mask: Mask, out, lse, d_out, tile: int, scores: int) -> Gradients:
-    """Kernel.backward."""
-    band = _Band.of(q, k, tile, scores)
-    # FlashAttention-2, equation 4.
-    delta = jnp.einsum("rgth,rgth->rgt", out, d_out, preferred_element_type=jnp.float32)
-    mask = mask.repeated(q.shape[0] // mask.rows)
-    arrays = q, k, v, mask, finite_lse(lse), delta, d_out
-    return by_rows(partial(_backward_rows, band=band), band.rows, arrays)
 
 
 class _Band(NamedTuple):
@@ -44,16 +26,17 @@ class _Band(NamedTuple):
 
     tile: int  # tokens, of queries and of keys
     chunk: int  # tiles
-    rows: int  # of the batch, worked on at once
     tiles: int  # of the padded sequence: a multiple of the chunk
+    group: int  # query heads of a row
+    turns: Turns
 
     @classmethod
     def of(cls, q: Array, k: Array, tile: int, scores: int) -> "_Band":
-        rows, group, length, _ = q.shape
-        tiles = -(-max(length, k.shape[1]) // tile)
-        rows = Blocks(tile, tile, scores).rows(rows, group)
-        chunk = min(tiles, max(1, scores // (rows * group * tile * tile)))
-        return cls(tile, chunk, rows, -(-tiles // chunk) * chunk)
+        tiles = -(-max(q.shape[1], k.shape[1]) // tile)
+        turns = Blocks(tile, tile, scores).turns(q, k)
+        group = q.shape[2] // k.shape[2]
+        chunk = min(tiles, max(1, scores // (turns.rows * group * tile * tile)))
+        return cls(tile, chunk, -(-tiles // chunk) * chunk, group, turns)
 
     @property
     def length(self) -> int:
@@ -64,41 +47,75 @@ class _Band(NamedTuple):
         """Returns the tokens of a chunk."""
         return self.chunk * self.tile
 
-    def at(self, x: Array, tile, dimension: int) -> Array:
-        """Returns the chunk that begins with this tile; the last tile is followed by the first."""
+    @property
+    def chunks(self) -> int:
+        return self.tiles // self.chunk
+
+    def take(self, rows: Rows, x: Float[Array, "B T N H"], tile) -> Float[Array, "r*C G*tile H"]:
+        """Returns these rows of the chunk that begins with this tile, tile by tile."""
+        return self._cut(self._chunk(rows.take, x, tile, 1))
+
+    def take_numbers(self, rows: Rows, x: Float32[Array, "B N T"], tile) -> Float32[Array, "r*C G*tile"]:
+        """Returns what take() does, of arrays of one number a query."""
+        return self._cut(self._chunk(rows.take_numbers, x, tile, 2))
+
+    def uncut(self, x: Float32[Array, "r*C G*tile ..."]) -> Float32[Array, "r Q ..."]:
+        """Returns the rows of a chunk, from its tiles."""
+        _, queries, *rest = x.shape
+        tiles = x.reshape(-1, self.chunk, queries // self.tile, self.tile, *rest)
+        return jnp.moveaxis(tiles, 2, 1).reshape(tiles.shape[0], self.chunk * queries, *rest)
+
+    def add(self, rows: Rows, x: Float32[Array, "B T N H"], tiles: Float32[Array, "r*C Q H"], tile) -> Array:
+        """Returns x with what is found for the chunk that begins with this tile added to it."""
+        start, more = tile * self.tile, self.uncut(tiles)
+
+        def straight(x: Array) -> Array:
+            return rows.add(x, more, start)
+
+        def around(x: Array) -> Array:
+            tokens = (start + jnp.arange(self.size)) % self.length
+            chunk = rows.add(jnp.take(x, tokens, 1), more, 0)
+            return x.at[:, tokens].set(chunk, unique_indices=True)
+
+        # Loops of one step or none: what they go on with is not copied, as it is for branches.
+        goes_around = (tile + self.chunk > self.tiles).astype(jnp.int32)
+        x = lax.fori_loop(goes_around, 1, lambda _, x: straight(x), x)
+        return lax.fori_loop(0, goes_around, lambda _, x: around(x), x)
+
+    def visible(self, mask: Mask, q_tile, k_tile) -> Bool[Array, "r*C Q tile"]:
+        """Returns what the queries of a chunk's tiles see of the tiles of another, in pairs; the mask is the rows'."""
+
+        def tiles(x, tile):
+            chunk = self._chunk(lambda x, start, size: lax.dynamic_slice_in_dim(x, start, size, 1), x, tile, 1)
+            return chunk.reshape(-1, self.tile)
+
+        pairs = replace(
+            mask,
+            q_position=tiles(mask.q_position, q_tile),
+            q_segment=tiles(mask.q_segment, q_tile),
+            k_position=tiles(mask.k_position, k_tile),
+            k_segment=tiles(mask.k_segment, k_tile),
+        )
+        visible = pairs.visible().reshape(mask.rows, 1, self.chunk, 1, self.tile, self.tile)
+        heads = self.turns.rows // mask.rows
+        every = jnp.broadcast_to(visible, (mask.rows, heads, self.chunk, self.group, self.tile, self.tile))
+        return every.reshape(-1, self.group * self.tile, self.tile)
+
+    def _cut(self, x: Float32[Array, "r Q ..."]) -> Float32[Array, "r*C G*tile ..."]:
+        rows, queries, *rest = x.shape
+        tiles = x.reshape(rows, -1, self.chunk, self.tile, *rest)
+        return jnp.moveaxis(tiles, 1, 2).reshape(rows * self.chunk, queries // self.chunk, *rest)
+
+    def _chunk(self, take: Callable, x: Array, tile, dimension: int) -> Array:
+        """Returns take(x, start, size) of the chunk that begins with this tile; the first tile follows the last."""
         start = tile * self.tile
 
         def around(x: Array) -> Array:
-            return jnp.take(x, (start + jnp.arange(self.size)) % self.length, dimension)
-
-        def straight(x: Array) -> Array:
-            return lax.dynamic_slice_in_dim(x, start, self.size, dimension)
+            tokens = (start + jnp.arange(self.size)) % self.length
+            return take(jnp.take(x, tokens, dimension), 0, self.size)
 
         # Few chunks go around. With what follows the last tile put there, all would be slices, of a copy of it all.
-        return lax.cond(tile + self.chunk <= self.tiles, straight, around, x)
-
-    def cut(self, x: Array) -> Array:
-        """Returns a chunk [R, G, C * tile, ...] as tiles [R * C, G * tile, ...]."""
-        rows, group, _, *rest = x.shape
-        tiles = jnp.moveaxis(x.reshape(rows, group, self.chunk, self.tile, *rest), 1, 2)
-        return tiles.reshape(rows * self.chunk, group * self.tile, *rest)
-
-    def uncut(self, x: Array, group: int) -> Array:
-        """Returns the inverse of cut()."""
-        rows, rest = x.shape[0] // self.chunk, x.shape[2:]
-        tiles = x.reshape(rows, self.chunk, group, self.tile, *rest)
-        return jnp.moveaxis(tiles, 2, 1).reshape(rows, group, self.size, *rest)
-
-    def mask(self, mask: Mask, q_tile, k_tile) -> Mask:
-        """Returns the mask of a chunk's tiles, in pairs."""
-        block = replace(
-            mask,
-            q_position=self.at(mask.q_position, q_tile, 1),
-            q_segment=self.at(mask.q_segment, q_tile, 1),
-            k_position=self.at(mask.k_position, k_tile, 1),
-            k_segment=self.at(mask.k_segment, k_tile, 1),
-        )
-        return jax.tree.map(lambda x: x.reshape(-1, self.tile), block)
+        return lax.cond(tile + self.chunk <= self.tiles, lambda x: take(x, start, self.size), around, x)
 
     def visits(self, tile, seen, whole) -> Visits:
         """Returns by how many tiles the other side is ahead where any of the chunk's tiles sees it.
@@ -110,63 +127,74 @@ class _Band(NamedTuple):
         return Visits.of(seen.any(0), whole.all(0))
 
 
-def _forward_rows(q, k, v, mask: Mask, *, band: _Band) -> Partial:
-    (group, q_length), length = q.shape[1:3], band.length
-    q, k, v, mask = pad(q, 2, length), pad(k, 1, length), pad(v, 1, length), mask.padded(length, length)
-    q_bounds, k_bounds = mask.q_bounds(band.tile), mask.k_bounds(band.tile)
+def forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    tile: int,
+    scores: int,
+) -> Partial:
+    """Kernel.forward; so many scores are held at once."""
+    q_length, band = q.shape[1], _Band.of(q, k, tile, scores)
+    length = band.length
+    q, k, v, mask = (*(pad(x, 1, length) for x in (q, k, v)), mask.padded(length, length))
+    q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
 
-    def attend_from(i, total: Partial) -> Partial:
-        tile = i * band.chunk
-        q_tiles = band.cut(band.at(q, tile, 2))
+    def attend_from(n, total: Partial) -> Partial:
+        rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
+        mask_here, q_tiles = rows.of_masks(mask), band.take(rows, q, first)
 
         def attend_to(ahead, running, *, add=_next, is_masked=False):
-            place = (tile + ahead) % band.tiles
-            visible = _visible(band.mask(mask, tile, place), group) if is_masked else None
-            k_tiles, v_tiles = (band.cut(band.at(x, place, 1)[:, None]) for x in (k, v))
-            return add(running, q_tiles, k_tiles, v_tiles, visible)
+            place = (first + ahead) % band.tiles
+            visible = band.visible(mask_here, first, place) if is_masked else None
+            return add(running, q_tiles, band.take(rows, k, place), band.take(rows, v, place), visible)
 
-        own = _pairs(pick(q_bounds, i, band.chunk), 2), _pairs(k_bounds, 1)
-        plan = band.visits(tile, mask.may_see(*own), mask.sees_all(*own))
-        here = _softmax_over(plan, attend_to, _Running.after(nothing(q_tiles[:, None]))).finish(1)
-        return jax.tree.map(lambda x, part: put(x, band.uncut(part[:, 0], group), i, 2), total, here)
+        bounds = rows.of_masks((pick(q_bounds, first, band.chunk), k_bounds))
+        plan = band.visits(first, *_seen(mask_here, bounds))
+        out, lse = (band.uncut(x) for x in _softmax_over(plan, attend_to, _Running.none(q_tiles)).finish())
+        start = first * tile
+        return Partial(rows.put(total.out, out, start), rows.put_numbers(total.lse, lse, start))
 
-    total = lax.fori_loop(0, band.tiles // band.chunk, attend_from, nothing(q))
-    return jax.tree.map(lambda x: x[:, :, :q_length], total)
+    out, lse = lax.fori_loop(0, band.turns.count * band.chunks, attend_from, nothing(q))
+    return Partial(out[:, :q_length], lse[:, :, :q_length])
 
 
-def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, band: _Band) -> Gradients:
-    (group, q_length), k_length, length = q.shape[1:3], k.shape[1], band.length
-    k, v, mask = pad(k, 1, length), pad(v, 1, length), mask.padded(length, length)
-    q, lse, delta, d_out = (pad(x, 2, length) for x in (q, lse, delta, d_out))
-    q_bounds, k_bounds = mask.q_bounds(band.tile), mask.k_bounds(band.tile)
+def backward(q, k, v, mask: Mask, out, lse, d_out, tile: int, scores: int) -> Gradients:
+    """Kernel.backward; so many scores are held at once."""
+    q_length, k_length, band = q.shape[1], k.shape[1], _Band.of(q, k, tile, scores)
+    length, delta = band.length, delta_of(out, d_out)
+    q, k, v, d_out = (pad(x, 1, length) for x in (q, k, v, d_out))
+    lse, delta, mask = pad(finite_lse(lse), 2, length), pad(delta, 2, length), mask.padded(length, length)
+    q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
 
-    def gradients_of(j, total):
-        tile = j * band.chunk
-        k_tiles, v_tiles = (band.cut(band.at(x, tile, 1)[:, None]) for x in (k, v))
+    def gradients_of(n, total: Gradients) -> Gradients:
+        rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
+        mask_here = rows.of_masks(mask)
+        k_tiles, v_tiles = band.take(rows, k, first), band.take(rows, v, first)
 
         def add_from(ahead, gradients, *, is_masked):
-            place = (tile + ahead) % band.tiles
-            visible = _visible(band.mask(mask, place, tile), group) if is_masked else None
-            q_tiles, *rest = (band.cut(band.at(x, place, 2)) for x in (q, lse, delta, d_out))
-            dq, dk, dv = gradients
-            dq_more, dk_more, dv_more = _gradients(q_tiles, k_tiles, v_tiles, visible, *rest)
-            dq_chunk = lax.dynamic_slice_in_dim(dq, place * band.tile, band.size, 2) + band.uncut(dq_more, group)
-            return lax.dynamic_update_slice_in_dim(dq, dq_chunk, place * band.tile, 2), dk + dk_more, dv + dv_more
+            place, (dq, dk, dv) = (first + ahead) % band.tiles, gradients
+            visible = band.visible(mask_here, place, first) if is_masked else None
+            of_q = (band.take(rows, x, place) for x in (q, d_out))
+            numbers = (band.take_numbers(rows, x, place) for x in (lse, delta))
+            dq_more, dk_more, dv_more = _gradients(*of_q, *numbers, k_tiles, v_tiles, visible)
+            return band.add(rows, dq, dq_more, place), dk + dk_more, dv + dv_more
 
-        own = _pairs(q_bounds, 1), _pairs(pick(k_bounds, j, band.chunk), 2)
-        plan = band.visits(tile, mask.may_see(*own), mask.sees_all(*own))
         zero = jnp.zeros(k_tiles.mT.shape, jnp.float32)
+        bounds = rows.of_masks((q_bounds, pick(k_bounds, first, band.chunk)))
+        plan = band.visits(first, *(x.T for x in _seen(mask_here, bounds)))
         dq, dk, dv = plan.walk(add_from, (total.dq, zero, zero))
-        dk, dv = (put(x, band.uncut(part.mT, 1)[:, 0], j, 1) for x, part in ((total.dk, dk), (total.dv, dv)))
+        dk, dv = (rows.put(x, band.uncut(part.mT), first * tile) for x, part in ((total.dk, dk), (total.dv, dv)))
         return Gradients(dq, dk, dv)
 
-    # With one more chunk of dq: what falls behind the last belongs to the first.
-    zero = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (pad(q, 2, length + band.size), k, v)))
-    dq, dk, dv = lax.fori_loop(0, band.tiles // band.chunk, gradients_of, zero)
-    dq = dq[:, :, :length].at[:, :, : band.size].add(dq[:, :, length:])
-    return Gradients(dq[:, :, :q_length], dk[:, :k_length], dv[:, :k_length])
+    zero = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
+    dq, dk, dv = lax.fori_loop(0, band.turns.count * band.chunks, gradients_of, zero)
+    return Gradients(dq[:, :q_length], dk[:, :k_length], dv[:, :k_length])
 
 
-def _pairs(bounds: Bounds, dimension: int) -> Bounds:
-    """Returns bounds that broadcast against those of the other side."""
-    return jax.tree.map(lambda x: jnp.expand_dims(x, dimension), bounds)
+def _seen(mask: Mask, bounds: tuple[Bounds, Bounds]) -> tuple[Bool[Array, "q k"], Bool[Array, "q k"]]:
+    """Returns which tiles of keys each tile of queries sees in part and as a whole."""
+    q = jax.tree.map(lambda x: x[:, :, None], bounds[0])
+    k = jax.tree.map(lambda x: x[:, None, :], bounds[1])
+    return mask.may_see(q, k), mask.sees_all(q, k)

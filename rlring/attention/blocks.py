@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention.mask import Bounds, Mask
+from rlring.attention.rows import Turns
 
 SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
 
@@ -28,11 +29,11 @@ class Blocks(NamedTuple):
 
     q: int  # queries
     k: int  # keys
-    scores: int  # scores held at once: rows of the batch that do not fit into it together take turns
+    scores: int  # scores held at once: rows that do not fit into it together take turns
 
-    def fit(self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"]) -> "Blocks":
+    def fit(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> "Blocks":
         """Returns blocks no longer than the sequences."""
-        return self._replace(q=min(self.q, q.shape[2]), k=min(self.k, k.shape[1]))
+        return self._replace(q=min(self.q, q.shape[1]), k=min(self.k, k.shape[1]))
 
     def within_halves(self, q_length: int, k_length: int) -> "Blocks":
         """Returns blocks none of which reaches over the middle of a shard of these lengths.
@@ -46,15 +47,16 @@ class Blocks(NamedTuple):
 
         return self._replace(q=within(self.q, q_length), k=within(self.k, k_length))
 
-    def rows(self, rows: int, group: int) -> int:
-        """Returns how many of the rows are worked on at once; it divides their number."""
-        most = max(1, self.scores // (group * self.q * self.k))
-        return next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+    def turns(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Turns:
+        """Returns how the rows take turns."""
+        batch, _, kv_heads, _ = k.shape
+        group = q.shape[2] // kv_heads
+        return Turns.of(batch * kv_heads, kv_heads, self.scores // (group * self.q * self.k))
 
     def padded(self, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array, Array, Mask]:
         """Returns all four with lengths that are multiples of the blocks; what is added is nowhere."""
-        q_length, k_length = -(-q.shape[2] // self.q) * self.q, -(-k.shape[1] // self.k) * self.k
-        return pad(q, 2, q_length), pad(k, 1, k_length), pad(v, 1, k_length), mask.padded(q_length, k_length)
+        q_length, k_length = -(-q.shape[1] // self.q) * self.q, -(-k.shape[1] // self.k) * self.k
+        return pad(q, 1, q_length), pad(k, 1, k_length), pad(v, 1, k_length), mask.padded(q_length, k_length)
 
     def mask(self, mask: Mask, i: Int32[Array, ""], j: Int32[Array, ""]) -> Mask:
         """Returns the mask of query block i and key block j."""
@@ -86,16 +88,6 @@ class Visits(NamedTuple):
 def visits(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> Visits:
     """Returns the plan for one block of queries and all blocks of keys, or the other way round."""
     return Visits.of(mask.may_see(q_bounds, k_bounds), mask.sees_all(q_bounds, k_bounds))
-
-
-def by_rows(function: Callable, rows: int, arrays):
-    """Returns function(*arrays), computed for so many rows at a time."""
-    total = arrays[0].shape[0]
-    if rows == total:
-        return function(*arrays)
-    parts = jax.tree.map(lambda x: x.reshape(total // rows, rows, *x.shape[1:]), arrays)
-    results = lax.map(lambda part: function(*part), parts)
-    return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), results)
 
 
 def pick(bounds: Bounds, block, size: int = 1) -> Bounds:

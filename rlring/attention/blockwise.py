@@ -1,20 +1,19 @@
 """Blockwise attention on one device: memory linear in length (Rabe and Staats 2112.05682, FlashAttention-2 2307.08691).
 
-Three loops, each only where there is something to split: over rows, over the blocks of one side, over those blocks of
-the other side that the mask shows. In the largest array, the scores of a block, no pass is made that can be saved.
+Two loops: over the blocks of one side, of rows that take turns; and over those blocks of the other side that the mask
+shows. In the largest array, the scores of a block, no pass is made that can be saved.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
-from rlring.attention.blocks import Blocks, Visits, by_rows, pad, pick, put, take, visits
-from rlring.attention.local import Gradients
+from rlring.attention.blocks import Blocks, Visits, pad, pick, visits
+from rlring.attention.local import Gradients, delta_of
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, finite_lse, nothing
 
@@ -32,98 +31,109 @@ class BlockwiseKernel(NamedTuple):
     def forward(self, q, k, v, mask: Mask, before: Partial | None = None) -> Partial:
         return forward(q, k, v, mask, self.blocks, before)
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
-        return backward(q, k, v, mask, out, lse, d_out, self.blocks)
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out, dq=None) -> Gradients:
+        return backward(q, k, v, mask, out, lse, d_out, self.blocks, dq)
 
 
 def forward(
-    q: Float[Array, "R G T H"],
-    k: Float[Array, "R S H"],
-    v: Float[Array, "R S H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
     blocks: Blocks,
     before: Partial | None = None,
 ) -> Partial:
-    """Kernel.forward."""
-    blocks = blocks.fit(q, k)
-    attend = partial(_forward_rows, blocks=blocks)
-    return by_rows(attend, blocks.rows(*q.shape[:2]), (q, k, v, mask.repeated(q.shape[0] // mask.rows), before))
+    """Kernel.forward. The mask may also have a row for each key/value head of each sequence."""
+    length, blocks = q.shape[1], blocks.fit(q, k)
+    turns = blocks.turns(q, k)
+    q, k, v, mask = blocks.padded(q, k, v, mask)
+    counted = q.shape[1] // blocks.q
+    is_one_block = counted == 1 and k.shape[1] == blocks.k
+    q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
+
+    def attend_from(n, total: Partial) -> Partial:
+        rows, i = turns[n // counted], n % counted
+        start, mask_here = i * blocks.q, rows.of_masks(mask)
+        q_block = rows.take(q, start, blocks.q)
+
+        def attend_to(j, running, *, add=_next, is_masked=False):
+            visible = _visible(blocks.mask(mask_here, i, j), q_block) if is_masked else None
+            k_block, v_block = (rows.take(x, j * blocks.k, blocks.k) for x in (k, v))
+            return add(running, q_block, k_block, v_block, visible)
+
+        running = _Running.after(rows.take(total.out, start, blocks.q), rows.take_numbers(total.lse, start, blocks.q))
+        if is_one_block:  # faster without any loop
+            running = attend_to(0, running, is_masked=True)
+        else:
+            plan = visits(mask_here, *rows.of_masks((pick(q_bounds, i), k_bounds)))
+            running = _softmax_over(plan, attend_to, running)
+        out, lse = running.finish()
+        return Partial(rows.put(total.out, out, start), rows.put_numbers(total.lse, lse, start))
+
+    total = nothing(q) if before is None else Partial(pad(before.out, 1, q.shape[1]), pad(before.lse, 2, q.shape[1]))
+    out, lse = _each(turns.count * counted, attend_from, total)
+    return Partial(out[:, :length], lse[:, :, :length])
 
 
 def backward(
-    q: Float[Array, "R G T H"],
-    k: Float[Array, "R S H"],
-    v: Float[Array, "R S H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
-    out: Float[Array, "R G T H"],
-    lse: Float32[Array, "R G T"],
-    d_out: Float[Array, "R G T H"],
+    out: Float[Array, "B T N H"],
+    lse: Float32[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
     blocks: Blocks,
+    dq: Float32[Array, "B T N H"] | None = None,
 ) -> Gradients:
-    """Kernel.backward."""
-    blocks = blocks.fit(q, k)
-    # FlashAttention-2, equation 4: what the softmax's normalisation adds to the gradient, without the keys.
-    delta = jnp.einsum("rgth,rgth->rgt", out, d_out, preferred_element_type=jnp.float32)
-    mask = mask.repeated(q.shape[0] // mask.rows)
-    differentiate = partial(_backward_rows, blocks=blocks)
-    return by_rows(differentiate, blocks.rows(*q.shape[:2]), (q, k, v, mask, finite_lse(lse), delta, d_out))
-
-
-def _forward_rows(q, k, v, mask: Mask, before: Partial | None, *, blocks: Blocks) -> Partial:
-    length, group = q.shape[2], q.shape[1]
-    if length <= blocks.q and k.shape[1] <= blocks.k:  # short: faster without any loop
-        visible = _visible(mask, group)
-        if before is None:
-            return _first(_flat(q), k, v, visible).finish(group)
-        return _next(_Running.after(before), _flat(q), k, v, visible).finish(group)
+    """Kernel.backward. The mask may also have a row for each key/value head of each sequence."""
+    q_length, k_length, blocks = q.shape[1], k.shape[1], blocks.fit(q, k)
+    turns = blocks.turns(q, k)
+    delta = delta_of(out, d_out)
     q, k, v, mask = blocks.padded(q, k, v, mask)
-    before = nothing(q) if before is None else jax.tree.map(lambda x: pad(x, 2, q.shape[2]), before)
+    d_out, (lse, delta) = pad(d_out, 1, q.shape[1]), (pad(x, 2, q.shape[1]) for x in (finite_lse(lse), delta))
+    counted = k.shape[1] // blocks.k
+    is_one_block = counted == 1 and q.shape[1] == blocks.q
     q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
 
-    def attend_from(i, total: Partial) -> Partial:
-        q_block = _flat(take(q, i, blocks.q, 2))
-
-        def attend_to(j, running, *, add=_next, is_masked=False):
-            visible = _visible(blocks.mask(mask, i, j), group) if is_masked else None
-            return add(running, q_block, take(k, j, blocks.k, 1), take(v, j, blocks.k, 1), visible)
-
-        start = _Running.after(jax.tree.map(lambda x: take(x, i, blocks.q, 2), total))
-        here = _softmax_over(visits(mask, pick(q_bounds, i), k_bounds), attend_to, start).finish(group)
-        return jax.tree.map(lambda x, part: put(x, part, i, 2), total, here)
-
-    total = lax.fori_loop(0, q.shape[2] // blocks.q, attend_from, before)
-    return jax.tree.map(lambda x: x[:, :, :length], total)
-
-
-def _backward_rows(q, k, v, mask: Mask, lse, delta, d_out, *, blocks: Blocks) -> Gradients:
-    q_length, k_length, group = q.shape[2], k.shape[1], q.shape[1]
-    if q_length <= blocks.q and k_length <= blocks.k:
-        flat = (_flat(x) for x in (lse, delta, d_out))
-        dq, dk, dv = _gradients(_flat(q), k, v, _visible(mask, group), *flat)
-        return Gradients(dq.reshape(q.shape), dk.mT, dv.mT)
-    q, k, v, mask = blocks.padded(q, k, v, mask)
-    lse, delta, d_out = (pad(x, 2, q.shape[2]) for x in (lse, delta, d_out))
-    q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
-
-    def gradients_of(j, total: Gradients) -> Gradients:
-        k_block, v_block = take(k, j, blocks.k, 1), take(v, j, blocks.k, 1)
+    def gradients_of(n, total: Gradients) -> Gradients:
+        rows, j = turns[n // counted], n % counted
+        mask_here = rows.of_masks(mask)
+        k_block, v_block = (rows.take(x, j * blocks.k, blocks.k) for x in (k, v))
 
         def add_from(i, gradients, *, is_masked):
-            visible = _visible(blocks.mask(mask, i, j), group) if is_masked else None
-            q_block, *rest = (_flat(take(x, i, blocks.q, 2)) for x in (q, lse, delta, d_out))
-            dq, dk, dv = gradients
-            dq_more, dk_more, dv_more = _gradients(q_block, k_block, v_block, visible, *rest)
-            dq_block = take(dq, i, blocks.q, 2)
-            return put(dq, dq_block + dq_more.reshape(dq_block.shape), i, 2), dk + dk_more, dv + dv_more
+            start, (dq, dk, dv) = i * blocks.q, gradients
+            of_q = [rows.take(x, start, blocks.q) for x in (q, d_out)]
+            of_q += [rows.take_numbers(x, start, blocks.q) for x in (lse, delta)]
+            visible = _visible(blocks.mask(mask_here, i, j), of_q[0]) if is_masked else None
+            dq_more, dk_more, dv_more = _gradients(*of_q, k_block, v_block, visible)
+            return rows.add(dq, dq_more, start), dk + dk_more, dv + dv_more
 
         zero = jnp.zeros(k_block.mT.shape, jnp.float32)
-        plan = visits(mask, q_bounds, pick(k_bounds, j))
-        dq, dk, dv = plan.walk(add_from, (total.dq, zero, zero))
-        return Gradients(dq, put(total.dk, dk.mT, j, 1), put(total.dv, dv.mT, j, 1))
+        gradients = total.dq, zero, zero
+        if is_one_block:  # faster without any loop
+            dq, dk, dv = add_from(0, gradients, is_masked=True)
+        else:
+            plan = visits(mask_here, *rows.of_masks((q_bounds, pick(k_bounds, j))))
+            dq, dk, dv = plan.walk(add_from, gradients)
+        dk, dv = (rows.put(x, part.mT, j * blocks.k) for x, part in ((total.dk, dk), (total.dv, dv)))
+        return Gradients(dq, dk, dv)
 
-    zero = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
-    dq, dk, dv = lax.fori_loop(0, k.shape[1] // blocks.k, gradients_of, zero)
-    return Gradients(dq[:, :, :q_length], dk[:, :k_length], dv[:, :k_length])
+    dq = jnp.zeros(q.shape, jnp.float32) if dq is None else pad(dq, 1, q.shape[1])
+    zero = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    dq, dk, dv = _each(turns.count * counted, gradients_of, Gradients(dq, *zero))
+    return Gradients(dq[:, :q_length], dk[:, :k_length], dv[:, :k_length])
+
+
+def in_one_block(
+    q: Float[Array, "R Q H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask
+) -> tuple[Float32[Array, "R Q H"], Float32[Array, "R Q"]]:
+    """Returns out and lse of flat rows, at once: memory is Q * S. The mask has a row for each sequence or each row."""
+    return _first(q, k, v, _visible(mask, q)).finish()
+
+
+def _each(count: int, step: Callable, state):
+    return step(0, state) if count == 1 else lax.fori_loop(0, count, step, state)
 
 
 # One block. Its queries are flat, Q = G * T of them for each key/value head: one matrix product a row.
@@ -137,19 +147,23 @@ class _Running(NamedTuple):
     out: Float32[Array, "R Q H"]
 
     @classmethod
-    def after(cls, before: Partial) -> "_Running":
+    def after(cls, out: Float32[Array, "R Q H"], lse: Float32[Array, "R Q"]) -> "_Running":
         """Returns where attention over other keys has come to: relative to their lse the exponentials add up to 1."""
-        out, lse = (_flat(x) for x in before)
         return cls(lse / _scale(out), jnp.where(lse == -jnp.inf, 0.0, 1.0), out)
+
+    @classmethod
+    def none(cls, q: Float[Array, "R Q H"]) -> "_Running":
+        """Returns where attention over no keys has come to."""
+        return cls.after(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
 
     def is_in_range(self) -> Bool[Array, ""]:
         """Returns whether no sum came near the end of the numbers."""
         return (self.total.max() < MOST) & jnp.isfinite(self.out).all()
 
-    def finish(self, group: int) -> Partial:
+    def finish(self) -> tuple[Float32[Array, "R Q H"], Float32[Array, "R Q"]]:
+        """Returns out and lse."""
         total = jnp.where(self.total == 0.0, 1.0, self.total)
-        out, lse = self.out / total[..., None], self.top * _scale(self.out) + jnp.log(total)
-        return Partial(*(x.reshape(x.shape[0], group, -1, *x.shape[2:]) for x in (out, lse)))
+        return self.out / total[..., None], self.top * _scale(self.out) + jnp.log(total)
 
 
 def _softmax_over(plan: Visits, attend_to: Callable, start: _Running) -> _Running:
@@ -189,7 +203,7 @@ def _next_in_range(running: _Running, q, k, v, visible: None) -> _Running:
     return _Running(running.top, running.total + weights.sum(-1), running.out + _weighted(weights, v))
 
 
-def _gradients(q, k, v, visible: Bool[Array, "R Q S"] | None, lse, delta, d_out):
+def _gradients(q, d_out, lse, delta, k, v, visible: Bool[Array, "R Q S"] | None):
     """Returns dq[R, Q, H], dk[R, H, S] and dv[R, H, S]: tokens last, so that no product transposes the scores."""
     weights = jnp.exp(_scores(q, k, visible) * _scale(q) - lse[..., None])
     d_weights = jnp.einsum("rqh,rsh->rqs", d_out, v, preferred_element_type=jnp.float32)
@@ -215,12 +229,9 @@ def _scale(x: Array) -> float:
     return x.shape[-1] ** -0.5
 
 
-def _visible(mask: Mask, group: int) -> Bool[Array, "R Q S"]:
-    visible_RTS = mask.visible()
-    rows, length, keys = visible_RTS.shape
-    return jnp.broadcast_to(visible_RTS[:, None], (rows, group, length, keys)).reshape(rows, group * length, keys)
-
-
-def _flat(x: Array) -> Array:
-    """Returns [R, G, T, ...] as [R, G * T, ...]."""
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+def _visible(mask: Mask, q: Float[Array, "R Q H"]) -> Bool[Array, "R Q S"]:
+    """Returns what each query of these rows sees, of a mask for each row or for the rows of each sequence."""
+    visible, (rows, queries, _) = mask.visible(), q.shape
+    masks, length, keys = visible.shape
+    every = jnp.broadcast_to(visible[:, None], (masks, rows * queries // (masks * length), length, keys))
+    return every.reshape(rows, queries, keys)

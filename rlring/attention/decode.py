@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from rlring.attention.api import check_batch, check_shapes
-from rlring.attention.blocks import Blocks, pad
-from rlring.attention.blockwise import forward
+from rlring.attention.blocks import pad
+from rlring.attention.blockwise import in_one_block
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, finite_lse, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.softmax import finite_lse
 from rlring.mesh import SEQUENCE_AXES
 
 
@@ -61,25 +62,27 @@ def _on_mesh(q, k, v, mask: Mask, *, mesh: Mesh):
 
 @partial(jax.jit, static_argnames="axes")
 def _on_shard(q, k, v, mask: Mask, *, axes: tuple[str, ...]):
-    rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
-    return tokens_of_rows(attend(*rows, mask, axes).out, q.shape[0]).astype(q.dtype)
+    return attend(q, rows_of_keys(k), rows_of_keys(v), mask, axes)
 
 
 def attend(
-    q: Float[Array, "R G T H"],
+    q: Float[Array, "B T N H"],
     k: Float[Array, "R S H"],
     v: Float[Array, "R S H"],
     mask: Mask,
     axes: tuple[str, ...] = (),
-) -> Partial:
-    """Returns attention of a few queries over these keys and those of all other devices of the mesh axes."""
-    whole = Blocks(q.shape[2], k.shape[1], q.size * k.shape[1])  # one block: there are few queries
-    here = forward(q, k, v, mask, whole)
-    if not axes:
-        return here
-    # softmax.merge() of all devices' parts at once.
-    top = lax.pmax(here.lse, axes)
-    weight = jnp.exp(here.lse - finite_lse(top))
-    total = lax.psum(weight, axes)
-    some = jnp.where(total == 0.0, 1.0, total)
-    return Partial(lax.psum(here.out * weight[..., None], axes) / some[..., None], top + jnp.log(some))
+) -> Float[Array, "B T N H"]:
+    """Returns attention of a few queries over these rows of keys and those of all other devices of the mesh axes.
+
+    The mask has B rows, or R.
+    """
+    rows = rows_of_queries(q, k.shape[0] // q.shape[0])
+    flat = rows.reshape(rows.shape[0], -1, rows.shape[3])
+    out, lse = in_one_block(flat, k, v, mask)  # there are few queries
+    if axes:
+        # softmax.merge() of all devices' parts at once.
+        top = lax.pmax(lse, axes)
+        weight = jnp.exp(lse - finite_lse(top))
+        total = lax.psum(weight, axes)
+        out = lax.psum(out * weight[..., None], axes) / jnp.where(total == 0.0, 1.0, total)[..., None]
+    return tokens_of_rows(out.reshape(rows.shape), q.shape[0]).astype(q.dtype)

@@ -5,7 +5,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import finite_lse, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.softmax import finite_lse
 
 
 def dense_attention(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from rlring.attention.blocks import put, take
+from rlring.attention.blocks import joined, put, take
 from rlring.attention.local import Gradients, Kernel, named_for_remat
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial
@@ -19,13 +19,13 @@ from rlring.attention.softmax import Partial
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention_in_hops(
-    q: Float[Array, "R G T H"],
-    k: Float[Array, "R S H"],
-    v: Float[Array, "R S H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
     ring: int,
     kernel: Kernel,
-) -> Float[Array, "R G T H"]:
+) -> Float[Array, "B T N H"]:
     """Returns attention in q's type, computed as a ring of so many devices would; both lengths divide by them."""
     return _forward(q, k, v, mask, ring, kernel).out.astype(q.dtype)
 
@@ -37,10 +37,10 @@ def _attention_forward(q, k, v, mask, ring, kernel):
 
 def _attention_backward(ring, kernel, residuals, d_out):
     q, k, v, mask, out, lse = residuals
-    q_size, k_size = q.shape[2] // ring, k.shape[1] // ring
+    q_size, k_size = q.shape[1] // ring, k.shape[1] // ring
 
     def device(r, gradients: Gradients) -> Gradients:
-        mine = [take(x, r, q_size, 2) for x in (q, out, lse, d_out)]
+        mine = (take(q, r, q_size, 1), take(out, r, q_size, 1), take(lse, r, q_size, 2), take(d_out, r, q_size, 1))
 
         def hop(n, gradients: Gradients) -> Gradients:
             source = (r - n) % ring
@@ -49,11 +49,12 @@ def _attention_backward(ring, kernel, residuals, d_out):
             q_r, out_r, lse_r, d_out_r = mine
 
             def differentiate(gradients: Gradients) -> Gradients:
-                dq, dk, dv = kernel.backward(q_r, *here, seen, out_r, lse_r, d_out_r)
+                so_far = take(gradients.dq, r, q_size, 1)
+                dq, dk, dv = kernel.backward(q_r, *here, seen, out_r, lse_r, d_out_r, so_far)
                 return Gradients(
-                    _add(gradients.dq, dq, r, 2),
-                    _add(gradients.dk, dk, source, 1),
-                    _add(gradients.dv, dv, source, 1),
+                    put(gradients.dq, dq, r, 1),
+                    _add(gradients.dk, dk, source),
+                    _add(gradients.dv, dv, source),
                 )
 
             return lax.cond(_sees(seen), differentiate, lambda same: same, gradients)
@@ -69,10 +70,10 @@ attention_in_hops.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
-    q_size, k_size = q.shape[2] // ring, k.shape[1] // ring
+    q_size, k_size = q.shape[1] // ring, k.shape[1] // ring
 
     def device(r) -> Partial:
-        q_r = take(q, r, q_size, 2)
+        q_r = take(q, r, q_size, 1)
 
         def hop(n, total: Partial) -> Partial:
             source = (r - n) % ring
@@ -89,11 +90,11 @@ def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
         return lax.fori_loop(1, ring, hop, first)
 
     parts = lax.map(device, jnp.arange(ring))
-    return Partial(*(jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]) for x in parts))
+    return Partial(joined(parts.out, 1), joined(parts.lse, 2))
 
 
-def _add(x: Array, more: Array, device, dimension: int) -> Array:
-    return put(x, take(x, device, more.shape[dimension], dimension) + more, device, dimension)
+def _add(x: Array, more: Array, device) -> Array:
+    return put(x, take(x, device, more.shape[1], 1) + more, device, 1)
 
 
 def _mask(mask: Mask, q_device, k_device, q_size: int, k_size: int) -> Mask:

@@ -30,8 +30,8 @@ BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
 class _Parcel(NamedTuple):
     """What goes around the ring: some keys with all that is to be known about them."""
 
-    k: Float[Array, "R S H"]
-    v: Float[Array, "R S H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
     position: Int32[Array, "B S"]
     segment: Int32[Array, "B S"]
 
@@ -41,13 +41,13 @@ class _Parcel(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def ring_attention(
-    q: Float[Array, "R G T H"],
-    k: Float[Array, "R S H"],
-    v: Float[Array, "R S H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
     axis: str,
     kernel: Kernel,
-) -> Float[Array, "R G T H"]:
+) -> Float[Array, "B T N H"]:
     """Returns attention of this device's queries over the keys of every device of the mesh axis, in q's type.
 
     Runs inside shard_map; q, k, v and mask are this device's shards. Exact for any layout of the tokens over the ring.
@@ -111,8 +111,7 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
             hop_mask = parcel.mask(mask)
 
             def differentiate(dq) -> Gradients:
-                here = kernel.backward(q, parcel.k, parcel.v, hop_mask, out, lse, d_out)
-                return here._replace(dq=dq + here.dq)
+                return kernel.backward(q, parcel.k, parcel.v, hop_mask, out, lse, d_out, dq)
 
             here = lax.cond(_sees(hop_mask), differentiate, partial(_no_gradients, k), dq)
             here, behind, arriving = _in_turn((here, behind, arriving))

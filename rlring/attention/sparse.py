@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, Integer
+from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
 
 from rlring.attention import band, blockwise
 from rlring.attention.blocks import Blocks
 from rlring.attention.local import Gradients, as_computed, named_for_remat, tie_to_data
 from rlring.attention.mask import NOWHERE, Bounds, Mask
-from rlring.attention.softmax import Partial, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.softmax import Partial
 from rlring.attention.ulysses import ulysses_attention
 from rlring.errors import UsageError
 
@@ -119,8 +119,7 @@ def sparse_attention(
         if axis is not None:  # ulysses_attention copies the key/value heads where there are fewer than devices
             copies = k.shape[2] * lax.axis_size(axis) // kv_heads
             head = (head + lax.axis_index(axis) * k.shape[2]) // copies
-        rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
-        return tokens_of_rows(_attention(*rows, mask, head, kv_heads, pattern, blocks), q.shape[0])
+        return _attention(q, k, v, mask, head, kv_heads, pattern, blocks)
 
     return local(q, k, v, mask) if axis is None else ulysses_attention(q, k, v, mask, axis=axis, local=local)
 
@@ -179,8 +178,8 @@ def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) 
     def add(chunk, total: Gradients) -> Gradients:
         keys = far.keys(chunk)
         seen = far.mask(mask, keys, pattern)
-        dq, dk, dv = blockwise.backward(q, keys.take(k), keys.take(v), seen, out, lse, d_out, far_blocks)
-        return Gradients(total.dq + dq, total.dk + far.put(dk, chunk), total.dv + far.put(dv, chunk))
+        dq, dk, dv = blockwise.backward(q, keys.take(k), keys.take(v), seen, out, lse, d_out, far_blocks, total.dq)
+        return Gradients(dq, far.add(total.dk, dk, chunk), far.add(total.dv, dv, chunk))
 
     return lax.fori_loop(0, far.chunks, add, near)
 
@@ -252,9 +251,21 @@ class _FarKeys(NamedTuple):
     place: Int32[Array, "R C"]
     is_there: Bool[Array, "R C"]
 
-    def take(self, x: Array) -> Array:
-        """Returns [R, C, ...] of [R, S, ...]."""
-        return jax.vmap(lambda x, place: x[place])(x, self.place)
+    def take(self, x: Float[Array, "B S K H"]) -> Float[Array, "B C K H"]:
+        """Returns these keys or values."""
+        batch, _, heads, _ = x.shape
+        return _taken(x, jnp.swapaxes(self.place.reshape(batch, heads, -1), 1, 2))
+
+    def mask(self, mask: Mask) -> Mask:
+        """Returns the mask of these keys, with R rows."""
+        mask = mask.repeated(self.place.shape[0] // mask.rows)
+        position, segment = (jnp.take_along_axis(x, self.place, 1) for x in (mask.k_position, mask.k_segment))
+        return replace(mask, k_position=position, k_segment=jnp.where(self.is_there, segment, NOWHERE))
+
+
+def _taken(x: Float[Array, "B S K H"], place: Int32[Array, "B C K"]) -> Float[Array, "B C K H"]:
+    """Returns for each head its own places."""
+    return jnp.take_along_axis(x, place[..., None], 1, mode="clip")
 
 
 class _Far(NamedTuple):
@@ -286,20 +297,22 @@ class _Far(NamedTuple):
         length = self.count.shape[1]
         return _FarKeys(jnp.minimum(place, length - 1).astype(jnp.int32), place < length)
 
-    def put(self, x: Array, chunk: Int32[Array, ""]) -> Array:
-        """Returns [R, S, ...] with the keys' values [R, C, ...] in their places, and 0 elsewhere."""
+    def add(
+        self, total: Float32[Array, "B S K H"], x: Float32[Array, "B C K H"], chunk: Int32[Array, ""]
+    ) -> Float32[Array, "B S K H"]:
+        """Returns the total with what was found for one chunk of keys."""
+        batch, length, heads, _ = total.shape
         place = self.count - 1 - chunk * self.size
         is_here = self.is_strided & (place >= 0) & (place < self.size)
+        place, is_here = (jnp.swapaxes(x.reshape(batch, heads, length), 1, 2) for x in (place, is_here))
         # A gather: scattering is slow wherever it is not sure that no two values meet.
-        spread = jax.vmap(lambda x, place: x[place])(x, jnp.clip(place, 0, self.size - 1))
-        return jnp.where(is_here[..., None], spread, 0.0)
+        return total + jnp.where(is_here[..., None], _taken(x, jnp.clip(place, 0, self.size - 1)), 0.0)
 
     def mask(self, mask: Mask, keys: _FarKeys, pattern: SparsePattern) -> Mask:
         """Returns the mask of these keys, in blocks: causal, and beyond the near ones."""
-        mask = mask.repeated(self.count.shape[0] // mask.rows)
+        seen = keys.mask(mask)
         return replace(
-            mask,
-            q_position=mask.q_position // pattern.block - pattern.local_blocks,
-            k_position=keys.take(mask.k_position) // pattern.block,
-            k_segment=jnp.where(keys.is_there, keys.take(mask.k_segment), NOWHERE),
+            seen,
+            q_position=seen.q_position // pattern.block - pattern.local_blocks,
+            k_position=seen.k_position // pattern.block,
         )

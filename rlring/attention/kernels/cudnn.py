@@ -20,14 +20,14 @@ HOPPER = 9.0
 
 
 class CudnnTile(NamedTuple):
-    """The tile that cuDNN computes; rows are its batch, each with one key/value head.
+    """The tile that cuDNN computes.
 
     The lse and all sums are float32; the out, dq, dk and dv of one call are rounded to the compute type.
     """
 
     def forward(
-        self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], *, is_causal: bool
-    ) -> tuple[Float[Array, "R G T H"], Float32[Array, "R G T"]]:
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, is_causal: bool
+    ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
         from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
         primitive = cudnn._dot_product_attention_fwd_p_wrapper
@@ -36,20 +36,20 @@ class CudnnTile(NamedTuple):
 
     def backward(
         self,
-        q: Float[Array, "R G T H"],
-        k: Float[Array, "R S H"],
-        v: Float[Array, "R S H"],
-        out: Float[Array, "R G T H"],
-        lse: Float32[Array, "R G T"],
-        d_out: Float[Array, "R G T H"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        out: Float[Array, "B T N H"],
+        lse: Float32[Array, "B N T"],
+        d_out: Float[Array, "B T N H"],
         *,
         is_causal: bool,
-    ) -> tuple[Float[Array, "R G T H"], Float[Array, "R S H"], Float[Array, "R S H"]]:
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
         primitive = cudnn._dot_product_attention_bwd_p_wrapper
         dq, dk, dv = primitive.bind(*_operands(q, k, v), lse, out, d_out, **_parameters(q, is_causal))
-        return dq, dk[:, 0], dv[:, 0]
+        return dq, dk, dv
 
 
 def unavailable(dtype: jnp.dtype, head_size: int) -> str | None:
@@ -88,10 +88,10 @@ def _has_route() -> bool:
 
 def _operands(q, k, v) -> tuple[Array, ...]:
     unused = jnp.zeros(0, q.dtype)
-    return q, k[:, None], v[:, None], *[unused] * (len(OPERANDS) - 3)
+    return q, k, v, *[unused] * (len(OPERANDS) - 3)
 
 
-def _parameters(q: Float[Array, "R G T H"], is_causal: bool) -> dict:
+def _parameters(q: Float[Array, "B T N H"], is_causal: bool) -> dict:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     parameters = {
@@ -100,7 +100,7 @@ def _parameters(q: Float[Array, "R G T H"], is_causal: bool) -> dict:
         "dropout_rate": 0.0,
         "variadic_args": (False, False),  # no bias, no gradient of it
         "mask_type": cudnn.MaskType.CAUSAL if is_causal else cudnn.MaskType.NO_MASK,
-        "layout": cudnn.AttentionLayout.BNTH.value,
+        "layout": cudnn.AttentionLayout.BTNH.value,
         "sliding_window_length": 0,
     }
     if "score_mod" in inspect.signature(cudnn._dot_product_attention_fwd).parameters:  # JAX 0.12

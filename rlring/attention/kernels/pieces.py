@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from rlring.attention.blocks import joined, pad
 from rlring.attention.local import Gradients
@@ -15,9 +15,9 @@ from rlring.attention.softmax import Partial, merge, nothing
 
 def forward_by_pieces(
     forward: Callable[[Array, Array, Mask], Partial],
-    q: Float[Array, "R G T H"],
-    k: Float[Array, "R S H"],
-    v: Float[Array, "R S H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
     before: Partial | None,
     length: int,
@@ -35,21 +35,23 @@ def forward_by_pieces(
 
 def backward_by_pieces(
     backward: Callable[[Array, Array, Mask], Gradients],
-    q: Float[Array, "R G T H"],
-    k: Float[Array, "R S H"],
-    v: Float[Array, "R S H"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
+    dq: Float32[Array, "B T N H"] | None,
     length: int,
 ) -> Gradients:
-    """Returns the gradients of backward(k, v, mask) of each `length` keys."""
+    """Returns the gradients of backward(k, v, mask) of each `length` keys, added up, and to the dq so far."""
     if k.shape[1] <= length:
-        return backward(k, v, mask)
+        here = backward(k, v, mask)
+        return here if dq is None else here._replace(dq=dq + here.dq)
 
     def add(dq, piece):
         found = backward(*piece)
         return dq + found.dq, (found.dk, found.dv)
 
-    dq, parts = lax.scan(add, jnp.zeros(q.shape, jnp.float32), _cut(k, v, mask, length))
+    dq, parts = lax.scan(add, jnp.zeros(q.shape, jnp.float32) if dq is None else dq, _cut(k, v, mask, length))
     return Gradients(dq, *(joined(part, 1)[:, : k.shape[1]] for part in parts))
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
 from rlring.attention.local import Gradients, Kernel
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, nothing
+from rlring.attention.softmax import Partial, by_token, nothing
 
 SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
 HIDDEN = 1e30  # as the lse of a query: its weights, exp(score - lse), are 0
@@ -27,22 +27,22 @@ class Tile(Protocol):
     """Attention without a mask, or with key j seen from query i >= j. Hashable. What it returns may be rounded."""
 
     def forward(
-        self, q: Float[Array, "R G T H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], *, is_causal: bool
-    ) -> tuple[Float[Array, "R G T H"], Float32[Array, "R G T"]]:
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, is_causal: bool
+    ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
         """Returns out and lse."""
         ...
 
     def backward(
         self,
-        q: Float[Array, "R G T H"],
-        k: Float[Array, "R S H"],
-        v: Float[Array, "R S H"],
-        out: Float[Array, "R G T H"],
-        lse: Float32[Array, "R G T"],
-        d_out: Float[Array, "R G T H"],
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        out: Float[Array, "B T N H"],
+        lse: Float32[Array, "B N T"],
+        d_out: Float[Array, "B T N H"],
         *,
         is_causal: bool,
-    ) -> tuple[Float[Array, "R G T H"], Float[Array, "R S H"], Float[Array, "R S H"]]:
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Returns dq, dk and dv from the out and lse over all keys."""
         ...
 
@@ -54,12 +54,12 @@ class _Shape(NamedTuple):
     k: tuple[int, int] = (0, 2)
     is_causal: bool = False  # by place; else every query sees every key
 
-    def of_q(self, x: Array) -> Array:
-        """Returns these queries of [R, G, T, ...]."""
-        return _halves(x, 2, self.q)
+    def of_q(self, x: Array, dimension: int = 1) -> Array:
+        """Returns these queries of an array with T in this dimension."""
+        return _halves(x, dimension, self.q)
 
     def of_k(self, x: Array) -> Array:
-        """Returns these keys of [R, S, H]."""
+        """Returns these keys."""
         return _halves(x, 1, self.k)
 
 
@@ -72,7 +72,7 @@ SHAPES = (NOTHING, WHOLE, TRIANGLE, FIRST_KEYS, LAST_QUERIES)  # in the order of
 
 
 class RectangleKernel(NamedTuple):
-    """The kernel made of a tile. All rows of the batch share one decision.
+    """The kernel made of a tile. All sequences of the batch share one decision.
 
     Queries that are nowhere (padding) disturb no shape: what the tile finds for them is dropped. Keys that are nowhere
     go with a shape only where no query sees them anyway. More keys than queries, as all_gather has them, are taken in
@@ -92,17 +92,17 @@ class RectangleKernel(NamedTuple):
 
         return forward_by_pieces(attend, q, k, v, mask, before, _piece(q, k))
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out, dq=None) -> Gradients:
         def differentiate(k, v, mask: Mask) -> Gradients:
             branches = [_backward(self.tile, shape) for shape in SHAPES]
             arrays = (q, k, v, mask, out, lse, d_out)
             return lax.switch(shape_of(mask), [*branches, self.fallback.backward], *arrays)
 
-        return backward_by_pieces(differentiate, q, k, v, mask, _piece(q, k))
+        return backward_by_pieces(differentiate, q, k, v, mask, dq, _piece(q, k))
 
 
 def shape_of(mask: Mask) -> Int32[Array, ""]:
-    """Returns which of SHAPES the mask has in all rows, or len(SHAPES)."""
+    """Returns which of SHAPES the mask has in all sequences, or len(SHAPES)."""
     q_length, k_length = mask.q_position.shape[1], mask.k_position.shape[1]
     # Without a middle there is one half: the tests of halves are then those of the whole, which comes before them.
     has_halves = q_length % 2 == k_length % 2 == 0
@@ -160,10 +160,10 @@ def _forward(tile: Tile, shape: _Shape):
         if shape == NOTHING or _is_missing(shape, q, k):
             return nothing(q)
         out, lse = tile.forward(shape.of_q(q), shape.of_k(k), shape.of_k(v), is_causal=shape.is_causal)
-        there = shape.of_q(_there(q, mask))
-        out = jnp.where(there[..., None], out.astype(jnp.float32), 0.0)
+        there = shape.of_q(_there(mask), 2)
+        out = jnp.where(by_token(there), out.astype(jnp.float32), 0.0)
         lse = jnp.where(there, lse, -jnp.inf)
-        return Partial(_in_place(out, 2, shape.q, q.shape[2]), _in_place(lse, 2, shape.q, q.shape[2], -jnp.inf))
+        return Partial(_in_place(out, 1, shape.q, q.shape[1]), _in_place(lse, 2, shape.q, q.shape[1], -jnp.inf))
 
     return attend
 
@@ -173,28 +173,27 @@ def _backward(tile: Tile, shape: _Shape):
         if shape == NOTHING or _is_missing(shape, q, k):
             zero = jnp.zeros(k.shape, jnp.float32)
             return Gradients(jnp.zeros(q.shape, jnp.float32), zero, zero)
-        there = _there(q, mask)
-        lse, d_out = jnp.where(there, lse, HIDDEN), jnp.where(there[..., None], d_out, 0).astype(q.dtype)
-        of_q = (shape.of_q(x) for x in (out.astype(q.dtype), lse, d_out))
+        there = _there(mask)
+        lse, d_out = jnp.where(there, lse, HIDDEN), jnp.where(by_token(there), d_out, 0).astype(q.dtype)
+        of_q = shape.of_q(out.astype(q.dtype)), shape.of_q(lse, 2), shape.of_q(d_out)
         dq, dk, dv = tile.backward(shape.of_q(q), shape.of_k(k), shape.of_k(v), *of_q, is_causal=shape.is_causal)
         dq, dk, dv = (x.astype(jnp.float32) for x in (dq, dk, dv))
         dk, dv = (_in_place(x, 1, shape.k, k.shape[1]) for x in (dk, dv))
-        return Gradients(_in_place(dq, 2, shape.q, q.shape[2]), dk, dv)
+        return Gradients(_in_place(dq, 1, shape.q, q.shape[1]), dk, dv)
 
     return differentiate
 
 
 def _is_missing(shape: _Shape, q, k) -> bool:
     """Returns whether arrays of these lengths never have the shape."""
-    return (shape.is_causal and q.shape[2] != k.shape[1]) or (
-        shape in (FIRST_KEYS, LAST_QUERIES) and bool(q.shape[2] % 2 or k.shape[1] % 2)
+    return (shape.is_causal and q.shape[1] != k.shape[1]) or (
+        shape in (FIRST_KEYS, LAST_QUERIES) and bool(q.shape[1] % 2 or k.shape[1] % 2)
     )
 
 
-def _there(q: Float[Array, "R G T H"], mask: Mask) -> Bool[Array, "R G T"]:
+def _there(mask: Mask) -> Bool[Array, "B 1 T"]:
     """Returns which queries are somewhere."""
-    there = jnp.repeat(mask.q_segment >= 0, q.shape[0] // mask.rows, axis=0)
-    return jnp.broadcast_to(there[:, None], q.shape[:3])
+    return mask.q_segment[:, None] >= 0
 
 
 def _halves(x: Array, dimension: int, part: tuple[int, int]) -> Array:
@@ -209,7 +208,7 @@ def _in_place(x: Array, dimension: int, part: tuple[int, int], length: int, fill
     return jnp.pad(x, widths, constant_values=fill)
 
 
-def _piece(q: Float[Array, "R G T H"], k: Float[Array, "R S H"]) -> int:
+def _piece(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> int:
     """Returns how many keys are one piece."""
-    length, keys = q.shape[2], k.shape[1]
+    length, keys = q.shape[1], k.shape[1]
     return length if length >= SHORTEST_PIECE and keys % length == 0 else keys

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from rlring.attention.blocks import Blocks, pad
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
-from rlring.attention.local import Gradients
+from rlring.attention.local import Gradients, delta_of
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, finite_lse
 
@@ -49,32 +49,30 @@ class SplashKernel(NamedTuple):
         def attend(k, v, mask: Mask) -> Partial:
             keys = _Keys.in_order(k, v, mask)
             one = partial(_forward, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
-            out, lse = _by_sequence(one, mask.rows, (q, keys.k, keys.v), keys.seen())
-            return Partial(out.reshape(q.shape).astype(jnp.float32), lse.reshape(q.shape[:3]))
+            out, lse = _by_sequence(one, (q, keys.k, keys.v), keys.seen())
+            return Partial(out.astype(jnp.float32), lse)
 
         return forward_by_pieces(attend, q, k, v, mask, before, LONGEST)
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
-        # FlashAttention-2, equation 4, as in blockwise.py.
-        delta = jnp.einsum("rgth,rgth->rgt", out, d_out, preferred_element_type=jnp.float32)
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out, dq=None) -> Gradients:
+        delta = delta_of(out, d_out)
         d_out, lse = d_out.astype(q.dtype), finite_lse(lse)
 
         def differentiate(k, v, mask: Mask) -> Gradients:
             keys = _Keys.in_order(k, v, mask)
             one = partial(_backward, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
-            gradients = _by_sequence(one, mask.rows, (q, keys.k, keys.v, lse, delta, d_out), keys.seen())
-            dq, dk, dv = (x.reshape(like.shape) for x, like in zip(gradients, (q, k, v), strict=True))
+            dq, dk, dv = _by_sequence(one, (q, keys.k, keys.v, lse, delta, d_out), keys.seen())
             return Gradients(dq, keys.back(dk), keys.back(dv))
 
-        return backward_by_pieces(differentiate, q, k, v, mask, LONGEST)
+        return backward_by_pieces(differentiate, q, k, v, mask, dq, LONGEST)
 
 
-def _by_sequence(function: Callable, sequences: int, arrays, of_sequence):
-    """Returns function(*arrays, of_sequence) of each sequence's rows [K, ...], one after another."""
-    arrays = jax.tree.map(lambda x: x.reshape(sequences, -1, *x.shape[1:]), arrays)
-    if sequences == 1:
-        return function(*jax.tree.map(lambda x: x[0], (*arrays, of_sequence)))
-    return lax.map(lambda one: function(*one), (*arrays, of_sequence))
+def _by_sequence(function: Callable, arrays, seen: "_Interval"):
+    """Returns function(*arrays, seen) of each sequence, one after another."""
+    every = (*arrays, seen)
+    if arrays[0].shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], every)))
+    return lax.map(lambda one: function(*one), every)
 
 
 class _Interval(NamedTuple):
@@ -87,8 +85,8 @@ class _Interval(NamedTuple):
 class _Keys(NamedTuple):
     """Keys and values in order of (segment, position), those that are nowhere last."""
 
-    k: Float[Array, "R S H"]
-    v: Float[Array, "R S H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
     mask: Mask  # of the keys as they came: which keys precede a query does not depend on their places
     is_ordered: Bool[Array, ""]  # they came in this order
     place: Int32[Array, "B S"]  # of each key
@@ -117,7 +115,7 @@ class _Keys(NamedTuple):
         k, v = lax.cond(is_ordered, lambda *kv: kv, lambda *kv: tuple(ordered(x) for x in kv), k, v)
         return cls(k, v, mask, is_ordered, place)
 
-    def back(self, x: Float[Array, "R S H"]) -> Float32[Array, "R S H"]:
+    def back(self, x: Float[Array, "B S K H"]) -> Float32[Array, "B S K H"]:
         """Returns what belongs to the keys in the order in which they came."""
         return lax.cond(self.is_ordered, lambda x: x, lambda x: _taken(x, self.place), x).astype(jnp.float32)
 
@@ -149,12 +147,11 @@ def _precedes(a, b, *, or_ties: bool = False) -> Bool[Array, "..."]:
     return (a[0] < b[0]) | ((a[0] == b[0]) & earlier)
 
 
-def _taken(x: Float[Array, "R S H"], which: Int32[Array, "B S"]) -> Float[Array, "R S H"]:
-    which = jnp.repeat(which, x.shape[0] // which.shape[0], axis=0)
-    return jnp.take_along_axis(x, which[:, :, None], axis=1)
+def _taken(x: Float[Array, "B S K H"], which: Int32[Array, "B S"]) -> Float[Array, "B S K H"]:
+    return jnp.take_along_axis(x, which[:, :, None, None], axis=1)
 
 
-# One sequence: q[K, G, T, H], k[K, S, H], and the library's kernels, whose heads are our rows and their groups.
+# One sequence: q[T, N, H], k[S, K, H], and the library's kernels, which want the heads first.
 
 
 class _Tiles(NamedTuple):
@@ -166,11 +163,11 @@ class _Tiles(NamedTuple):
     k_length: int
 
     @classmethod
-    def of(cls, blocks: Blocks, q: Float[Array, "R G T H"], k: Float[Array, "R S H"]) -> "_Tiles":
+    def of(cls, blocks: Blocks, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> "_Tiles":
         def up(length: int, unit: int) -> int:
             return -(-length // unit) * unit
 
-        q_length, k_length = q.shape[2], k.shape[1]
+        q_length, k_length = q.shape[1], k.shape[1]
         q_block, k_block = min(up(blocks.q, LANES), up(q_length, LANES)), min(up(blocks.k, LANES), up(k_length, LANES))
         return cls(q_block, k_block, up(q_length, q_block), up(k_length, k_block))
 
@@ -179,12 +176,14 @@ class _Tiles(NamedTuple):
         """How many keys of a block are worked on at once."""
         return next(n for n in range(min(COMPUTED, self.k), 0, -LANES) if self.k % n == 0)
 
-    def heads(self, q: Float[Array, "K G T H"]) -> Float[Array, "N T H"]:
-        q = q.reshape(-1, *q.shape[2:])
-        return pad(q, 1, self.q_length)
+    def queries(self, q: Float[Array, "T N H"]) -> Float[Array, "N T H"]:
+        return pad(_swapped(q), 1, self.q_length)
 
-    def keys(self, k: Float[Array, "K S H"]) -> Float[Array, "K S H"]:
-        return pad(k, 1, self.k_length)
+    def numbers(self, x: Float32[Array, "N T"]) -> Float32[Array, "N T"]:
+        return pad(x, 1, self.q_length)
+
+    def keys(self, k: Float[Array, "S K H"]) -> Float[Array, "K S H"]:
+        return pad(_swapped(k), 1, self.k_length)
 
     def masks(self, seen: _Interval):
         """Returns the library's MaskInfo for the kernels whose innermost loop is over keys, and over queries."""
@@ -235,11 +234,11 @@ def _scaled(q: Array) -> Array:
 def _forward(q, k, v, seen: _Interval, *, tiles: _Tiles, interpret: bool) -> tuple[Array, Array]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    length, (mask, _) = q.shape[2], tiles.masks(seen)
+    length, (mask, _) = q.shape[0], tiles.masks(seen)
     with _precision(q):
         out, (lse,) = splash._splash_attention_forward(
             mask,
-            tiles.heads(_scaled(q)),
+            tiles.queries(_scaled(q)),
             tiles.keys(k),
             tiles.keys(v),
             None,  # segments
@@ -255,15 +254,15 @@ def _forward(q, k, v, seen: _Interval, *, tiles: _Tiles, interpret: bool) -> tup
     # Where a query sees nothing the library returns a mean of what it should not see, or NaN.
     is_empty = seen.stop == 0
     out, lse = out[:, :length], lse[:, :length]
-    return jnp.where(is_empty[:, None], 0.0, out), jnp.where(is_empty, -jnp.inf, lse)
+    return _swapped(jnp.where(is_empty[:, None], 0.0, out)), jnp.where(is_empty, -jnp.inf, lse)
 
 
 def _backward(q, k, v, lse, delta, d_out, seen: _Interval, *, tiles: _Tiles, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-    length, (by_key, by_query) = q.shape[2], tiles.masks(seen)
-    heads = tuple(tiles.heads(x) for x in (lse, d_out, delta))
-    arrays = (tiles.heads(_scaled(q)), tiles.keys(k), tiles.keys(v), None, None, *heads)
+    length, (by_key, by_query) = q.shape[0], tiles.masks(seen)
+    of_q = tiles.numbers(lse), tiles.queries(d_out), tiles.numbers(delta)
+    arrays = (tiles.queries(_scaled(q)), tiles.keys(k), tiles.keys(v), None, None, *of_q)
     layout = splash.QKVLayout.HEAD_DIM_MINOR
     both = {
         "bq": tiles.q,
@@ -282,4 +281,9 @@ def _backward(q, k, v, lse, delta, d_out, seen: _Interval, *, tiles: _Tiles, int
         )
         dq = splash._splash_attention_bwd_dq(*arrays, bkv=tiles.k, mask_info=by_key, **both)
     dq = dq[:, :length].astype(jnp.float32) * q.shape[-1] ** -0.5
-    return dq, dk[:, : k.shape[1]], dv[:, : k.shape[1]]
+    return tuple(_swapped(x) for x in (dq, dk[:, : k.shape[0]], dv[:, : k.shape[0]]))
+
+
+def _swapped(x: Float[Array, "T N H"]) -> Float[Array, "N T H"]:
+    """Returns tokens by heads as heads by tokens, and the other way round."""
+    return jnp.swapaxes(x, 0, 1)

@@ -11,13 +11,14 @@ from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import forward
 from rlring.attention.mask import Mask
 
-ROWS, GROUP, QUERIES, KEYS, SIZE = 2, 2, 40, 96, 16
+BATCH, HEADS, KV_HEADS, QUERIES, KEYS, SIZE = 2, 4, 2, 40, 96, 16
 
 
 def by_definition(q, k, v, visible):
-    """Returns out and lse in float64; visible[R, T, S]."""
+    """Returns out and lse in float64; visible[B, T, S]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    scores = np.einsum("rgth,rsh->rgts", q, k) / np.sqrt(SIZE)
+    k, v = (np.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(SIZE)
     scores = np.where(visible[:, None], scores, -np.inf)
     top = scores.max(-1, keepdims=True)
     top = np.where(np.isfinite(top), top, 0.0)
@@ -25,7 +26,7 @@ def by_definition(q, k, v, visible):
     total = weights.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + top)[..., 0]
-    return np.einsum("rgts,rsh->rgth", weights / np.where(total == 0, 1, total), v), lse
+    return np.einsum("bnts,bsnh->btnh", weights / np.where(total == 0, 1, total), v), lse
 
 
 @pytest.mark.parametrize(
@@ -36,12 +37,12 @@ def by_definition(q, k, v, visible):
 def test_going_on_is_attention_over_all(blocks, growth, is_causal):
     """Later scores that are far above, or far below, the lse so far; and queries that saw nothing until then."""
     keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (ROWS, GROUP, QUERIES, SIZE))
-    k, v = (jax.random.normal(key, (ROWS, KEYS, SIZE)) for key in keys[1:])
-    k = k * jnp.where(jnp.arange(KEYS) < 48, 1.0, growth)[None, :, None]
-    positions = jnp.tile(jnp.arange(KEYS, dtype=jnp.int32), (ROWS, 1))
+    q = jax.random.normal(keys[0], (BATCH, QUERIES, HEADS, SIZE))
+    k, v = (jax.random.normal(key, (BATCH, KEYS, KV_HEADS, SIZE)) for key in keys[1:])
+    k = k * jnp.where(jnp.arange(KEYS) < 48, 1.0, growth)[:, None, None]
+    positions = jnp.tile(jnp.arange(KEYS, dtype=jnp.int32), (BATCH, 1))
     # The queries of the first sequence are in the second half of it, and packed apart from some of its keys.
-    segments = jnp.where((positions < 60) & (jnp.arange(ROWS)[:, None] == 0), 0, 1).astype(jnp.int32)
+    segments = jnp.where((positions < 60) & (jnp.arange(BATCH)[:, None] == 0), 0, 1).astype(jnp.int32)
     mask = Mask(
         q_position=positions[:, -QUERIES:], k_position=positions, q_segment=segments[:, -QUERIES:], k_segment=segments,
         is_causal=is_causal,
@@ -56,7 +57,7 @@ def test_going_on_is_attention_over_all(blocks, growth, is_causal):
 
 
 def test_after_everything_comes_nothing():
-    q, k = jnp.ones((1, 1, 20, 4)), jnp.ones((1, 20, 4))
+    q = k = jnp.ones((1, 20, 1, 4))
     seen = Mask.causal(jnp.arange(20, dtype=jnp.int32)[None])
     blocks = Blocks(8, 8, 2**20)
     total = forward(q, k, k, seen, blocks)
@@ -66,4 +67,4 @@ def test_after_everything_comes_nothing():
     np.testing.assert_allclose(again.lse, total.lse, rtol=1e-6)
     nothing = forward(q, k, k, unseen, blocks)
     np.testing.assert_array_equal(nothing.out, jnp.zeros(q.shape))
-    np.testing.assert_array_equal(nothing.lse, jnp.full(q.shape[:3], -jnp.inf))
+    np.testing.assert_array_equal(nothing.lse, jnp.full((1, 1, 20), -jnp.inf))

@@ -9,7 +9,6 @@ from rlring import AttentionConfig, Mask, attention, zigzag_order
 from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import BlockwiseKernel
 from rlring.attention.hops import attention_in_hops
-from rlring.attention.softmax import rows_of_keys, rows_of_queries, tokens_of_rows
 
 
 @pytest.mark.parametrize("ring", [1, 4])
@@ -22,8 +21,7 @@ def test_out_and_gradients(ring, order):
     kernel = BlockwiseKernel(Blocks(6, 5, 130))
 
     def in_hops(q, k, v):
-        rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
-        return tokens_of_rows(attention_in_hops(*rows, mask, ring, kernel), q.shape[0])
+        return attention_in_hops(q, k, v, mask, ring, kernel)
 
     def dense(q, k, v):
         return attention(q, k, v, mask, config=AttentionConfig("dense"))

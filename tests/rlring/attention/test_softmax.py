@@ -1,20 +1,19 @@
 """softmax.py: merging parts is adding sets of keys, in any order and at any scale."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlring.attention.softmax import Partial, merge, nothing, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.softmax import Partial, merge, nothing
 
 
 def part(scores: np.ndarray, values: np.ndarray) -> Partial:
-    """Attention over some keys in float64, by the definition."""
+    """Attention of one head over some keys in float64, by the definition."""
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     out = weights @ values / weights.sum(-1, keepdims=True)
     lse = np.log(weights.sum(-1)) + scores.max(-1)
-    return Partial(jnp.asarray(out, jnp.float32), jnp.asarray(lse, jnp.float32))
+    return Partial(jnp.asarray(out, jnp.float32)[None, :, None], jnp.asarray(lse, jnp.float32)[None, None])
 
 
 @settings(max_examples=50, deadline=None)
@@ -32,19 +31,10 @@ def test_merge_is_order_free_and_exact(order, seed, scale):
 
 
 def test_nothing_is_neutral():
-    empty = nothing(jnp.ones((2, 3)))
-    np.testing.assert_array_equal(merge(empty, empty).out, np.zeros((2, 3)))
-    np.testing.assert_array_equal(merge(empty, empty).lse, [-np.inf, -np.inf])
-    some = Partial(jnp.ones((2, 3)), jnp.array([0.5, -100.0]))
+    empty = nothing(jnp.ones((1, 2, 1, 3)))
+    np.testing.assert_array_equal(merge(empty, empty).out, np.zeros((1, 2, 1, 3)))
+    np.testing.assert_array_equal(merge(empty, empty).lse, [[[-np.inf, -np.inf]]])
+    some = Partial(jnp.ones((1, 2, 1, 3)), jnp.array([[[0.5, -100.0]]]))
     for merged in (merge(some, empty), merge(empty, some)):
         np.testing.assert_array_equal(merged.out, some.out)
         np.testing.assert_array_equal(merged.lse, some.lse)
-
-
-def test_rows():
-    q, k = jax.random.normal(jax.random.key(0), (2, 5, 6, 4)), jax.random.normal(jax.random.key(1), (2, 7, 3, 4))
-    rows = rows_of_queries(q, 3)
-    assert rows.shape == (6, 2, 5, 4)
-    np.testing.assert_array_equal(rows[4, 1], q[1, :, 3])  # row 4: sequence 1, key/value head 1; its second query head
-    np.testing.assert_array_equal(rows_of_keys(k)[4], k[1, :, 1])
-    np.testing.assert_array_equal(tokens_of_rows(rows, 2), q)

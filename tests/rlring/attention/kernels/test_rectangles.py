@@ -18,7 +18,7 @@ from rlring.attention.kernels import rectangles
 from rlring.attention.kernels.rectangles import RectangleKernel, shape_of
 from rlring.attention.local import Gradients, local_attention
 from rlring.attention.ring import ring_attention
-from rlring.attention.softmax import Partial, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.softmax import Partial
 from rlring.mesh import make_mesh
 
 SHARDS, LENGTH, KV_HEADS = 4, 256, 2
@@ -31,26 +31,37 @@ class DenseTile(NamedTuple):
 
     def forward(self, q, k, v, *, is_causal):
         scores = _scores(q, k, is_causal)
-        return jnp.einsum("rgts,rsh->rgth", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, -1)
+        out = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores), v)
+        return out.reshape(q.shape), jax.nn.logsumexp(scores, -1).reshape(_numbers(q))
 
     def backward(self, q, k, v, out, lse, d_out, *, is_causal):
-        weights = jnp.exp(_scores(q, k, is_causal) - lse[..., None])
-        d_scores = jnp.einsum("rgth,rsh->rgts", d_out, v) - (out * d_out).sum(-1, keepdims=True)
-        d_scores *= weights * q.shape[-1] ** -0.5
-        dq = jnp.einsum("rgts,rsh->rgth", d_scores, k)
-        return dq, jnp.einsum("rgts,rgth->rsh", d_scores, q), jnp.einsum("rgts,rgth->rsh", weights, d_out)
+        scores = _scores(q, k, is_causal)
+        weights = jnp.exp(scores - lse.reshape(*scores.shape[:4], 1))
+        delta = jnp.moveaxis((out * d_out).sum(-1), 1, 2).reshape(*scores.shape[:4], 1)
+        q, d_out = (_grouped(x, k) for x in (q, d_out))
+        d_scores = weights * (jnp.einsum("btkgh,bskh->bkgts", d_out, v) - delta) * q.shape[-1] ** -0.5
+        dq = jnp.einsum("bkgts,bskh->btkgh", d_scores, k).reshape(out.shape)
+        return dq, jnp.einsum("bkgts,btkgh->bskh", d_scores, q), jnp.einsum("bkgts,btkgh->bskh", weights, d_out)
+
+
+def _grouped(q, k):
+    return q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+
+
+def _numbers(q):
+    return q.shape[0], q.shape[2], q.shape[1]
 
 
 def _scores(q, k, is_causal):
-    scores = jnp.einsum("rgth,rsh->rgts", q, k) * q.shape[-1] ** -0.5
-    return jnp.where(jnp.tri(*scores.shape[2:], dtype=bool), scores, -jnp.inf) if is_causal else scores
+    scores = jnp.einsum("btkgh,bskh->bkgts", _grouped(q, k), k) * q.shape[-1] ** -0.5
+    return jnp.where(jnp.tri(*scores.shape[3:], dtype=bool), scores, -jnp.inf) if is_causal else scores
 
 
 class Poison(NamedTuple):
     """A tile and a kernel that nobody is to call: all it returns is NaN."""
 
     def forward(self, q, k, v, mask=None, *, is_causal=False):
-        return Partial(jnp.full(q.shape, jnp.nan), jnp.full(q.shape[:3], jnp.nan))
+        return Partial(jnp.full(q.shape, jnp.nan), jnp.full(_numbers(q), jnp.nan))
 
     def backward(self, q, k, v, *rest, is_causal=False):
         return Gradients(*(jnp.full(x.shape, jnp.nan, jnp.float32) for x in (q, k, v)))
@@ -149,15 +160,9 @@ def arrays(length=LENGTH, heads=4, size=8):
     return [jax.random.normal(key, (2, length, n, size)) for key, n in zip(keys, every, strict=True)]
 
 
-def by_rows(scheme, q, k, v, mask, *static):
-    rows = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
-    return tokens_of_rows(scheme(*rows, mask, *static), q.shape[0])
-
-
 def on_mesh(scheme, axes, kernel):
-    run = partial(by_rows, scheme)
     return jax.shard_map(
-        lambda q, k, v, mask: run(q, k, v, mask, axes, kernel),
+        lambda q, k, v, mask: scheme(q, k, v, mask, axes, kernel),
         mesh=make_mesh(ring=SHARDS),
         in_specs=(SHARD,) * 4,
         out_specs=SHARD,
@@ -166,7 +171,7 @@ def on_mesh(scheme, axes, kernel):
 
 
 SCHEMES = {
-    "one_device": lambda kernel: lambda q, k, v, mask: by_rows(local_attention, q, k, v, mask, kernel),
+    "one_device": lambda kernel: lambda q, k, v, mask: local_attention(q, k, v, mask, kernel),
     "ring": lambda kernel: on_mesh(ring_attention, "ring", kernel),
     "all_gather": lambda kernel: on_mesh(all_gather_attention, ("ring", "ulysses"), kernel),
 }
@@ -228,14 +233,13 @@ def test_a_query_that_sees_nothing():
     """out 0 and lse -inf, and no gradient whatever its d_out: the tile's triangle knows nothing of padding."""
     q, k, v, d_out = arrays(8)
     mask = Mask.causal(positions(length=8), jnp.where(positions(length=8) < 5, 0, -1))
-    rows = rows_of_queries(q, KV_HEADS), rows_of_keys(k), rows_of_keys(v)
-    out, lse = PROVEN.forward(*rows, mask)
+    out, lse = PROVEN.forward(q, k, v, mask)
     assert np.isneginf(lse[:, :, 5:]).all()
-    assert (np.asarray(out[:, :, 5:]) == 0).all()
+    assert (np.asarray(out[:, 5:]) == 0).all()
     assert np.isfinite(lse[:, :, :5]).all()
-    gradients = PROVEN.backward(*rows, mask, out, lse, rows_of_queries(1e3 * d_out, KV_HEADS))
-    for x, dimension in zip(gradients, (2, 1, 1), strict=True):
-        assert (np.asarray(jnp.take(x, jnp.arange(5, 8), dimension)) == 0).all()
+    gradients = PROVEN.backward(q, k, v, mask, out, lse, 1e3 * d_out)
+    for x in gradients:
+        assert (np.asarray(x[:, 5:]) == 0).all()
         assert np.isfinite(x).all()
 
 
@@ -252,7 +256,7 @@ def test_no_collective_is_in_a_branch():
 
 
 def test_pieces_are_shards():
-    q, k = jnp.zeros((1, 1, 64, 8)), jnp.zeros((1, 256, 8))
+    q, k = jnp.zeros((1, 64, 1, 8)), jnp.zeros((1, 256, 1, 8))
     assert rectangles._piece(q, k) == 64
     assert rectangles._piece(q, k[:, :200]) == 200
-    assert rectangles._piece(q[:, :, :1], k) == 256
+    assert rectangles._piece(q[:, :1], k) == 256

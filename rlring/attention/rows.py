@@ -1,0 +1,109 @@
+"""Rows: the shape in which attention is computed. A row is one key/value head of one sequence, R = B * K of them.
+
+Query heads are grouped by the row that they read, N = K * G, so that a block's product is one batched matrix product:
+q[R, G, T, H], k[R, S, H], v[R, S, H]. Everywhere else arrays have the shapes of attention(), tokens before heads. They
+become rows block by block: a copy that stays in the cache, where rows of all tokens at once would be one more copy in
+memory of all that attention takes and returns.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+
+def rows_of_queries(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "R G T H"]:
+    """Returns queries as rows; head n reads key/value head n // G."""
+    batch, length, heads, size = q.shape
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    return grouped.transpose(0, 2, 3, 1, 4).reshape(batch * kv_heads, heads // kv_heads, length, size)
+
+
+def rows_of_keys(k: Float[Array, "B S K H"]) -> Float[Array, "R S H"]:
+    """Returns keys or values as rows."""
+    batch, length, heads, size = k.shape
+    return k.transpose(0, 2, 1, 3).reshape(batch * heads, length, size)
+
+
+def tokens_of_rows(out: Float[Array, "R G T H"], batch: int) -> Float[Array, "B T N H"]:
+    """Returns the inverse of rows_of_queries; of keys' rows, too, with a group of 1."""
+    rows, group, length, size = out.shape
+    grouped = out.reshape(batch, rows // batch, group, length, size)
+    return grouped.transpose(0, 3, 1, 2, 4).reshape(batch, length, rows // batch * group, size)
+
+
+class Rows(NamedTuple):
+    """Some of the rows, to be worked on at once: all those of some sequences, or some of one sequence."""
+
+    first: Int32[Array, ""] | int
+    sequences: int
+    heads: int  # key/value heads of each of them
+    kv_heads: int  # K
+    total: int  # R
+
+    def take(self, x: Float[Array, "B T N H"], start, size: int) -> Float[Array, "r Q H"]:
+        """Returns these rows of so many tokens, flat: Q = G * size, of keys just size."""
+        group = x.shape[2] // self.kv_heads
+        sequence, head = self._start(group)
+        sizes = self.sequences, size, self.heads * group, x.shape[3]
+        tokens = lax.dynamic_slice(x, (sequence, start, head, 0), sizes)
+        return rows_of_queries(tokens, self.heads).reshape(-1, group * size, x.shape[3])
+
+    def put(self, x: Float[Array, "B T N H"], part: Float[Array, "r Q H"], start) -> Float[Array, "B T N H"]:
+        """Returns x with these tokens in it: in place, in a loop."""
+        group = x.shape[2] // self.kv_heads
+        sequence, head = self._start(group)
+        tokens = tokens_of_rows(part.reshape(part.shape[0], group, -1, x.shape[3]), self.sequences)
+        return lax.dynamic_update_slice(x, tokens, (sequence, start, head, 0))
+
+    def add(self, x: Float[Array, "B T N H"], part: Float[Array, "r Q H"], start) -> Float[Array, "B T N H"]:
+        """Returns x with these tokens added to it."""
+        size = part.shape[1] * self.kv_heads // x.shape[2]
+        return self.put(x, self.take(x, start, size) + part, start)
+
+    def take_numbers(self, x: Float32[Array, "B N T"], start, size: int) -> Float32[Array, "r Q"]:
+        """Returns what take() does, of arrays of one number a query."""
+        group = x.shape[1] // self.kv_heads
+        sizes = self.sequences, self.heads * group, size
+        return lax.dynamic_slice(x, (*self._start(group), start), sizes).reshape(-1, group * size)
+
+    def put_numbers(self, x: Float32[Array, "B N T"], part: Float32[Array, "r Q"], start) -> Float32[Array, "B N T"]:
+        """Returns what put() does, of arrays of one number a query."""
+        group = x.shape[1] // self.kv_heads
+        numbers = part.reshape(self.sequences, self.heads * group, -1)
+        return lax.dynamic_update_slice(x, numbers, (*self._start(group), start))
+
+    def of_masks(self, masks):
+        """Returns what belongs to these rows, of arrays [B, ...] or [R, ...]."""
+
+        def take(x: Array) -> Array:
+            if x.shape[0] == self.total:
+                return lax.dynamic_slice_in_dim(x, self.first, self.sequences * self.heads)
+            return lax.dynamic_slice_in_dim(x, self._start(1)[0], self.sequences)
+
+        return jax.tree.map(take, masks)
+
+    def _start(self, group: int):
+        """Returns the first sequence and the first of its heads, of which there are so many for each row."""
+        return self.first // self.kv_heads, self.first % self.kv_heads * group
+
+
+class Turns(NamedTuple):
+    """How the rows take turns."""
+
+    count: int
+    rows: int  # of each turn
+    kv_heads: int
+
+    @classmethod
+    def of(cls, rows: int, kv_heads: int, most: int) -> "Turns":
+        """Returns turns of at most so many rows, but at least of one."""
+        fitting = (n for n in range(max(1, min(rows, most)), 0, -1) if rows % n == 0)
+        at_once = next(n for n in fitting if n % kv_heads == 0 or kv_heads % n == 0)
+        return cls(rows // at_once, at_once, kv_heads)
+
+    def __getitem__(self, turn) -> Rows:
+        first = 0 if self.count == 1 else turn * self.rows
+        heads = min(self.rows, self.kv_heads)
+        return Rows(first, self.rows // heads, heads, self.kv_heads, self.count * self.rows)
