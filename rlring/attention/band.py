@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from rlring.attention.blocks import Blocks, Visits, pad, pick
 from rlring.attention.blockwise import _gradients, _next, _Running, _softmax_over
-from rlring.attention.local import Gradients, delta_of
+from rlring.attention.local import Gradients, delta_of, no_gradients
 from rlring.attention.mask import Bounds, Mask
 from rlring.attention.rows import Rows, Turns
 from rlring.attention.softmax import Partial, finite_lse, nothing
@@ -188,8 +188,7 @@ def backward(q, k, v, mask: Mask, out, lse, d_out, tile: int, scores: int) -> Gr
         dk, dv = (rows.put(x, band.uncut(part.mT), first * tile) for x, part in ((total.dk, dk), (total.dv, dv)))
         return Gradients(dq, dk, dv)
 
-    zero = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
-    dq, dk, dv = lax.fori_loop(0, band.turns.count * band.chunks, gradients_of, zero)
+    dq, dk, dv = lax.fori_loop(0, band.turns.count * band.chunks, gradients_of, no_gradients(q, k))
     return Gradients(dq[:, :q_length], dk[:, :k_length], dv[:, :k_length])
 
 

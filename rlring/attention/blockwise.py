@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
 from rlring.attention.blocks import Blocks, Visits, pad, pick, visits
-from rlring.attention.local import Gradients, delta_of
+from rlring.attention.local import Gradients, delta_of, no_gradients
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, finite_lse, nothing
 
@@ -31,8 +31,8 @@ class BlockwiseKernel(NamedTuple):
     def forward(self, q, k, v, mask: Mask, before: Partial | None = None) -> Partial:
         return forward(q, k, v, mask, self.blocks, before)
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out, dq=None) -> Gradients:
-        return backward(q, k, v, mask, out, lse, d_out, self.blocks, dq)
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out, before: Gradients | None = None) -> Gradients:
+        return backward(q, k, v, mask, out, lse, d_out, self.blocks, before)
 
 
 def forward(
@@ -84,7 +84,7 @@ def backward(
     lse: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
     blocks: Blocks,
-    dq: Float32[Array, "B T N H"] | None = None,
+    before: Gradients | None = None,
 ) -> Gradients:
     """Kernel.backward. The mask may also have a row for each key/value head of each sequence."""
     q_length, k_length, blocks = q.shape[1], k.shape[1], blocks.fit(q, k)
@@ -116,12 +116,16 @@ def backward(
         else:
             plan = visits(mask_here, *rows.of_masks((q_bounds, pick(k_bounds, j))))
             dq, dk, dv = plan.walk(add_from, gradients)
-        dk, dv = (rows.put(x, part.mT, j * blocks.k) for x, part in ((total.dk, dk), (total.dv, dv)))
+        keep = rows.put if before is None else rows.add
+        dk, dv = (keep(x, part.mT, j * blocks.k) for x, part in ((total.dk, dk), (total.dv, dv)))
         return Gradients(dq, dk, dv)
 
-    dq = jnp.zeros(q.shape, jnp.float32) if dq is None else pad(dq, 1, q.shape[1])
-    zero = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    dq, dk, dv = _each(turns.count * counted, gradients_of, Gradients(dq, *zero))
+    total = (
+        no_gradients(q, k)
+        if before is None
+        else Gradients(*(pad(x, 1, like.shape[1]) for x, like in zip(before, (q, k, v), strict=True)))
+    )
+    dq, dk, dv = _each(turns.count * counted, gradients_of, total)
     return Gradients(dq[:, :q_length], dk[:, :k_length], dv[:, :k_length])
 
 

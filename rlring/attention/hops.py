@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rlring.attention.blocks import joined, put, take
-from rlring.attention.local import Gradients, Kernel, named_for_remat
+from rlring.attention.local import Gradients, Kernel, named_for_remat, no_gradients
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial
 
@@ -40,29 +40,25 @@ def _attention_backward(ring, kernel, residuals, d_out):
     q_size, k_size = q.shape[1] // ring, k.shape[1] // ring
 
     def device(r, gradients: Gradients) -> Gradients:
-        mine = (take(q, r, q_size, 1), take(out, r, q_size, 1), take(lse, r, q_size, 2), take(d_out, r, q_size, 1))
+        q_r, out_r, d_out_r = (take(x, r, q_size, 1) for x in (q, out, d_out))
+        lse_r = take(lse, r, q_size, 2)
 
         def hop(n, gradients: Gradients) -> Gradients:
             source = (r - n) % ring
             here = take(k, source, k_size, 1), take(v, source, k_size, 1)
             seen = _mask(mask, r, source, q_size, k_size)
-            q_r, out_r, lse_r, d_out_r = mine
 
             def differentiate(gradients: Gradients) -> Gradients:
-                so_far = take(gradients.dq, r, q_size, 1)
-                dq, dk, dv = kernel.backward(q_r, *here, seen, out_r, lse_r, d_out_r, so_far)
-                return Gradients(
-                    put(gradients.dq, dq, r, 1),
-                    _add(gradients.dk, dk, source),
-                    _add(gradients.dv, dv, source),
-                )
+                before = take(gradients.dq, r, q_size, 1), *(take(x, source, k_size, 1) for x in gradients[1:])
+                after = kernel.backward(q_r, *here, seen, out_r, lse_r, d_out_r, Gradients(*before))
+                places = zip(gradients, after, (r, source, source), strict=True)
+                return Gradients(*(put(x, part, place, 1) for x, part, place in places))
 
             return lax.cond(_sees(seen), differentiate, lambda same: same, gradients)
 
         return lax.fori_loop(0, ring, hop, gradients)
 
-    zero = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)))
-    dq, dk, dv = lax.fori_loop(0, ring, device, zero)
+    dq, dk, dv = lax.fori_loop(0, ring, device, no_gradients(q, k))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -91,10 +87,6 @@ def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
 
     parts = lax.map(device, jnp.arange(ring))
     return Partial(joined(parts.out, 1), joined(parts.lse, 2))
-
-
-def _add(x: Array, more: Array, device) -> Array:
-    return put(x, take(x, device, more.shape[1], 1) + more, device, 1)
 
 
 def _mask(mask: Mask, q_device, k_device, q_size: int, k_size: int) -> Mask:

@@ -26,6 +26,11 @@ class Gradients(NamedTuple):
     dv: Float32[Array, "B S K H"]
 
 
+def no_gradients(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Gradients:
+    """Returns zeros."""
+    return Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, k)))
+
+
 class Kernel(Protocol):
     """How attention over keys that are here is computed. Hashable: it is a static argument."""
 
@@ -59,11 +64,11 @@ class Kernel(Protocol):
         out: Float[Array, "B T N H"],
         lse: Float32[Array, "B N T"],
         d_out: Float[Array, "B T N H"],
-        dq: Float32[Array, "B T N H"] | None = None,
+        before: Gradients | None = None,
     ) -> Gradients:
-        """Returns what these keys add to the gradients, from the out and lse over *all* keys.
+        """Returns the gradients of attention over these keys, from the out and lse over *all* keys.
 
-        dq: what other keys have added to it, to go on from.
+        before: gradients to add them to.
         """
         ...
 

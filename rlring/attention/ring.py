@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlring.attention.local import Gradients, Kernel, as_computed, named_for_remat, tie_to_data
+from rlring.attention.local import Gradients, Kernel, as_computed, named_for_remat, no_gradients, tie_to_data
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial
 from rlring.mesh import AXES
@@ -108,14 +108,28 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
             dq, behind, parcel = state  # behind: what the hops before this one found for the keys that were here then
             # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
             arriving, behind = shift((None if is_last else parcel, behind))
+            before = Gradients(dq, *behind)
+            after, arriving = lax.platform_dependent(
+                before, parcel, arriving, cpu=differentiate_in_place, default=differentiate
+            )
+            return after.dq, (after.dk, after.dv), arriving
+
+        def differentiate(before: Gradients, parcel: _Parcel, arriving):
             hop_mask = parcel.mask(mask)
 
-            def differentiate(dq) -> Gradients:
-                return kernel.backward(q, parcel.k, parcel.v, hop_mask, out, lse, d_out, dq)
+            def add(dq) -> Gradients:
+                here = kernel.backward(q, parcel.k, parcel.v, hop_mask, out, lse, d_out)
+                return here._replace(dq=dq + here.dq)
 
-            here = lax.cond(_sees(hop_mask), differentiate, partial(_no_gradients, k), dq)
-            here, behind, arriving = _in_turn((here, behind, arriving))
-            return here.dq, (behind[0] + here.dk, behind[1] + here.dv), arriving
+            here = lax.cond(_sees(hop_mask), add, lambda dq: no_gradients(q, k)._replace(dq=dq), before.dq)
+            here, before, arriving = _in_turn((here, before, arriving))
+            return Gradients(here.dq, before.dk + here.dk, before.dv + here.dv), arriving
+
+        def differentiate_in_place(before: Gradients, parcel: _Parcel, arriving):
+            """The same, waiting for what is behind: no price where nothing is sent while it computes."""
+            hop_mask = parcel.mask(mask)
+            add = partial(kernel.backward, q, parcel.k, parcel.v, hop_mask, out, lse, d_out)
+            return lax.cond(_sees(hop_mask), add, lambda same: same, before), arriving
 
         home = _Parcel(k, v, mask.k_position, mask.k_segment)
         arriving = shift(home) if hops else None
@@ -161,11 +175,6 @@ def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
     return mask.may_see(q_bounds, k_bounds).any()
 
 
-def _no_gradients(k, dq) -> Gradients:
-    zero = jnp.zeros(k.shape, jnp.float32)
-    return Gradients(dq, zero, zero)
-
-
 ring_attention.defvjp(_attention_forward, _attention_backward)
 
 
@@ -201,8 +210,18 @@ def _repeat(step, times: int, state):
 
 
 def _shift(tree, axis: str, step: int):
-    """Returns the tree that the device `step` before this one on the ring holds, in one collective."""
-    return _unpacked(_sent(_packed(tree), axis, step), tree) if jax.tree.leaves(tree) else tree
+    """Returns the tree that the device `step` before this one on the ring holds, in one collective.
+
+    On CPU array by array: nothing is hidden there, and each fits in where another has been, which four at once do not.
+    """
+
+    def at_once(tree):
+        return _unpacked(_sent(_packed(tree), axis, step), tree) if jax.tree.leaves(tree) else tree
+
+    def one_by_one(tree):
+        return jax.tree.map(lambda x: _sent(x, axis, step), tree)
+
+    return lax.platform_dependent(tree, cpu=one_by_one, default=at_once)
 
 
 def _sent(x: Array, axis: str, step: int) -> Array:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
 
 from rlring.attention import band, blockwise
 from rlring.attention.blocks import Blocks
-from rlring.attention.local import Gradients, as_computed, named_for_remat, tie_to_data
+from rlring.attention.local import Gradients, as_computed, named_for_remat, no_gradients, tie_to_data
 from rlring.attention.mask import NOWHERE, Bounds, Mask
 from rlring.attention.softmax import Partial
 from rlring.attention.ulysses import ulysses_attention
@@ -178,7 +178,9 @@ def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) 
     def add(chunk, total: Gradients) -> Gradients:
         keys = far.keys(chunk)
         seen = far.mask(mask, keys, pattern)
-        dq, dk, dv = blockwise.backward(q, keys.take(k), keys.take(v), seen, out, lse, d_out, far_blocks, total.dq)
+        here = keys.take(k), keys.take(v)
+        before = no_gradients(q, here[0])._replace(dq=total.dq)
+        dq, dk, dv = blockwise.backward(q, *here, seen, out, lse, d_out, far_blocks, before)
         return Gradients(dq, far.add(total.dk, dk, chunk), far.add(total.dv, dv, chunk))
 
     return lax.fori_loop(0, far.chunks, add, near)

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from rlring.attention.blocks import joined, pad
 from rlring.attention.local import Gradients
@@ -39,20 +40,21 @@ def backward_by_pieces(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Mask,
-    dq: Float32[Array, "B T N H"] | None,
+    before: Gradients | None,
     length: int,
 ) -> Gradients:
-    """Returns the gradients of backward(k, v, mask) of each `length` keys, added up, and to the dq so far."""
+    """Returns the gradients of backward(k, v, mask) of each `length` keys, and of what was before."""
     if k.shape[1] <= length:
         here = backward(k, v, mask)
-        return here if dq is None else here._replace(dq=dq + here.dq)
+    else:
 
-    def add(dq, piece):
-        found = backward(*piece)
-        return dq + found.dq, (found.dk, found.dv)
+        def add(dq, piece):
+            found = backward(*piece)
+            return dq + found.dq, (found.dk, found.dv)
 
-    dq, parts = lax.scan(add, jnp.zeros(q.shape, jnp.float32) if dq is None else dq, _cut(k, v, mask, length))
-    return Gradients(dq, *(joined(part, 1)[:, : k.shape[1]] for part in parts))
+        dq, parts = lax.scan(add, jnp.zeros(q.shape, jnp.float32), _cut(k, v, mask, length))
+        here = Gradients(dq, *(joined(part, 1)[:, : k.shape[1]] for part in parts))
+    return here if before is None else jax.tree.map(jnp.add, before, here)
 
 
 def _cut(k, v, mask: Mask, length: int) -> tuple[Array, Array, Mask]:

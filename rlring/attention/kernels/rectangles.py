@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
-from rlring.attention.local import Gradients, Kernel
+from rlring.attention.local import Gradients, Kernel, no_gradients
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, by_token, nothing
 
@@ -92,13 +92,13 @@ class RectangleKernel(NamedTuple):
 
         return forward_by_pieces(attend, q, k, v, mask, before, _piece(q, k))
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out, dq=None) -> Gradients:
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out, before: Gradients | None = None) -> Gradients:
         def differentiate(k, v, mask: Mask) -> Gradients:
             branches = [_backward(self.tile, shape) for shape in SHAPES]
             arrays = (q, k, v, mask, out, lse, d_out)
             return lax.switch(shape_of(mask), [*branches, self.fallback.backward], *arrays)
 
-        return backward_by_pieces(differentiate, q, k, v, mask, dq, _piece(q, k))
+        return backward_by_pieces(differentiate, q, k, v, mask, before, _piece(q, k))
 
 
 def shape_of(mask: Mask) -> Int32[Array, ""]:
@@ -171,8 +171,7 @@ def _forward(tile: Tile, shape: _Shape):
 def _backward(tile: Tile, shape: _Shape):
     def differentiate(q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
         if shape == NOTHING or _is_missing(shape, q, k):
-            zero = jnp.zeros(k.shape, jnp.float32)
-            return Gradients(jnp.zeros(q.shape, jnp.float32), zero, zero)
+            return no_gradients(q, k)
         there = _there(mask)
         lse, d_out = jnp.where(there, lse, HIDDEN), jnp.where(by_token(there), d_out, 0).astype(q.dtype)
         of_q = shape.of_q(out.astype(q.dtype)), shape.of_q(lse, 2), shape.of_q(d_out)

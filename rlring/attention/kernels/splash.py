@@ -54,7 +54,7 @@ class SplashKernel(NamedTuple):
 
         return forward_by_pieces(attend, q, k, v, mask, before, LONGEST)
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out, dq=None) -> Gradients:
+    def backward(self, q, k, v, mask: Mask, out, lse, d_out, before: Gradients | None = None) -> Gradients:
         delta = delta_of(out, d_out)
         d_out, lse = d_out.astype(q.dtype), finite_lse(lse)
 
@@ -64,7 +64,7 @@ class SplashKernel(NamedTuple):
             dq, dk, dv = _by_sequence(one, (q, keys.k, keys.v, lse, delta, d_out), keys.seen())
             return Gradients(dq, keys.back(dk), keys.back(dv))
 
-        return backward_by_pieces(differentiate, q, k, v, mask, dq, LONGEST)
+        return backward_by_pieces(differentiate, q, k, v, mask, before, LONGEST)
 
 
 def _by_sequence(function: Callable, arrays, seen: "_Interval"):
