@@ -152,7 +152,7 @@ def forward(
 
         bounds = rows.of_masks((pick(q_bounds, first, band.chunk), k_bounds))
         plan = band.visits(first, *_seen(mask_here, bounds))
-        out, lse = (band.uncut(x) for x in _softmax_over(plan, attend_to, _Running.none(q_tiles)).finish())
+        out, lse = (band.uncut(x) for x in _softmax_over(plan, attend_to, lambda: _Running.none(q_tiles)).finish())
         start = first * tile
         return Partial(rows.put(total.out, out, start), rows.put_numbers(total.lse, lse, start))
 

@@ -61,12 +61,15 @@ def forward(
             k_block, v_block = (rows.take(x, j * blocks.k, blocks.k) for x in (k, v))
             return add(running, q_block, k_block, v_block, visible)
 
-        running = _Running.after(rows.take(total.out, start, blocks.q), rows.take_numbers(total.lse, start, blocks.q))
+        def so_far() -> _Running:
+            out, lse = rows.take(total.out, start, blocks.q), rows.take_numbers(total.lse, start, blocks.q)
+            return _Running.after(out, lse)
+
         if is_one_block:  # faster without any loop
-            running = attend_to(0, running, is_masked=True)
+            running = attend_to(0, so_far(), is_masked=True)
         else:
             plan = visits(mask_here, *rows.of_masks((pick(q_bounds, i), k_bounds)))
-            running = _softmax_over(plan, attend_to, running)
+            running = _softmax_over(plan, attend_to, so_far)
         out, lse = running.finish()
         return Partial(rows.put(total.out, out, start), rows.put_numbers(total.lse, lse, start))
 
@@ -162,7 +165,7 @@ class _Running(NamedTuple):
 
     def is_in_range(self) -> Bool[Array, ""]:
         """Returns whether no sum came near the end of the numbers."""
-        return (self.total.max() < MOST) & jnp.isfinite(self.out).all()
+        return (self.total.max() < MOST) & jnp.isfinite(jnp.abs(self.out).max())
 
     def finish(self) -> tuple[Float32[Array, "R Q H"], Float32[Array, "R Q"]]:
         """Returns out and lse."""
@@ -170,14 +173,17 @@ class _Running(NamedTuple):
         return self.out / total[..., None], self.top * _scale(self.out) + jnp.log(total)
 
 
-def _softmax_over(plan: Visits, attend_to: Callable, start: _Running) -> _Running:
-    """Returns the softmax after attend_to(block, running, add=..., is_masked=...) at every block that is seen."""
+def _softmax_over(plan: Visits, attend_to: Callable, so_far: Callable[[], _Running]) -> _Running:
+    """Returns the softmax after attend_to(block, running, add=..., is_masked=...) at every block that is seen.
+
+    so_far() is called where it is needed: kept from one place to the other it would be copied.
+    """
+    start = so_far()
     # One block tells how great the scores are, unless it is known.
     first = jnp.where(jnp.isfinite(start.top).all(), 0, jnp.minimum(plan.whole, 1))
     known = plan.visit(0, first, attend_to, start)
     fast = plan.visit(first, plan.whole, partial(attend_to, add=_next_in_range), known)
-    safe = partial(plan.visit, first, plan.whole, attend_to, known)
-    running = lax.cond(fast.is_in_range(), lambda: fast, safe)
+    running = lax.cond(fast.is_in_range(), lambda: fast, lambda: plan.visit(0, plan.whole, attend_to, so_far()))
     return plan.visit(plan.whole, plan.seen, partial(attend_to, is_masked=True), running)
 
 
