@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
+from rlring.attention import one_block
 from rlring.attention.blocks import Blocks, Visits, pad, pick
-from rlring.attention.blockwise import _gradients, _next, _Running, _softmax_over
 from rlring.attention.local import Gradients, delta_of, no_gradients
 from rlring.attention.mask import Bounds, Mask
 from rlring.attention.rows import Rows, Turns
@@ -145,14 +145,15 @@ def forward(
         rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
         mask_here, q_tiles = rows.of_masks(mask), band.take(rows, q, first)
 
-        def attend_to(ahead, running, *, add=_next, is_masked=False):
+        def attend_to(ahead, running, *, add=one_block.add, is_masked=False):
             place = (first + ahead) % band.tiles
             visible = band.visible(mask_here, first, place) if is_masked else None
             return add(running, q_tiles, band.take(rows, k, place), band.take(rows, v, place), visible)
 
         bounds = rows.of_masks((pick(q_bounds, first, band.chunk), k_bounds))
         plan = band.visits(first, *_seen(mask_here, bounds))
-        out, lse = (band.uncut(x) for x in _softmax_over(plan, attend_to, lambda: _Running.none(q_tiles)).finish())
+        running = one_block.softmax_over(plan, attend_to, lambda: one_block.Running.none(q_tiles))
+        out, lse = (band.uncut(x) for x in running.finish())
         start = first * tile
         return Partial(rows.put(total.out, out, start), rows.put_numbers(total.lse, lse, start))
 
@@ -173,12 +174,12 @@ def backward(q, k, v, mask: Mask, out, lse, d_out, tile: int, scores: int) -> Gr
         mask_here = rows.of_masks(mask)
         k_tiles, v_tiles = band.take(rows, k, first), band.take(rows, v, first)
 
-        def add_from(ahead, gradients, *, is_masked):
-            place, (dq, dk, dv) = (first + ahead) % band.tiles, gradients
+        def add_from(ahead, found, *, is_masked):
+            place, (dq, dk, dv) = (first + ahead) % band.tiles, found
             visible = band.visible(mask_here, place, first) if is_masked else None
             of_q = (band.take(rows, x, place) for x in (q, d_out))
             numbers = (band.take_numbers(rows, x, place) for x in (lse, delta))
-            dq_more, dk_more, dv_more = _gradients(*of_q, *numbers, k_tiles, v_tiles, visible)
+            dq_more, dk_more, dv_more = one_block.gradients(*of_q, *numbers, k_tiles, v_tiles, visible)
             return band.add(rows, dq, dq_more, place), dk + dk_more, dv + dv_more
 
         zero = jnp.zeros(k_tiles.mT.shape, jnp.float32)

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from rlring.attention import one_block
 from rlring.attention.api import check_batch, check_shapes
 from rlring.attention.blocks import pad
-from rlring.attention.blockwise import in_one_block
 from rlring.attention.mask import Mask
 from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.attention.softmax import finite_lse
@@ -78,7 +78,7 @@ def attend(
     """
     rows = rows_of_queries(q, k.shape[0] // q.shape[0])
     flat = rows.reshape(rows.shape[0], -1, rows.shape[3])
-    out, lse = in_one_block(flat, k, v, mask)  # there are few queries
+    out, lse = one_block.attend(flat, k, v, mask)  # there are few queries
     if axes:
         # softmax.merge() of all devices' parts at once.
         top = lax.pmax(lse, axes)

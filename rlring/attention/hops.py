@@ -54,7 +54,7 @@ def _attention_backward(ring, kernel, residuals, d_out):
                 places = zip(gradients, after, (r, source, source), strict=True)
                 return Gradients(*(put(x, part, place, 1) for x, part, place in places))
 
-            return lax.cond(_sees(seen), differentiate, lambda same: same, gradients)
+            return lax.cond(seen.shows_any(), differentiate, lambda same: same, gradients)
 
         return lax.fori_loop(0, ring, hop, gradients)
 
@@ -79,7 +79,7 @@ def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
                 here = take(k, source, k_size, 1), take(v, source, k_size, 1)
                 return kernel.forward(q_r, *here, seen, total)
 
-            return lax.cond(_sees(seen), attend, lambda total: total, total)
+            return lax.cond(seen.shows_any(), attend, lambda total: total, total)
 
         home = take(k, r, k_size, 1), take(v, r, k_size, 1)
         first = kernel.forward(q_r, *home, _mask(mask, r, r, q_size, k_size))
@@ -91,7 +91,3 @@ def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
 
 def _mask(mask: Mask, q_device, k_device, q_size: int, k_size: int) -> Mask:
     return mask.block(q_device * q_size, q_size, k_device * k_size, k_size)
-
-
-def _sees(mask: Mask):
-    return mask.may_see(mask.q_bounds(mask.q_position.shape[1]), mask.k_bounds(mask.k_position.shape[1]))[0]

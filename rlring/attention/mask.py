@@ -131,6 +131,10 @@ class Mask:
             seen &= q.low_position - k.high_position < self.window
         return seen.any(0)
 
+    def shows_any(self) -> Bool[Array, ""]:
+        """Returns False only where no query sees any key."""
+        return self.may_see(self.q_bounds(self.q_position.shape[1]), self.k_bounds(self.k_position.shape[1]))[0]
+
     def sees_all(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
         """Returns, by block, True only where every query of q sees every key of k, in all rows of the batch."""
         seen = q.is_whole & k.is_whole & (q.low_segment == q.high_segment)

@@ -83,7 +83,7 @@ def _forward(q, k, v, mask, axis, kernel) -> Partial:
 
             # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its
             # own out.
-            return _in_turn((lax.cond(_sees(hop_mask), attend, lambda total: total, total), arriving))
+            return _in_turn((lax.cond(hop_mask.shows_any(), attend, lambda total: total, total), arriving))
 
         home = _Parcel(k, v, mask.k_position, mask.k_segment)
         arriving = _sent(_packed(home), axis, 1) if hops else None
@@ -121,7 +121,7 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
                 here = kernel.backward(q, parcel.k, parcel.v, hop_mask, out, lse, d_out)
                 return here._replace(dq=dq + here.dq)
 
-            here = lax.cond(_sees(hop_mask), add, lambda dq: no_gradients(q, k)._replace(dq=dq), before.dq)
+            here = lax.cond(hop_mask.shows_any(), add, lambda dq: no_gradients(q, k)._replace(dq=dq), before.dq)
             here, before, arriving = _in_turn((here, before, arriving))
             return Gradients(here.dq, before.dk + here.dk, before.dv + here.dv), arriving
 
@@ -129,7 +129,7 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
             """The same, waiting for what is behind: no price where nothing is sent while it computes."""
             hop_mask = parcel.mask(mask)
             add = partial(kernel.backward, q, parcel.k, parcel.v, hop_mask, out, lse, d_out)
-            return lax.cond(_sees(hop_mask), add, lambda same: same, before), arriving
+            return lax.cond(hop_mask.shows_any(), add, lambda same: same, before), arriving
 
         home = _Parcel(k, v, mask.k_position, mask.k_segment)
         arriving = shift(home) if hops else None
@@ -176,11 +176,6 @@ def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
 
 
 ring_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _sees(mask: Mask) -> Bool[Array, ""]:
-    """Returns whether any query may see any key."""
-    return mask.may_see(mask.q_bounds(mask.q_position.shape[1]), mask.k_bounds(mask.k_position.shape[1]))[0]
 
 
 def _in_turn(results):
