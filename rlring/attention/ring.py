@@ -208,14 +208,19 @@ def _repeat(step, times: int, state):
 def _shift(tree, axis: str, step: int):
     """Returns the tree that the device `step` before this one on the ring holds, in one collective.
 
-    On CPU array by array: nothing is hidden there, and each fits in where another has been, which four at once do not.
+    On CPU what has numbers goes array by array: nothing is hidden there, and each fits in where another has been, which
+    four at once do not.
     """
 
     def at_once(tree):
         return _unpacked(_sent(_packed(tree), axis, step), tree) if jax.tree.leaves(tree) else tree
 
     def one_by_one(tree):
-        return jax.tree.map(lambda x: _sent(x, axis, step), tree)
+        leaves, structure = jax.tree.flatten(tree)
+        is_large = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+        small = iter(at_once([x for x, large in zip(leaves, is_large, strict=True) if not large]))
+        sent = [_sent(x, axis, step) if large else next(small) for x, large in zip(leaves, is_large, strict=True)]
+        return jax.tree.unflatten(structure, sent)
 
     return lax.platform_dependent(tree, cpu=one_by_one, default=at_once)
 

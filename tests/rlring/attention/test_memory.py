@@ -52,7 +52,7 @@ def test_a_policy_keeps_the_out():
         return text.count("stablehlo.collective_permute")
 
     names = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-    backward = 3 * 4 + 4 * 2  # keys, values, positions and segments; two gradients: on CPU each array by itself
+    backward = 3 * 3 + 4 * 2  # keys, values, what is known of them; two gradients: on CPU each goes by itself
     assert permutes(names) == 3 + backward
     assert permutes(jax.checkpoint_policies.nothing_saveable) == 2 * 3 + backward
 
