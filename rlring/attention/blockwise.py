@@ -23,6 +23,10 @@ class BlockwiseKernel(NamedTuple):
 
     blocks: Blocks
 
+    @property
+    def heads_first(self) -> bool:
+        return False
+
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         return jnp.promote_types(dtype, jnp.float32)
 

@@ -34,6 +34,11 @@ def no_gradients(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Grad
 class Kernel(Protocol):
     """How attention over keys that are here is computed. Hashable: it is a static argument."""
 
+    @property
+    def heads_first(self) -> bool:
+        """Whether keys go around a ring with their heads before their tokens, as the kernel wants them."""
+        ...
+
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         """Returns the type in which the out is kept for backward(), given that of the arrays.
 

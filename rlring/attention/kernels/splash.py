@@ -42,6 +42,10 @@ class SplashKernel(NamedTuple):
     blocks: Blocks
     interpret: bool = False  # runs on any device, slowly: for tests
 
+    @property
+    def heads_first(self) -> bool:
+        return True
+
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlring.attention import AttentionConfig, Mask, attention, blockwise, striped_order, zigzag_order
+from rlring.attention import AttentionConfig, Mask, attention, one_block, striped_order, zigzag_order
 from rlring.mesh import make_mesh
 
 CASES = [
@@ -202,6 +202,6 @@ def test_scores_that_grow_without_end(dtype, slope, monkeypatch):
         # Scores reach 1,000: their own rounding is 1e-4 of a weight.
         assert relative_error(a, b) <= (2e-4 if dtype == jnp.float32 else 1e-2)
     if slope > 0:  # and it was necessary
-        monkeypatch.setattr(blockwise._Running, "is_in_range", lambda running: jnp.bool(True))
+        monkeypatch.setattr(one_block.Running, "is_in_range", lambda running: jnp.bool(True))
         other_blocks = BLOCKS | {"block_q": 7}  # compiled anew
         assert not np.isfinite(run(inputs, mask, AttentionConfig("blockwise", **other_blocks))[0]).all()
