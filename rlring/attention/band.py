@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from rlring.attention import one_block
 from rlring.attention.blocks import Blocks, Visits, pad, pick
@@ -73,12 +73,12 @@ class _Band(NamedTuple):
             return rows.add(x, more, start)
 
         def around(x: Array) -> Array:
-            tokens = (start + jnp.arange(self.size)) % self.length
+            tokens = self._tokens_around(tile)
             chunk = rows.add(jnp.take(x, tokens, 1), more, 0)
             return x.at[:, tokens].set(chunk, unique_indices=True)
 
         # Loops of one step or none: what they go on with is not copied, as it is for branches.
-        goes_around = (tile + self.chunk > self.tiles).astype(jnp.int32)
+        goes_around = self._goes_around(tile).astype(jnp.int32)
         x = lax.fori_loop(goes_around, 1, lambda _, x: straight(x), x)
         return lax.fori_loop(0, goes_around, lambda _, x: around(x), x)
 
@@ -108,14 +108,22 @@ class _Band(NamedTuple):
 
     def _chunk(self, take: Callable, x: Array, tile, dimension: int) -> Array:
         """Returns take(x, start, size) of the chunk that begins with this tile; the first tile follows the last."""
-        start = tile * self.tile
+
+        def straight(x: Array) -> Array:
+            return take(x, tile * self.tile, self.size)
 
         def around(x: Array) -> Array:
-            tokens = (start + jnp.arange(self.size)) % self.length
-            return take(jnp.take(x, tokens, dimension), 0, self.size)
+            return take(jnp.take(x, self._tokens_around(tile), dimension), 0, self.size)
 
         # Few chunks go around. With what follows the last tile put there, all would be slices, of a copy of it all.
-        return lax.cond(tile + self.chunk <= self.tiles, lambda x: take(x, start, self.size), around, x)
+        return lax.cond(self._goes_around(tile), around, straight, x)
+
+    def _goes_around(self, tile) -> Bool[Array, ""]:
+        """Returns whether the chunk that begins with this tile goes on with the first."""
+        return tile + self.chunk > self.tiles
+
+    def _tokens_around(self, tile) -> Int32[Array, "size"]:
+        return (tile * self.tile + jnp.arange(self.size, dtype=jnp.int32)) % self.length
 
     def visits(self, tile, seen, whole) -> Visits:
         """Returns by how many tiles the other side is ahead where any of the chunk's tiles sees it.

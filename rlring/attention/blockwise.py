@@ -22,10 +22,7 @@ class BlockwiseKernel(NamedTuple):
     """The kernel in plain JAX: every mask, every type, every device."""
 
     blocks: Blocks
-
-    @property
-    def heads_first(self) -> bool:
-        return False
+    heads_first = False
 
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         return jnp.promote_types(dtype, jnp.float32)

@@ -31,10 +31,17 @@ BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
 class _Parcel(NamedTuple):
     """What goes around the ring: some keys with all that is to be known about them."""
 
-    k: Float[Array, "B S K H"]
+    k: Float[Array, "B S K H"]  # or [B, K, S, H], if the kernel wants the heads first
     v: Float[Array, "B S K H"]
     position: Int32[Array, "B S"]
     segment: Int32[Array, "B S"]
+
+    @classmethod
+    def of(cls, k: Array, v: Array, mask: Mask, kernel: Kernel) -> "_Parcel":
+        return cls(_turned(k, kernel), _turned(v, kernel), mask.k_position, mask.k_segment)
+
+    def keys(self, kernel: Kernel) -> tuple[Array, Array]:
+        return _turned(self.k, kernel), _turned(self.v, kernel)
 
     def mask(self, mask: Mask) -> Mask:
         return replace(mask, k_position=self.position, k_segment=self.segment)
@@ -71,10 +78,6 @@ def _attention_backward(axis, kernel, residuals, d_out):
 
 def _forward(q, k, v, mask, axis, kernel) -> Partial:
     k, v = as_computed(q, k, v)
-    travelling = _travelling(kernel)
-
-    def keys(parcel: _Parcel) -> tuple[Array, Array]:
-        return travelling(parcel.k), travelling(parcel.v)
 
     def ring(hops: int) -> Partial:
         def hop(state, is_last=False):
@@ -84,13 +87,13 @@ def _forward(q, k, v, mask, axis, kernel) -> Partial:
             hop_mask = parcel.mask(mask)
 
             def attend(total: Partial) -> Partial:
-                return kernel.forward(q, *keys(parcel), hop_mask, total)
+                return kernel.forward(q, *parcel.keys(kernel), hop_mask, total)
 
             # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its
             # own out.
             return _in_turn((lax.cond(hop_mask.shows_any(), attend, lambda total: total, total), arriving))
 
-        home = _Parcel(travelling(k), travelling(v), mask.k_position, mask.k_segment)
+        home = _Parcel.of(k, v, mask, kernel)
         arriving = _sent(_packed(home), axis, 1) if hops else None
         total = kernel.forward(q, k, v, mask)
         if hops:
@@ -102,10 +105,6 @@ def _forward(q, k, v, mask, axis, kernel) -> Partial:
 
 def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
     k, v = as_computed(q, k, v)
-    travelling = _travelling(kernel)
-
-    def keys(parcel: _Parcel) -> tuple[Array, Array]:
-        return travelling(parcel.k), travelling(parcel.v)
 
     def ring(hops: int) -> Gradients:
         # A whole ring turns the other way round: a compiler that sees both passes would else keep the keys of all
@@ -127,8 +126,8 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
             hop_mask = parcel.mask(mask)
 
             def add(dq) -> Gradients:
-                here = kernel.backward(q, *keys(parcel), hop_mask, out, lse, d_out)
-                return Gradients(dq + here.dq, travelling(here.dk), travelling(here.dv))
+                here = kernel.backward(q, *parcel.keys(kernel), hop_mask, out, lse, d_out)
+                return _travelling(here, kernel)._replace(dq=dq + here.dq)
 
             here = lax.cond(hop_mask.shows_any(), add, lambda dq: no_gradients(q, parcel.k)._replace(dq=dq), before.dq)
             here, before, arriving = _in_turn((here, before, arriving))
@@ -139,22 +138,21 @@ def _backward(q, k, v, mask, out, lse, d_out, axis, kernel) -> Gradients:
             hop_mask = parcel.mask(mask)
 
             def add(before: Gradients) -> Gradients:
-                before = Gradients(before.dq, travelling(before.dk), travelling(before.dv))
-                after = kernel.backward(q, *keys(parcel), hop_mask, out, lse, d_out, before)
-                return Gradients(after.dq, travelling(after.dk), travelling(after.dv))
+                before = _travelling(before, kernel)
+                return _travelling(kernel.backward(q, *parcel.keys(kernel), hop_mask, out, lse, d_out, before), kernel)
 
             return lax.cond(hop_mask.shows_any(), add, lambda same: same, before), arriving
 
-        home = _Parcel(travelling(k), travelling(v), mask.k_position, mask.k_segment)
+        home = _Parcel.of(k, v, mask, kernel)
         arriving = shift(home) if hops else None
         here = kernel.backward(q, k, v, mask, out, lse, d_out)
         if hops == 0:
             return here
         # What is found at home travels as well: kept, it would be there beside what arrives in the end.
-        here, arriving = _in_turn((here, arriving))
-        state = _repeat(hop, hops - 1, (here.dq, (travelling(here.dk), travelling(here.dv)), arriving))
+        here, arriving = _in_turn((_travelling(here, kernel), arriving))
+        state = _repeat(hop, hops - 1, (here.dq, (here.dk, here.dv), arriving))
         dq, found, _ = hop(state, is_last=True)
-        return Gradients(dq, *map(travelling, _shift(found, axis, step=-hops * step)))
+        return _travelling(Gradients(dq, *_shift(found, axis, step=-hops * step)), kernel)
 
     return _as_far_as_seen(ring, mask, axis)
 
@@ -192,12 +190,17 @@ def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
 ring_attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _travelling(kernel: Kernel) -> Callable[[Array], Array]:
-    """Returns what turns keys, or their gradients, into what goes around, and back.
+def _turned(x: Array, kernel: Kernel) -> Array:
+    """Returns keys as they go around, or as they are in between if they came so.
 
     Turned round at each hop they are more than the compiler for TPUs hides transfers behind (3b, 64 chips of a v4).
     """
-    return partial(jnp.swapaxes, axis1=1, axis2=2) if kernel.heads_first else lambda x: x
+    return jnp.swapaxes(x, 1, 2) if kernel.heads_first else x
+
+
+def _travelling(gradients: Gradients, kernel: Kernel) -> Gradients:
+    """Returns gradients with those of the keys turned as the keys are."""
+    return Gradients(gradients.dq, _turned(gradients.dk, kernel), _turned(gradients.dv, kernel))
 
 
 def _in_turn(results):
@@ -230,7 +233,7 @@ def _shift(tree, axis: str, step: int):
     """Returns the tree that the device `step` before this one on the ring holds, in one collective.
 
     On CPU what has numbers goes array by array: nothing is hidden there, and each fits in where another has been, which
-    four at once do not.
+    four at once do not. Not in half precision: that is sent as float32, twice the bytes, where it is not packed.
     """
 
     def at_once(tree):
@@ -238,7 +241,7 @@ def _shift(tree, axis: str, step: int):
 
     def one_by_one(tree):
         leaves, structure = jax.tree.flatten(tree)
-        is_large = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+        is_large = [jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4 for x in leaves]
         small = iter(at_once([x for x, large in zip(leaves, is_large, strict=True) if not large]))
         sent = [_sent(x, axis, step) if large else next(small) for x, large in zip(leaves, is_large, strict=True)]
         return jax.tree.unflatten(structure, sent)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
+from jaxtyping import Array, Bool, Float, Float32, Int32, Integer, Shaped
 
 from rlring.attention import band, blockwise
 from rlring.attention.blocks import Blocks
@@ -255,8 +255,7 @@ class _FarKeys(NamedTuple):
 
     def take(self, x: Float[Array, "B S K H"]) -> Float[Array, "B C K H"]:
         """Returns these keys or values."""
-        batch, _, heads, _ = x.shape
-        return _taken(x, jnp.swapaxes(self.place.reshape(batch, heads, -1), 1, 2))
+        return _taken(x, _by_token(self.place, x.shape[2]))
 
     def mask(self, mask: Mask) -> Mask:
         """Returns the mask of these keys, with R rows."""
@@ -268,6 +267,11 @@ class _FarKeys(NamedTuple):
 def _taken(x: Float[Array, "B S K H"], place: Int32[Array, "B C K"]) -> Float[Array, "B C K H"]:
     """Returns for each head its own places."""
     return jnp.take_along_axis(x, place[..., None], 1, mode="clip")
+
+
+def _by_token(x: Shaped[Array, "R C"], heads: int) -> Shaped[Array, "B C K"]:
+    """Returns what is known of each row as what is known of each head."""
+    return jnp.swapaxes(x.reshape(-1, heads, x.shape[1]), 1, 2)
 
 
 class _Far(NamedTuple):
@@ -303,10 +307,9 @@ class _Far(NamedTuple):
         self, total: Float32[Array, "B S K H"], x: Float32[Array, "B C K H"], chunk: Int32[Array, ""]
     ) -> Float32[Array, "B S K H"]:
         """Returns the total with what was found for one chunk of keys."""
-        batch, length, heads, _ = total.shape
         place = self.count - 1 - chunk * self.size
         is_here = self.is_strided & (place >= 0) & (place < self.size)
-        place, is_here = (jnp.swapaxes(x.reshape(batch, heads, length), 1, 2) for x in (place, is_here))
+        place, is_here = (_by_token(x, total.shape[2]) for x in (place, is_here))
         # A gather: scattering is slow wherever it is not sure that no two values meet.
         return total + jnp.where(is_here[..., None], _taken(x, jnp.clip(place, 0, self.size - 1)), 0.0)
 

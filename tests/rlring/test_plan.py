@@ -153,12 +153,12 @@ def rows_of_a_tpu(*argv: str, program: str = "import rlring.plan as plan") -> li
     return [line.strip("| ").split(" | ") for line in ran.stdout.splitlines() if line.startswith("| 350m")]
 
 
-def with_model(width: int, heads: int, scheme: str) -> str:
+def with_model(width: int, heads: int, scheme: str, kernel: str = "jax") -> str:
     """Returns a program in which every preset is this model of two layers."""
     return (
         "import rlring.plan as plan; from rlring import *; from rlring.language_model import LanguageModelConfig;"
         f"config = TransformerConfig(width={width}, layers=2, heads={heads}, fsdp=True, remat='all',"
-        f"compute_type='bfloat16', attention=AttentionConfig('{scheme}'));"
+        f"compute_type='bfloat16', attention=AttentionConfig('{scheme}', kernel='{kernel}'));"
         "plan.preset = lambda name, **how: LanguageModelConfig(512, config)"
     )
 
@@ -186,6 +186,15 @@ def test_widths_that_do_not_divide_by_a_tpu_whose_links_route_straight_on():
     """The scales of norms, of 160 numbers, on 64 chips: no sum over half of them, which its compiler refuses."""
     (row,) = rows_of_a_tpu("--topology", "v5e:8x8", "--tokens", "65536", program=with_model(160, 5, "ring"))
     assert row[9] == "yes"
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_hops_of_a_wide_model_are_hidden():
+    """Two layers as wide as 3b's on 64 chips: had the keys to be turned round at each hop, not half would be."""
+    wide = with_model(3200, 25, "ring", kernel="auto")
+    (row,) = rows_of_a_tpu("--topology", "v4:4x4x4", "--tokens", "1048576", program=wide)
+    assert row[-1].strip(" |") == "100%"
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,7 @@ class RectangleKernel(NamedTuple):
 
     tile: Tile
     fallback: Kernel
-
-    @property
-    def heads_first(self) -> bool:
-        return False
+    heads_first = False
 
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so

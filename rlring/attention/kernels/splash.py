@@ -41,10 +41,7 @@ class SplashKernel(NamedTuple):
 
     blocks: Blocks
     interpret: bool = False  # runs on any device, slowly: for tests
-
-    @property
-    def heads_first(self) -> bool:
-        return True
+    heads_first = True
 
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so
