@@ -90,9 +90,9 @@ def visits(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> Visits:
     return Visits.of(mask.may_see(q_bounds, k_bounds), mask.sees_all(q_bounds, k_bounds))
 
 
-def pick(bounds: Bounds, block, size: int = 1) -> Bounds:
-    """Returns the bounds of one block, or of this one of so many at a time."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, block * size, size, 1), bounds)
+def pick(bounds: Bounds, first, size: int = 1) -> Bounds:
+    """Returns the bounds of one block, or of so many from this one on."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, 1), bounds)
 
 
 def take(x: Array, block, size: int, dimension: int) -> Array:

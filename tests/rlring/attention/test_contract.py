@@ -121,6 +121,17 @@ def test_one_block_and_a_length_that_does_not_divide(scheme, mesh):
 
 
 @pytest.mark.parametrize(("scheme", "mesh"), ONE_OF_EACH, ids=str)
+def test_the_default_blocks(scheme, mesh):
+    """Several of them, as users have them."""
+    length = 2100
+    inputs, position = arrays(2, length), jnp.tile(jnp.arange(length, dtype=jnp.int32), (2, 1))
+    mask = Mask.causal(position, position // jnp.array([[length], [900]]))
+    expected = run(inputs, mask, AttentionConfig("dense"))
+    got = run(inputs, mask, AttentionConfig(scheme), make_mesh(**mesh) if mesh else None)
+    assert max(map(relative_error, got, expected)) <= 1e-5
+
+
+@pytest.mark.parametrize(("scheme", "mesh"), ONE_OF_EACH, ids=str)
 def test_bfloat16_is_as_good_as_dense_bfloat16(scheme, mesh):
     mask = causal_masks()["packed"]
     inputs = arrays(2, dtype=jnp.bfloat16)

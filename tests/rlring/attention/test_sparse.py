@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, inverse_order, zigzag_order
+from rlring.attention.band import _Band
 from rlring.attention.blocks import Blocks, pick, visits
 from rlring.attention.sparse import _Far, _far_blocks, _near_tile, _NearMask
 from rlring.errors import UsageError
@@ -107,9 +108,25 @@ def check(inputs, mask, config, mesh=None):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30), err_msg=part)
 
 
+@pytest.mark.parametrize("chunk", [2, 4, 6])
 @pytest.mark.parametrize("name", masks())
-def test_every_mask(name):
-    check(arrays(4, 2), masks()[name], AttentionConfig("sparse", 16, 16, sparse=PATTERNS["plain"]))
+def test_every_mask(name, chunk):
+    """The band in chunks of so many of its 6 tiles; of 4, the second goes around to the first tiles."""
+    inputs, tile = arrays(4, 2), 16
+    scores = 4 * chunk * (2 * 4 * tile**2)  # the band takes a fourth; two sequences, four heads
+    band = _Band.of(*inputs[:2], tile, scores // 4)
+    assert (band.chunk, band.chunks) == (chunk, -(-6 // chunk))
+    check(inputs, masks()[name], AttentionConfig("sparse", tile, tile, scores, sparse=PATTERNS["plain"]))
+
+
+@pytest.mark.parametrize("mesh", [None, {"ulysses": 2}], ids=str)
+def test_the_default_blocks(mesh):
+    """Several tiles of keys and chunks of the band, as users have them."""
+    length, config = 2000, AttentionConfig("sparse", sparse=SparsePattern(64, 2, 8))
+    inputs = arrays(4, 2, length)
+    tile = _near_tile(Blocks(512, 512, config.scores), config.sparse)
+    assert _Band.of(*inputs[:2], tile, config.scores // 4).chunks > 2
+    check(inputs, masks(length)["plain"], config, make_mesh(**mesh) if mesh else None)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
