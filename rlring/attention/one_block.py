@@ -57,25 +57,13 @@ def softmax_over(plan: Visits, attend_to: Callable, so_far: Callable[[], Running
 
     so_far() is called where it is needed: kept from one place to the other it would be copied.
     """
-    start, fast_to = so_far(), partial(attend_to, add=_add_in_range)
+    start = so_far()
     # One block tells how great the scores are, unless it is known.
-    probes = jnp.where(_is_known(start), 0, jnp.minimum(plan.whole, 1))
+    probes = jnp.where(jnp.isfinite(start.top).all(), 0, jnp.minimum(plan.whole, 1))
     known = plan.visit(0, probes, attend_to, start)
-    fast = plan.visit(probes, plan.whole, fast_to, known)
-    # In part only where every query has seen something: relative to nothing no score is in range.
-    stop = jnp.where(_is_known(known), plan.seen, plan.whole)
-    fast = plan.visit(plan.whole, stop, partial(fast_to, is_masked=True), fast)
-    running, stop = lax.cond(
-        fast.is_in_range(),
-        lambda: (fast, stop),
-        lambda: (plan.visit(0, plan.whole, attend_to, so_far()), plan.whole),
-    )
-    return plan.visit(stop, plan.seen, partial(attend_to, is_masked=True), running)
-
-
-def _is_known(running: Running) -> Bool[Array, ""]:
-    """Returns whether every query has seen a key."""
-    return jnp.isfinite(running.top).all()
+    fast = plan.visit(probes, plan.whole, partial(attend_to, add=_add_in_range), known)
+    running = lax.cond(fast.is_in_range(), lambda: fast, lambda: plan.visit(0, plan.whole, attend_to, so_far()))
+    return plan.visit(plan.whole, plan.seen, partial(attend_to, is_masked=True), running)
 
 
 def first(q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
@@ -97,7 +85,7 @@ def add(running: Running, q, k, v, visible: Bool[Array, "R Q S"] | None) -> Runn
     return Running(top, total, running.out * fade[..., None] + _weighted(weights, v))
 
 
-def _add_in_range(running: Running, q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
+def _add_in_range(running: Running, q, k, v, visible: None) -> Running:
     """Returns what add does, a pass faster, unless a score is far above the top so far: then is_in_range() is False.
 
     Any number near the greatest score serves as the top: it cancels.
