@@ -158,7 +158,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
     k, v = as_computed(q, k, v)
-    near = band.forward(q, k, v, _NearMask.of(mask, pattern), _near_tile(blocks, pattern), blocks.scores // 4)
+    near = band.forward(q, k, v, _NearMask.of(mask, pattern), *_near_cut(blocks, pattern))
     far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
 
     def add(chunk, total: Partial) -> Partial:
@@ -171,8 +171,7 @@ def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
 
 def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) -> Gradients:
     k, v = as_computed(q, k, v)
-    near_mask, tile = _NearMask.of(mask, pattern), _near_tile(blocks, pattern)
-    near = band.backward(q, k, v, near_mask, out, lse, d_out, tile, blocks.scores // 4)
+    near = band.backward(q, k, v, _NearMask.of(mask, pattern), out, lse, d_out, *_near_cut(blocks, pattern))
     far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
 
     def add(chunk, total: Gradients) -> Gradients:
@@ -186,9 +185,10 @@ def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) 
     return lax.fori_loop(0, far.chunks, add, near)
 
 
-def _near_tile(blocks: Blocks, pattern: SparsePattern) -> int:
-    """Returns tiles of which not too much lies outside of the band."""
-    return min(blocks.q, blocks.k, max(SMALLEST_TILE, pattern.local_blocks * pattern.block // 8))
+def _near_cut(blocks: Blocks, pattern: SparsePattern) -> tuple[int, int]:
+    """Returns tiles of which not too much lies outside of the band, and how many scores are held at once."""
+    tile = min(blocks.q, blocks.k, max(SMALLEST_TILE, pattern.local_blocks * pattern.block // 8))
+    return tile, blocks.scores // 4
 
 
 def _far_blocks(blocks: Blocks, length: int, pattern: SparsePattern) -> Blocks:

@@ -11,7 +11,7 @@ import pytest
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, inverse_order, zigzag_order
 from rlring.attention.band import _Band
 from rlring.attention.blocks import Blocks, pick, visits
-from rlring.attention.sparse import _Far, _far_blocks, _near_tile, _NearMask
+from rlring.attention.sparse import _Far, _far_blocks, _near_cut, _NearMask
 from rlring.errors import UsageError
 from rlring.mesh import make_mesh
 
@@ -114,7 +114,7 @@ def test_every_mask(name, chunk):
     """The band in chunks of so many of its 6 tiles; of 4, the second goes around to the first tiles."""
     inputs, tile = arrays(4, 2), 16
     scores = 4 * chunk * (2 * 4 * tile**2)  # the band takes a fourth; two sequences, four heads
-    band = _Band.of(*inputs[:2], tile, scores // 4)
+    band = _Band.of(*inputs[:2], *_near_cut(Blocks(tile, tile, scores), PATTERNS["plain"]))
     assert (band.chunk, band.chunks) == (chunk, -(-6 // chunk))
     check(inputs, masks()[name], AttentionConfig("sparse", tile, tile, scores, sparse=PATTERNS["plain"]))
 
@@ -124,8 +124,8 @@ def test_the_default_blocks(mesh):
     """Several tiles of keys and chunks of the band, as users have them."""
     length, config = 2000, AttentionConfig("sparse", sparse=SparsePattern(64, 2, 8))
     inputs = arrays(4, 2, length)
-    tile = _near_tile(Blocks(512, 512, config.scores), config.sparse)
-    assert _Band.of(*inputs[:2], tile, config.scores // 4).chunks > 2
+    cut = _near_cut(Blocks(512, 512, config.scores), config.sparse)
+    assert _Band.of(*inputs[:2], *cut).chunks > 2
     check(inputs, masks(length)["plain"], config, make_mesh(**mesh) if mesh else None)
 
 
@@ -212,7 +212,7 @@ def test_what_is_not_seen_is_not_computed(pattern, layout):
     order = zigzag_order(length, 4) if layout == "zigzag" else np.arange(length)
     mask = Mask.causal(position[:, order], position[:, order] // (length // 8) if layout == "packed" else None)
     blocks, heads = Blocks(512, 512, 2**20), jnp.arange(kv_heads, dtype=jnp.int32)
-    near_tile = _near_tile(blocks, pattern)
+    near_tile, _ = _near_cut(blocks, pattern)
     near = visited(_NearMask.of(mask, pattern), length, length, Blocks(near_tile, near_tile, 2**20))
     far = _Far.of(mask, heads, kv_heads, pattern)
     assert int(far.chunks) == 1
