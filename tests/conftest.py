@@ -1,5 +1,6 @@
 """One machine for every test: 8 virtual CPU devices, no rendering, no network."""
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -47,6 +48,11 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("libtpu") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the TPU compiler is not installed: pip install libtpu")
 
 
 @pytest.fixture

@@ -1,15 +1,10 @@
 """The plan of a config: what is compiled is what training runs."""
 
-import importlib.util
 import json
 
 import pytest
 
 from agents.plan import main
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in libtpu, which is not installed"
-)
 
 
 def row(printed: str) -> list[str]:
@@ -59,7 +54,7 @@ def test_the_weights_are_those_of_the_run(write_config, tmp_path, capsys):
     assert least <= one["argument_bytes"] <= most + 1024
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_a_plan_for_a_tpu(write_config, capsys):
     import os

@@ -1,7 +1,6 @@
 """The plan verb: what the compiler says comes out as it is, and what is counted is what the program does."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -16,9 +15,6 @@ from rlring.language_model import LanguageModelConfig, Training
 from rlring.schedule import Transfer, permutes
 from rlring.traffic import Link
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in libtpu, which is not installed"
-)
 CPU = ["--model", "350m", "--topology", "cpu:8", "--tokens", "512"]
 
 
@@ -163,7 +159,7 @@ def with_model(width: int, heads: int, scheme: str, kernel: str = "jax") -> str:
     )
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_a_plan_for_a_tpu():
     """The whole training step of a model as large as nothing."""
     (row,) = rows_of_a_tpu("--topology", "v5e:2x4", "--tokens", "16384", program=with_model(256, 2, "hybrid"))
@@ -173,14 +169,14 @@ def test_a_plan_for_a_tpu():
     assert row[14].endswith("%")
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_the_longest_context_of_a_tpu():
     rows = rows_of_a_tpu("--topology", "v5e:2x4", "--tokens", "262144", "--search")
     assert [row[9] for row in rows[-2:]] == ["yes", "no"]
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_widths_that_do_not_divide_by_a_tpu_whose_links_route_straight_on():
     """The scales of norms, of 160 numbers, on 64 chips: no sum over half of them, which its compiler refuses."""
@@ -188,7 +184,7 @@ def test_widths_that_do_not_divide_by_a_tpu_whose_links_route_straight_on():
     assert row[9] == "yes"
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_the_hops_of_a_wide_model_are_hidden():
     """Two layers as wide as 3b's on 64 chips: had the keys to be turned round at each hop, not half would be."""

@@ -22,10 +22,6 @@ from rlring.mesh import SEQUENCE_AXES
 from rlring.schedule import permutes
 from rlring.topology import topology_devices
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in libtpu, which is not installed"
-)
-
 
 class Case(NamedTuple):
     topology: str
@@ -107,13 +103,13 @@ def check(case: Case, transfers: list[dict]) -> None:
         assert len(found) - len(in_loop) == outside + (hops == 1)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_hops_are_hidden():
     for case, transfers in zip(QUICK, found(QUICK), strict=True):
         check(case, transfers)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW, ids=lambda case: "-".join(map(str, case)))
 def test_hops_are_hidden_on_every_generation(case):
@@ -175,8 +171,10 @@ def test_a_synchronous_permute_is_not_hidden():
     ("name", "message"),
     [
         ("h100:8", r"a topology is a generation and how many chips it has along each side; got 'h100:8'\. Write it"),
-        pytest.param("v9:4x4", r"the TPU compiler knows no topology 'v9:4x4'.*Use one that exists", marks=needs_libtpu),
-        pytest.param("v5e:3x5", r"the TPU compiler knows no topology 'v5e:3x5'", marks=needs_libtpu),
+        pytest.param(
+            "v9:4x4", r"the TPU compiler knows no topology 'v9:4x4'.*Use one that exists", marks=pytest.mark.libtpu
+        ),
+        pytest.param("v5e:3x5", r"the TPU compiler knows no topology 'v5e:3x5'", marks=pytest.mark.libtpu),
     ],
 )
 def test_unknown_topologies(name, message):

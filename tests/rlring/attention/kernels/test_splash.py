@@ -1,6 +1,5 @@
 """splash.py: exact for every mask, and what it rounds. Off a TPU its kernels run in Pallas' interpreter."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -202,10 +201,9 @@ def test_lowers_for_a_tpu():
     assert (forward.count("@tpu_custom_call"), backward.count("@tpu_custom_call")) == (1, 2)
 
 
+@pytest.mark.libtpu
 def test_compiles_for_a_tpu():
     """In a ring of two, by the TPU's own compiler, which needs no TPU."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("the TPU compiler is not installed: pip install libtpu")
     program = """
         import jax, jax.numpy as jnp, numpy as np
         from jax.experimental import topologies
