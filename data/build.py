@@ -67,8 +67,8 @@ def build(
     paths, source = _choose(Path(exorl), limit_steps)
     hides_goal = goal_task(task) is not None
     _check_collected_for(paths[0].parent, task, hides_goal)
-    content_hash = _content_hash(paths, task, control)
-    if _is_up_to_date(out, content_hash):
+    made_from = _made_from(paths, task, control)
+    if _is_up_to_date(out, made_from):
         store = TrajectoryStore.open(out, task)
         print(f"{out} is up to date: {store.episodes} episodes, {store.steps} steps of {task}")
         return False
@@ -82,7 +82,7 @@ def build(
         task=task,
         source=source,
         keep_physics=hides_goal,
-        content_hash=content_hash,
+        made_from=made_from,
         control=None if hides_goal else control,
         goal="hindsight" if hides_goal else None,
         progress=progress,
@@ -151,18 +151,18 @@ def _check_collected_for(folder: Path, task: str, hides_goal: bool) -> None:
         )
 
 
-def _content_hash(paths: list[Path], task: str, control: str) -> str:
-    made_from = hashlib.sha256()
+def _made_from(paths: list[Path], task: str, control: str) -> str:
+    sources = hashlib.sha256()
     settings = {"task": task, "control": control, "format": FORMAT_VERSION, **simulator_versions()}
-    made_from.update(json.dumps(settings, sort_keys=True).encode())
+    sources.update(json.dumps(settings, sort_keys=True).encode())
     for path in paths:
-        made_from.update(path.name.encode())
+        sources.update(path.name.encode())
         with open(path, "rb") as file:
-            made_from.update(hashlib.file_digest(file, "sha256").digest())
-    return made_from.hexdigest()
+            sources.update(hashlib.file_digest(file, "sha256").digest())
+    return sources.hexdigest()
 
 
-def _is_up_to_date(out: Path, content_hash: str) -> bool:
+def _is_up_to_date(out: Path, made_from: str) -> bool:
     if not out.exists():
         return False
     if _is_foreign(out):
@@ -173,9 +173,9 @@ def _is_up_to_date(out: Path, content_hash: str) -> bool:
     except DataError as error:
         print(f"building again: {error}")
         return False
-    if existing.content_hash != content_hash:
+    if existing.made_from != made_from:
         print(f"building again: {out} was made from other episodes, for another task or by other versions")
-    return existing.content_hash == content_hash
+    return existing.made_from == made_from
 
 
 def _is_foreign(out: Path) -> bool:

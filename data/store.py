@@ -12,6 +12,7 @@ The file is written under a temporary name and renamed when it is whole, with `c
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from data.errors import DataError
 from data.trajectory import Trajectory
 
 FORMAT = "rlring trajectory store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _STEP_FIELDS = ("action", "reward", "discount")  # a row per step; every other field has a row per observation
 _CHUNK_ROWS = 4096
@@ -87,7 +88,8 @@ class TrajectoryStore:
             self.action_size = int(file["action"].shape[1])
         self.task = str(attributes["task"])
         self.source = str(attributes["source"])
-        self.content_hash = str(attributes["content_hash"])
+        self._content_hash = str(attributes["content_hash"])
+        self.made_from = str(attributes["made_from"])
         self.goal: str | None = str(attributes["goal"]) or None
         self.control: str | None = str(attributes["control"]) or None
         self.versions = {name: str(attributes[f"{name}_version"]) for name in ("dm_control", "mujoco")}
@@ -110,6 +112,16 @@ class TrajectoryStore:
                 f"`python -m data.build --exorl FOLDER --task {task} --out {path}`, or change the task"
             )
         return store
+
+    @property
+    def content_hash(self) -> str:
+        """What the numbers are, in 64 hex digits: SHA-256 of every array with its name and type, of the episodes'
+        lengths, and of task, goal and control.
+
+        The same episodes built for the same task give the same one, whatever the path, the day and the bytes of the
+        file; one other number or order gives another. Written at build time, so reading it costs nothing.
+        """
+        return self._content_hash
 
     @property
     def episodes(self) -> int:
@@ -216,17 +228,17 @@ def write_store(
     task: str,
     source: str,
     keep_physics: bool = False,
-    content_hash: str | None = None,
+    made_from: str = "",
     control: str | None = None,
     goal: str | None = None,
     progress: bool = False,
 ) -> TrajectoryStore:
     """Writes `trajectories`, one in memory at a time, to a store at `path` and returns it opened.
 
-    `content_hash` says what the rows were made from; left out, it is the hash of the rows themselves. `keep_physics`
-    also keeps `extras`: both serve later relabelling alone. `goal="hindsight"` marks a task whose goal is chosen when
-    chains are drawn. DataError when a trajectory differs in shape from the first, or there is none; OSError with the
-    path when the disk is full. Either way nothing is left behind, and an older store at `path` stays as it was.
+    `made_from` names the sources, so that a builder knows its work again; `content_hash` is of the numbers alone.
+    `keep_physics` also keeps `extras`: both serve later relabelling alone. `goal="hindsight"` marks a task whose goal is
+    chosen when chains are drawn. DataError when a trajectory differs in shape from the first, or there is none; OSError
+    with the path when the disk is full. Either way nothing is left behind, and an older store at `path` stays.
     """
     path = Path(path)
     with atomic_file(path) as sink, h5py.File(sink, "w") as file:
@@ -234,8 +246,9 @@ def write_store(
         for trajectory in tqdm(trajectories, desc=f"writing {path.name}", unit="episode", disable=not progress):
             writer.append(trajectory)
         writer.finish(path)
-        file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, task=task, source=source)
-        file.attrs.update(control=control or "", goal=goal or "", content_hash=content_hash or writer.hash.hexdigest())
+        file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, source=source, made_from=made_from)
+        identity = {"task": task, "goal": goal or "", "control": control or ""}
+        file.attrs.update(**identity, content_hash=writer.content_hash(identity))
         for name, version in simulator_versions().items():
             file.attrs[f"{name}_version"] = version
         file.attrs["complete"] = True
@@ -252,7 +265,7 @@ class _Writer:
 
     def __init__(self, file: h5py.File, sink: Sink, *, keep_physics: bool) -> None:
         self.file, self.sink, self.keep_physics = file, sink, keep_physics
-        self.hash = hashlib.sha256()
+        self.hashes: dict[str, hashlib._Hash] = {}  # of the rows of each field
         self.datasets: dict[str, h5py.Dataset] = {}
         self.pending: dict[str, list[np.ndarray]] = {}
         self.pending_rows = 0
@@ -274,6 +287,7 @@ class _Writer:
             arrays.update({f"extras/{key}": values for key, values in sorted(trajectory.extras.items())})
         if not self.pending:
             self.pending = {name: [] for name in arrays}
+            self.hashes = {name: hashlib.sha256() for name in arrays}
             for name, values in arrays.items():
                 self.datasets[name] = self.file.create_dataset(
                     name,
@@ -313,8 +327,7 @@ class _Writer:
             rows = len(dataset)
             dataset.resize(rows + len(block), axis=0)
             dataset[rows:] = block
-            self.hash.update(name.encode())
-            self.hash.update(np.ascontiguousarray(block).data)
+            self.hashes[name].update(np.ascontiguousarray(block).data)
             if name == "observation":
                 self._update_statistics(block.astype(np.float64))
         self.pending_rows = 0
@@ -331,6 +344,16 @@ class _Writer:
         self.mean = self.mean + difference * (count / total)
         self.count = total
 
+    def content_hash(self, identity: dict[str, str]) -> str:
+        """Returns the hash of all that `finish` wrote, and of `identity`; independent of blocks and chunks."""
+        lengths = hashlib.sha256(np.asarray(self.lengths, np.int64).data).hexdigest()
+        fields = {
+            name: [self.datasets[name].dtype.str, self.datasets[name].shape, rows.hexdigest()]
+            for name, rows in sorted(self.hashes.items())
+        }
+        content = {**identity, "lengths": lengths, "fields": fields}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def finish(self, path: Path) -> None:
         if not self.lengths:
             raise DataError(f"cannot write {path}: a store needs at least one trajectory; got none")
@@ -339,7 +362,6 @@ class _Writer:
         returns = np.asarray(self.returns)
         self.file["start"] = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         self.file["returns"] = returns
-        self.hash.update(np.asarray(self.lengths, np.int64).data)
         statistics = StoreStatistics(
             observation_mean=self.mean.astype(np.float32),
             observation_std=np.sqrt(self.deviation / self.count).astype(np.float32),
@@ -369,7 +391,7 @@ def _open_file(path: Path) -> h5py.File:
     if file.attrs.get("format") != FORMAT:
         problem = "is an HDF5 file, but not a trajectory store"
     elif file.attrs.get("format_version") != FORMAT_VERSION:
-        problem = f"has store format {file.attrs.get('format_version')}; this code reads {FORMAT_VERSION}"
+        problem = f"has store format {file.attrs.get('format_version')}, and this code reads {FORMAT_VERSION}"
     elif not file.attrs.get("complete", False):
         problem = "is only half written"
     if problem:

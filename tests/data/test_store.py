@@ -1,9 +1,11 @@
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -111,11 +113,29 @@ def test_attributes(tmp_path):
     assert (plain.goal, plain.control) == (None, None)
 
 
-def test_hash_is_of_the_rows(tmp_path):
-    first, second = write(tmp_path / "a.h5"), write(tmp_path / "b.h5")
-    assert first.content_hash == second.content_hash
-    assert first.content_hash != write(tmp_path / "c.h5", [3, 5, 1]).content_hash
-    assert write(tmp_path / "d.h5", content_hash="mine").content_hash == "mine"
+def test_content_hash_is_of_the_numbers(tmp_path, monkeypatch):
+    first, again = write(tmp_path / "a.h5"), write(tmp_path / "b.h5", made_from="elsewhere")
+    assert re.fullmatch("[0-9a-f]{64}", first.content_hash)
+    assert first.content_hash == again.content_hash
+    assert (first.made_from, again.made_from) == ("", "elsewhere")
+    with monkeypatch.context() as blocks:
+        blocks.setattr("data.store._CHUNK_ROWS", 2)
+        assert write(tmp_path / "c.h5").content_hash == first.content_hash
+    plain = {"task": "walker-walk", "source": "a test"}
+    one, *rest = episodes([3, 1, 5])
+    reward = one.reward.copy()
+    reward[1] = np.nextafter(reward[1], 2)
+    others = {
+        "another order of lengths": write(tmp_path / "d.h5", [3, 5, 1]),
+        "other episodes": write(tmp_path / "e.h5", [3, 1]),
+        "one bit": write_store(tmp_path / "f.h5", [replace(one, reward=reward), *rest], **plain),
+        "order": write_store(tmp_path / "g.h5", [*rest, one], **plain),
+        "task": write_store(tmp_path / "h.h5", [one, *rest], **{**plain, "task": "walker-run"}),
+        "goal": write(tmp_path / "i.h5", goal="hindsight"),
+        "control": write(tmp_path / "j.h5", control="exorl"),
+        "fields": write(tmp_path / "k.h5", keep_physics=True),
+    }
+    assert len({first.content_hash, *(store.content_hash for store in others.values())}) == len(others) + 1
 
 
 def test_wrong_task(tmp_path):
@@ -158,7 +178,7 @@ def test_half_written_or_of_another_version(tmp_path):
         TrajectoryStore.open(path)
     with h5py.File(path, "r+") as file:
         file.attrs["format_version"] = 99
-    with pytest.raises(DataError, match="has store format 99; this code reads 1"):
+    with pytest.raises(DataError, match="has store format 99, and this code reads 2; build it again"):
         TrajectoryStore.open(path)
 
 
