@@ -86,14 +86,21 @@ class ModelConfig(Section):
     feed_forward: PositiveInt | None = None
     feed_forward_tile: PositiveInt = 4096
     rope_base: Annotated[float, Field(gt=1)] = 10_000.0
-    rope_fraction: Fraction = 1.0
-    """Share of each head rotated by position; the rest looks things up however far back they stand."""
+    rope_fraction: Fraction | None = None
+    """Share of each head rotated by position; the rest looks things up however far back they stand. None: 0 for fused
+    tokens, whose steps and rewards tell all that order would; 1 for rsar tokens and for text, which only their places
+    bind together."""
     compute_type: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "attention", "all", "offload"] = "none"
     fsdp: bool = False
     """Weights and optimizer state live in parts, one on each device, those along a sequence included."""
     dense_every: PositiveInt | None = None
     """With attention.scheme "sparse": every so many layers one sees the whole context."""
+
+    def shape(self, *, rope_fraction: float) -> dict[str, Any]:
+        """Returns the settings of `rlring.TransformerConfig`; rope_fraction where none is set."""
+        settings = self.model_dump()
+        return settings | {"rope_fraction": rope_fraction if self.rope_fraction is None else self.rope_fraction}
 
 
 class SparseSection(Section):

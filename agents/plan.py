@@ -78,7 +78,7 @@ def plan(config: Config, topology: str) -> Plan:
         config.train.batch,
         config.model.remat,
     )
-    transformer = LanguageModelConfig(0, TransformerConfig(**config.model.model_dump()))
+    transformer = LanguageModelConfig(0, TransformerConfig(**config.model.shape(rope_fraction=1.0)))
     work = Work.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes[0])))
     return reported(request, lambda: compiled_plan(request, work, update.lower(shapes, batch)))
 

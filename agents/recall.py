@@ -108,7 +108,7 @@ def training(config: RecallConfig) -> Training:
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
     attention = config.attention.model_dump(exclude={"sparse", "scheme"})
     scheme = config.attention.scheme if mesh is not None else "blockwise"
-    shape = TransformerConfig(**config.model.model_dump(), attention=AttentionConfig(scheme, **attention))
+    shape = TransformerConfig(**config.model.shape(rope_fraction=1.0), attention=AttentionConfig(scheme, **attention))
     own = config.optimizer
     rate = schedule(own, config.train.updates)
     optimizer = optax.chain(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from agents.agent import Metrics, Now, Params, Scales
 from agents.config import Config
 from agents.gaussian import Gaussian, GaussianHead, action_loss
-from agents.tokens import TOKENS_PER_MOMENT, Moments, Tokenizer
+from agents.tokens import ROPE_FRACTION, TOKENS_PER_MOMENT, Moments, Tokenizer
 from data import ChainBatch
 from rlring import AttentionConfig, KVCache, Mask, SparsePattern, Transformer, TransformerConfig, zigzag_order
 from rlring.sharding import SMALLEST_SPLIT, STACKED, gathered
@@ -36,7 +36,8 @@ class Network(nnx.Module):
             episode_steps=episode_steps,
             rngs=rngs,
         )
-        shape = TransformerConfig(**model.model_dump(), attention=attention)
+        rope_fraction = ROPE_FRACTION[config.agent.tokens]
+        shape = TransformerConfig(**model.shape(rope_fraction=rope_fraction), attention=attention)
         self.transformer = Transformer(shape, rngs=rngs)
         self.head = GaussianHead(model.width, action_size, rngs=rngs)
 

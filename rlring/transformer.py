@@ -95,6 +95,8 @@ def rotate(x_BTNH: Array, position: Int[Array, "B T"], base: float, fraction: fl
     """Returns `x` with rotary position embedding (Su et al. 2021, equation 34). Positions travel with the tokens: any
     order is exact."""
     half = int(x_BTNH.shape[-1] * fraction) // 2
+    if not half:
+        return x_BTNH
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position[..., None, None].astype(jnp.float32) * frequency  # B T 1 H/2, float32: positions reach millions
     cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -27,6 +27,7 @@ SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2,
         (SPARSE, "ulysses=2", "fused"),
         ([], "ring=1", "rsar"),
         ([], "ring=2", "fused"),
+        pytest.param(["model.rope_fraction=0.5"], "ring=2", "fused", marks=pytest.mark.slow),
         pytest.param(SPARSE, "ulysses=2", "rsar", marks=pytest.mark.slow),
     ],
     ids=str,
@@ -52,6 +53,16 @@ def test_acting_step_by_step_equals_one_full_pass(trained, dataset, tokens, sett
         )
         action, memory = act(params, memory, now, None)
         np.testing.assert_allclose(action, jnp.clip(full[:, m], -1, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "moves"), [((), False), (("agent.tokens=rsar",), True)], ids=str)
+def test_fused_tokens_stand_anywhere(trained, dataset, settings, moves):
+    """Without positions an action is the same however far from the start of the context it is taken."""
+    _, agent, params, *_ = load_agent(trained(*settings))
+    batch = ChainSampler(TrajectoryStore.open(dataset[1]), trajectories=4, seed=7).sample(0, 2)
+    stretched = batch._replace(position=batch.position * 1000)  # the same order
+    here, there = (jax.jit(agent.features)(params, b).mean for b in (batch, stretched))
+    assert (np.abs(here - there).max() > 1e-3) == moves
 
 
 @pytest.mark.parametrize("kind", ["agentic_transformer", "decision_transformer", "bc"])
