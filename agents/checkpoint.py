@@ -25,8 +25,13 @@ class Meta(NamedTuple):
     action_size: int
     episode_steps: int
     versions: dict[str, str]
+    """What the weights were trained with."""
     config: dict[str, Any] = {}  # noqa: RUF012 - never written to
     """The settings of the run."""
+    stores: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - never written to
+    """By task, the store it learnt from (`agents.identity.records`)."""
+    updates: list[int] = []  # noqa: RUF012 - never written to
+    """The totals it was trained towards (`agents.identity.lengthened`)."""
 
 
 class Checkpoints:
@@ -97,7 +102,8 @@ class Checkpoints:
             np.asarray(saved["scales"]["observation_std"], np.float32),
             float(saved["scales"]["return_to_go"]),
         )
-        return Meta(**{**saved, "scales": scales})
+        known = {name: value for name, value in saved.items() if name in Meta._fields}  # a later version may keep more
+        return Meta(**{**known, "scales": scales})
 
     def restore(self, like: Any, sharding: Any, *, part: str = "", step: int | None = None) -> Any:
         """Returns the state of a checkpoint, the newest by default, in the shape of `like` (arrays or their shapes),

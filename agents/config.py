@@ -145,7 +145,9 @@ class MeshConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     warmup: int = 100
-    """Updates until the learning rate is reached; it falls to a hundredth along a cosine after."""
+    """Updates until the learning rate is reached."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up. cosine: it falls to a hundredth at train.updates; constant: it stays, whatever they are."""
     weight_decay: float = 1e-2
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     beta2: float = 0.99
@@ -200,6 +202,8 @@ class Config(Section):
     """One training run and its evaluation."""
 
     name: str
+    series: str = ""
+    """Runs of one series that differ in their seed alone are averaged; a sweep writes it. Empty: this run alone."""
     seed: int = 0
     data: DataConfig
     agent: AgentConfig

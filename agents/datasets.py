@@ -4,28 +4,44 @@ from pathlib import Path
 
 from agents.cli import ConfigError
 from agents.config import DataConfig
+from agents.identity import Stores, check_stores
 from data import DataError, TrajectoryStore
 
 
-def open_stores(config: DataConfig) -> list[TrajectoryStore]:
+def open_stores(config: DataConfig, *, owner: Path | None = None, kept: Stores | None = None) -> list[TrajectoryStore]:
     """Returns a store a task. With a `[data.collect]` section, what is missing is made; without, missing data is an
-    error."""
-    if config.collect is not None:
+    error.
+
+    kept: the stores that the run `owner` learnt from. What stands in their place must be the same, and nothing is
+    written over; ConfigError when it is not.
+    """
+    kept = kept or {}
+    check_existing(config, owner or Path(), kept)
+    there = all(task in kept and Path(path).exists() for task, path in zip(config.tasks, config.stores, strict=True))
+    if config.collect is not None and not there:
         prepare(config)
     stores = []
     for task, path in zip(config.tasks, config.stores, strict=True):
         if not Path(path).exists():
+            before = f"; {owner} learnt from {kept[task]['path']}" if task in kept else ""
             raise DataError(
-                f"no store at {path}. Make it with: "
-                f"python -m data.build --exorl {config.episodes} --task {task} --out {path}"
+                f"no store at {path}. Make it with: python -m data.build --exorl {config.episodes} --task {task} "
+                f"--out {path} (looked at {Path(path).absolute()}{before})"
             )
         stores.append(TrajectoryStore.open(path, task=task))
+    check_stores(owner or Path(), kept, stores)
     sizes = {(store.observation_size, store.action_size) for store in stores}
     if len(sizes) > 1:
         raise ConfigError(
             f"data.tasks {config.tasks} differ in observation and action sizes {sorted(sizes)}; use one domain."
         )
     return stores
+
+
+def check_existing(config: DataConfig, owner: Path, kept: Stores) -> None:
+    """ConfigError when a store that is there is not the one that the run `owner` learnt from."""
+    places = [(task, path) for task, path in zip(config.tasks, config.stores, strict=True) if task in kept]
+    check_stores(owner, kept, [TrajectoryStore.open(path, task) for task, path in places if Path(path).exists()])
 
 
 def prepare(config: DataConfig) -> None:

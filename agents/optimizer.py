@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW, clipped, warmed up, cosine."""
+"""The optimizer of a run: AdamW, clipped, warmed up, then a cosine or a constant rate."""
 
 import optax
 
@@ -6,7 +6,9 @@ from agents.config import Config, OptimizerConfig
 
 
 def schedule(own: OptimizerConfig, updates: int) -> optax.Schedule:
-    """Returns the learning rate by update, of so many."""
+    """Returns the learning rate by update, of so many. A constant one does not depend on how many."""
+    if own.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0, own.learning_rate, max(1, own.warmup))
     warmup = min(own.warmup, updates // 2)
     return optax.warmup_cosine_decay_schedule(0.0, own.learning_rate, warmup, updates, own.learning_rate / 100)
 

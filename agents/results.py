@@ -182,10 +182,15 @@ def read_results(*paths: Path, say: Callable[[str], object] = say_note) -> list[
 
 def merged_versions(results: Iterable[Result]) -> dict[str, str]:
     """Returns every package's version; several, with commas between, where episodes were played with different ones."""
+    return merged(result.versions for result in results)
+
+
+def merged(versions: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Returns every package's version; several, with commas between, where they differ."""
     found: dict[str, set[str]] = {}
-    for result in results:
-        for name, version in result.versions.items():
-            found.setdefault(name, set()).add(str(version))
+    for one in versions:
+        for name, version in one.items():
+            found.setdefault(name, set()).update(str(version).split(", "))
     return {name: ", ".join(sorted(found[name])) for name in sorted(found)}
 
 

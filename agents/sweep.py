@@ -95,7 +95,8 @@ def draw(config: SweepConfig, source: Path, folder: Path, results: Sequence[Resu
 
 def is_trained(config: Config) -> bool:
     """Whether a run's last checkpoint is written, with these settings."""
-    from agents.train import RUNS, differing_settings
+    from agents.continuation import differing_settings
+    from agents.train import RUNS
 
     folder = RUNS / config.name
     if not (folder / "config.json").exists() or differing_settings(folder, config):

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grain.python as grain
 import jax
@@ -24,7 +23,9 @@ from agents.agent import Agent, Sampler, Scales
 from agents.checkpoint import Checkpoints, Meta, read_metrics, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, dump, load
+from agents.continuation import check_folder, continued, newest, note_changes
 from agents.datasets import open_stores
+from agents.identity import records
 from agents.kinds import make_agent
 from agents.optimizer import make_optimizer, schedule
 from agents.processes import check_processes, stop_requests, wait_for_all
@@ -53,34 +54,44 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     """Trains until `config.train.updates` and returns the run's folder, `runs/<name>`.
 
     Batches, losses and weights are functions of the config alone, so a run that was killed and resumed logs the very
-    losses of one that was not, and one of several processes those of one process. Raises ConfigError when the folder
-    holds another run, FloatingPointError at the first loss that is no number.
+    losses of one that was not, and one of several processes those of one process; on another mesh they differ by
+    rounding. Raises ConfigError when the folder holds another run, FloatingPointError at the first loss that is no
+    number.
     """
     folder = RUNS / config.name
-    _check_folder(folder, config, resume)
+    check_folder(folder, config, resume=resume)
     request_cpu_devices(-(-config.mesh.devices // processes()))
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
     check_processes(mesh)
     is_first = jax.process_index() == 0
+    first, before = newest(folder)
+    if first > config.train.updates:
+        raise ConfigError(
+            f"{folder} has {first} updates already, more than train.updates={config.train.updates}. Ask for more, or "
+            "choose another name."
+        )
+    kept = before.stores if before is not None else {}
     if is_first:
-        stores = open_stores(config.data)
+        stores = open_stores(config.data, owner=folder, kept=kept)
     wait_for_all("data")
     if not is_first:
-        stores = open_stores(config.data.model_copy(update={"collect": None}))
-    meta = describe(config, stores)
+        stores = open_stores(config.data.model_copy(update={"collect": None}), owner=folder, kept=kept)
+    if before is not None and is_first:
+        note_changes(folder, before, versions())
+    meta = continued(describe(config, stores), before, config)
     agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
     sampler = agent.sampler(stores)
-    meta = meta._replace(targets=targets(sampler, stores))
+    if before is None:
+        meta = meta._replace(targets=targets(sampler, stores))
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.json", dump(config))
     wait_for_all("folder")
     optimizer = make_optimizer(config)
-    kept = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
+    keeps = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
 
-    with Checkpoints(folder, **kept) as checkpoints, stop_requests(checkpoints) as stop:
+    with Checkpoints(folder, **keeps) as checkpoints, stop_requests(checkpoints) as stop:
         state, sharding = first_state(config, agent, optimizer, mesh)
-        first = checkpoints.latest() or 0
         if first:
             state = checkpoints.restore(state, sharding)
         update_state = make_update(agent, optimizer, mesh, sharding, accumulate=config.train.accumulate)
@@ -130,7 +141,15 @@ def describe(config: Config, stores: Sequence[TrajectoryStore]) -> Meta:
         return_to_go=max(1.0, *(return_scale(config, store) for store in stores)),
     )
     episode_steps = int(max(store.lengths.max() for store in stores))
-    return Meta(scales, {}, stores[0].action_size, episode_steps, versions(), config.model_dump(mode="json"))
+    return Meta(
+        scales,
+        {},
+        stores[0].action_size,
+        episode_steps,
+        versions(),
+        config.model_dump(mode="json"),
+        records(stores),
+    )
 
 
 def return_scale(config: Config, store: TrajectoryStore) -> float:
@@ -170,41 +189,6 @@ def peak_bytes() -> int:
     if all(statistics):
         return max(entry["peak_bytes_in_use"] for entry in statistics)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _check_folder(folder: Path, config: Config, resume: bool) -> None:
-    """A run's folder is never written by another run."""
-    if not (folder / "config.json").exists():
-        return
-    if not resume:
-        raise ConfigError(
-            f"{folder} already holds a run. Add --resume to continue it, choose another with name=..., "
-            "or delete the folder."
-        )
-    differing = differing_settings(folder, config)
-    if differing:
-        raise ConfigError(
-            f"{folder} was trained with other settings: {', '.join(differing[:4])}. "
-            "Resume with the same config, or choose another name."
-        )
-
-
-def differing_settings(folder: Path, config: Config) -> list[str]:
-    """Returns the settings that a run was begun with and this config changes, those that do not touch training
-    aside."""
-    before, now = (_flat(json.loads(text)) for text in ((folder / "config.json").read_text(), dump(config)))
-    return sorted(
-        name
-        for name in now
-        if before.get(name) != now[name] and not name.startswith(("evaluate.", "wandb.", "train.keep_"))
-    )
-
-
-def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _refuse_nan(values: dict[str, float], done: int, folder: Path, saved: int) -> None:

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 
 from agents.agent import Scales
-from agents.checkpoint import Checkpoints, read_metrics
+from agents.checkpoint import Checkpoints, read_metrics, versions
 from agents.cli import ConfigError
 from agents.config import dump
+from agents.continuation import newest
 from agents.evaluate import load_agent
 from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
 from agents.train import main, train
 from agents.update import make_update
 from data import ChainBatch, DataError
+from data.build import build
 from rlring import make_mesh
 
 
@@ -221,7 +223,7 @@ def test_refusals(tiny, trained, tmp_path):
     with pytest.raises(ConfigError, match=r"runs/tiny already holds a run. Add --resume"):
         train(tiny(), progress=False)
     with pytest.raises(
-        ConfigError, match=r"trained with other settings: model.width, name. Resume with the same config"
+        ConfigError, match=r"trained with other settings: model.width=32 \(was 16\). Resume with the same config"
     ):
         train(tiny("model.width=32"), resume=True, progress=False)
     with pytest.raises(DataError, match=r"no store at nowhere.h5. Make it with: python -m data.build"):
@@ -266,3 +268,70 @@ def test_the_command_line_answers_with_one_line(write_config, capsys):
     assert main([str(write_config), "train.updates=3"]) == 0
     assert "3 updates, loss" in capsys.readouterr().out
     assert main([str(write_config), "train.updates=3"]) == 2
+
+
+ELSEWHERE = [
+    "train.prefetch=2",
+    "train.log_every=2",
+    "train.checkpoint_every=7",
+    "wandb.mode=disabled",
+    "evaluate.seed=3",
+]
+
+
+def test_a_run_goes_on_with_more_updates_on_another_mesh_and_learns_the_same(tiny):
+    constant, how = "optimizer.schedule=constant", ["mesh.data=2", "mesh.ring=2", "model.remat=attention"]
+    want = losses(train(tiny("name=whole", "train.updates=24", constant), progress=False))
+    train(tiny(constant), progress=False)
+    folder = train(tiny(constant, "train.updates=24", *how, *ELSEWHERE), resume=True, progress=False)
+    got = losses(folder)
+    assert list(got) == [*range(1, 13), *range(14, 25, 2)]
+    np.testing.assert_allclose(list(got.values()), [want[step] for step in got], rtol=1e-5, atol=1e-5)
+    assert newest(folder)[1].updates == [24]  # of a constant rate nothing is left of where it was once to end
+
+
+def test_a_longer_cosine_goes_on_and_is_remembered(tiny):
+    folder = train(tiny(), progress=False)
+    train(tiny("train.updates=24"), resume=True, progress=False)
+    rates = [line["learning_rate"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert rates[11] < rates[12]  # where the longer cosine stands
+    step, meta = newest(folder)
+    assert (step, meta.updates) == (24, [12, 24])
+    with pytest.raises(
+        ConfigError, match=r"runs/tiny has 24 updates already, more than train.updates=12. Ask for more"
+    ):
+        train(tiny(), resume=True, progress=False)
+
+
+def test_other_versions_are_noted_and_block_nothing(tiny, monkeypatch, capsys):
+    folder = train(tiny("train.updates=5"), progress=False)
+    was = versions()
+    monkeypatch.setattr("agents.train.versions", lambda: was | {"numpy": "9.9"})
+    train(tiny("train.updates=10"), resume=True, progress=False)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1
+    assert f"runs/tiny was begun with numpy {was['numpy']}" in notes[0]
+    assert newest(folder)[1].versions == was | {"numpy": f"{was['numpy']}, 9.9"}
+
+
+def test_another_store_is_refused(tiny, dataset, tmp_path):
+    episodes, store = dataset
+    train(tiny("train.updates=5"), progress=False)
+    moved = tmp_path / "moved.h5"
+    moved.write_bytes(store.read_bytes())
+    train(tiny("train.updates=6", f'data.stores=["{moved}"]'), resume=True, progress=False)  # the same, elsewhere
+    grown = tmp_path / "grown.h5"
+    build(episodes, "point_mass-dark", grown, workers=1, limit_steps=60 * 16, progress=False)
+    before = grown.read_bytes()
+    collect = 'data.collect={policy="waypoints", episodes=240}'
+    with pytest.raises(
+        ConfigError,
+        match=r"learnt point_mass-dark from another store: .*moved.h5 \(content [0-9a-f]+, 240 "
+        r"episodes\); data.stores now means .*grown.h5 \(content [0-9a-f]+, 60 episodes\)",
+    ):
+        train(tiny("train.updates=7", f'data.stores=["{grown}"]', collect), resume=True, progress=False)
+    assert grown.read_bytes() == before  # nor is it made anew
+    with pytest.raises(
+        DataError, match=r"no store at gone.h5. .*\(looked at /.*/gone.h5; runs/tiny learnt from /.*moved.h5"
+    ):
+        train(tiny("train.updates=7", 'data.stores=["gone.h5"]'), resume=True, progress=False)

@@ -1,0 +1,70 @@
+"""Going on with a run: whether a config may, and what the run keeps from its beginning (docs/identity.md)."""
+
+from pathlib import Path
+
+from agents.checkpoint import Checkpoints, Meta
+from agents.cli import ConfigError
+from agents.config import Config, load
+from agents.identity import differing, lengthened, run_settings
+from agents.results import merged, say_note
+
+
+def check_folder(folder: Path, config: Config, *, resume: bool) -> None:
+    """ConfigError when the folder of a run is there and must not be written by this one."""
+    if not (folder / "config.json").exists():
+        return
+    if not resume:
+        raise ConfigError(
+            f"{folder} already holds a run. Add --resume to continue it, choose another with name=..., "
+            "or delete the folder."
+        )
+    changed = differing_settings(folder, config)
+    if changed:
+        raise ConfigError(
+            f"{folder} was trained with other settings: {', '.join(changed[:4])}. "
+            "Resume with the same config, or choose another name."
+        )
+
+
+def differing_settings(folder: Path, config: Config) -> list[str]:
+    """Returns, in words, the settings that belong to a run and that this config changes."""
+    return differing(run_settings(load(Config, folder / "config.json")), run_settings(config))
+
+
+def newest(folder: Path) -> tuple[int, Meta | None]:
+    """Returns the update of a run's newest checkpoint and what it knows; 0 and None where there is none."""
+    if not (folder / "checkpoints").is_dir():
+        return 0, None
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest()
+        return (0, None) if step is None else (step, checkpoints.meta(step))
+
+
+def continued(meta: Meta, before: Meta | None, config: Config) -> Meta:
+    """Returns `meta` with what a run keeps from its beginning: its scales and targets, all versions that it was trained
+    with and all totals that it was trained towards."""
+    decays = config.optimizer.schedule != "constant"
+    if before is None:
+        return meta._replace(updates=[config.train.updates])
+    return meta._replace(
+        scales=before.scales,
+        targets=before.targets,
+        versions=merged([before.versions, meta.versions]),
+        updates=lengthened(before.updates, config.train.updates, decays=decays),
+    )
+
+
+def note_changes(folder: Path, before: Meta, now: dict[str, str]) -> None:
+    """Tells with which other versions a run was begun, or that it is too old to know its stores; it goes on all the
+    same."""
+    if not before.stores:
+        say_note(
+            f"{folder} does not know which stores it learnt from (an older version began it): they are not checked."
+        )
+    other = [f"{name} {before.versions.get(name)}" for name in now if now[name] not in _parts(before, name)]
+    if other:
+        say_note(f"{folder} was begun with {', '.join(other)}; both versions are kept in its checkpoints.")
+
+
+def _parts(meta: Meta, name: str) -> list[str]:
+    return str(meta.versions.get(name)).split(", ")

@@ -1,0 +1,157 @@
+"""What belongs to the identity of a run and of a result: the one place that knows. docs/identity.md has it as a table.
+
+A run is what it learnt: its settings and the content of its stores. A result is the run it played, and the settings of
+its evaluation. Every setting belongs to both unless it is listed here as one that changes neither, so a setting that
+nobody thought of counts. Two things that differ in their identity are never continued, averaged or drawn as one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agents.cli import ConfigError
+from agents.config import Section
+from data import TrajectoryStore
+
+Settings = dict[str, Any]  # by dotted name, sections unfolded
+Stores = Mapping[str, Mapping[str, Any]]  # by task: where its store stood, what was in it
+
+# What any run may change on the way. The same sums are taken, at most in another order.
+FREE = (
+    "name",
+    "series",
+    "mesh.*",
+    "wandb.*",
+    # The content hash of the stores says what was in them, wherever they stand and however they were made.
+    "data.episodes",
+    "data.stores",
+    "data.collect.*",
+    # "sparse" computes something else, and then there is an attention.sparse, which counts.
+    "attention.scheme",
+    "attention.kernel",
+    "attention.block_q",
+    "attention.block_k",
+    "model.fsdp",
+    "model.remat",
+    "model.feed_forward_tile",
+    "train.accumulate",
+    "train.updates",  # what it means for the learning rate is kept in the checkpoint: `lengthened`
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_best",
+    "train.prefetch",
+    "train.workers",
+)
+# What an evaluation may change besides: which episodes it plays, each with the numbers that it has alone.
+FREE_OF_A_RESULT = (
+    *FREE,
+    "seed",  # of training: a field of its own, over which is averaged
+    "evaluate.mesh.*",
+    "evaluate.contexts",
+    "evaluate.groups",
+    "evaluate.episodes",
+    "evaluate.modes",
+    "evaluate.self_episodes",
+    "evaluate.foreign",
+)
+FREE_OF_A_RUN = (*FREE, "evaluate.*")
+# Of the rest, evaluation may change all but these: which episodes were trained on, and with which luck.
+FIXED_BY_TRAINING = ("seed", "data.held_out")
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Returns nested settings by dotted name."""
+    found: Settings = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def is_free(name: str, free: Iterable[str]) -> bool:
+    """Whether a setting is among `free`, where "a.*" means a whole section."""
+    return any(name == one.removesuffix(".*") or (one[-1] == "*" and name.startswith(one[:-1])) for one in free)
+
+
+def run_settings(config: Section) -> Settings:
+    """Returns the settings that belong to a run."""
+    return _without(flat(config.model_dump(mode="json")), FREE_OF_A_RUN)
+
+
+def result_settings(config: Section, stores: Stores, updates: Sequence[int]) -> Settings:
+    """Returns what a result was made with: settings, the content of the stores its run learnt from, and the totals of
+    `updates` that the run was trained towards, where there was more than one (`lengthened`)."""
+    settings = _without(flat(config.model_dump(mode="json")), FREE_OF_A_RESULT)
+    settings["data.stores"] = [short(str(store["content_hash"])) for store in stores.values()]
+    return settings | ({"train.updates": list(updates)} if len(updates) > 1 else {})
+
+
+def differing(before: Settings, now: Settings) -> list[str]:
+    """Returns, in words, the settings that are not the same."""
+    return [
+        f"{name}={_written(now.get(name))} (was {_written(before.get(name))})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def settings_id(settings: Settings) -> str:
+    """Returns eight hex digits that are the same for equal settings.
+
+    What is off (None, False) does not count, so a later version may add what is off by default.
+    """
+    on = {name: value for name, value in settings.items() if value is not None and value is not False}
+    return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def short(content_hash: str) -> str:
+    """Returns the beginning of a hash, enough for people."""
+    return content_hash[:12]
+
+
+def lengthened(totals: Sequence[int], updates: int, *, decays: bool) -> list[int]:
+    """Returns the totals that a run was trained towards, now that it is `updates`.
+
+    A learning rate that decays depends on the total, so a run of 1,000 updates lengthened to 2,000 is no run of 2,000
+    from the start, and remembers both. A constant one just goes on.
+    """
+    kept = totals if decays and totals and totals[-1] != updates else totals[:-1]
+    return [*kept, updates]
+
+
+def records(stores: Sequence[TrajectoryStore]) -> dict[str, dict[str, Any]]:
+    """Returns what a run keeps of its stores, by task."""
+    return {
+        store.task: {
+            "path": str(store.path.absolute()),
+            "content_hash": store.content_hash,
+            "episodes": store.episodes,
+        }
+        for store in stores
+    }
+
+
+def check_stores(owner: Path, kept: Stores, stores: Sequence[TrajectoryStore]) -> None:
+    """ConfigError, naming both, when a run goes on with another store than it learnt from."""
+    for store in stores:
+        was, now = kept.get(store.task), records([store])[store.task]
+        if was is None or was["content_hash"] == now["content_hash"]:
+            continue
+        raise ConfigError(
+            f"{owner} learnt {store.task} from another store: {_named(was)}; data.stores now means {_named(now)}. "
+            f"Name the one it learnt from, data.stores=['...'], or train a new run on this one, name=..."
+        )
+
+
+def _named(record: Mapping[str, Any]) -> str:
+    return f"{record['path']} (content {short(record['content_hash'])}, {record['episodes']} episodes)"
+
+
+def _without(settings: Settings, free: Iterable[str]) -> Settings:
+    return {name: value for name, value in settings.items() if not is_free(name, free)}
+
+
+def _written(value: object) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
