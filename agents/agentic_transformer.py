@@ -15,4 +15,4 @@ class AgenticTransformer(ReturnConditionedAgent):
 
     def sampler(self, stores: list[TrajectoryStore]) -> Sampler:
         chain = self.config.chain
-        return chains(self.config, stores, **chain.model_dump())
+        return chains(self.config, stores, **chain.model_dump(exclude={"grow_until"}))

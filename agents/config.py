@@ -61,6 +61,11 @@ class ChainConfig(Section):
     learnt."""
     sort: Literal["ascending", "random", "descending", "time"] = "ascending"
     target: Literal["max", "own"] | float = "max"
+    grow: list[PositiveInt] = []
+    """Trajectories of the chains of the first updates, such as [8, 16, 32], each for an equal share of them; a row then
+    holds several chains side by side."""
+    grow_until: Fraction = 0.47
+    """Share of the updates in which chains grow."""
 
 
 class AgentConfig(Section):
@@ -71,7 +76,10 @@ class AgentConfig(Section):
     window: PositiveInt | None = None
     """Steps that a token sees, itself included. None: all."""
     loss_on: Literal["last", "all", "all+last"] = "all+last"
-    """Trajectories whose actions are learnt. all+last: all, and the best one twice."""
+    """Trajectories whose actions are learnt. all+last: all, and the best one twice. Of a map, "last" are the
+    queries."""
+    loss_elsewhere: Fraction = 0.0
+    """With loss_on "last": how much the actions of the other trajectories count."""
     top_fraction: Fraction = 0.1
     """bc: share of the time steps kept, from the trajectories of highest return."""
 

@@ -6,6 +6,7 @@ from agents.cli import ConfigError
 from agents.config import DataConfig
 from agents.identity import Stores, check_stores
 from data import DataError, TrajectoryStore
+from data.tasks import goal_task
 
 
 def open_stores(config: DataConfig, *, owner: Path | None = None, kept: Stores | None = None) -> list[TrajectoryStore]:
@@ -52,6 +53,8 @@ def prepare(config: DataConfig) -> None:
     recipe = config.collect
     if recipe is None:
         raise ConfigError("the config has no [data.collect] section, so its episodes cannot be made; add one.")
-    collect(config.tasks[0], recipe.policy, recipe.episodes, recipe.seed, Path(config.episodes), workers=recipe.workers)
+    task = goal_task(config.tasks[0])
+    collected_on = config.tasks[0] if task is None else task.collected_on
+    collect(collected_on, recipe.policy, recipe.episodes, recipe.seed, Path(config.episodes), workers=recipe.workers)
     for task, path in zip(config.tasks, config.stores, strict=True):
         build(Path(config.episodes), task, Path(path), workers=recipe.workers)

@@ -123,7 +123,8 @@ class ReturnConditionedAgent:
     def _weight(self, batch: ChainBatch) -> Float[Array, "B M"]:
         """Returns how much each action counts."""
         real = (batch.segment >= 0).astype(jnp.float32)
-        return {"last": batch.last, "all": real, "all+last": real + batch.last}[self.config.agent.loss_on]
+        last = jnp.maximum(batch.last, self.config.agent.loss_elsewhere * real)
+        return {"last": last, "all": real, "all+last": real + batch.last}[self.config.agent.loss_on]
 
     def _whole(self, params: Params) -> Params:
         """Returns weights that are all there, but for the blocks', which gather their own."""

@@ -6,13 +6,14 @@ import numpy as np
 
 from agents.agent import Sampler
 from agents.config import Config
-from data import ChainBatch, ChainSampler, TrajectoryStore
+from data import ChainBatch, ChainSampler, Growth, TrajectoryStore, WorldSampler
+from data.tasks import goal_task
 
 
 class MixedSampler:
     """Chains of several tasks: row `r` of step `s` is of task `(s + r) mod tasks`, whatever the split of the rows."""
 
-    def __init__(self, samplers: Sequence[ChainSampler]):
+    def __init__(self, samplers: Sequence[ChainSampler | WorldSampler]):
         self.samplers = list(samplers)
         self.moments = max(sampler.moments for sampler in samplers)
 
@@ -29,9 +30,15 @@ class MixedSampler:
         return ChainBatch(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
 
 
-def chains(config: Config, stores: Sequence[TrajectoryStore], **chain) -> Sampler:
-    """Returns the sampler of a config's training chains."""
-    samplers = [
-        ChainSampler(store, seed=config.seed, split="train", held_out=config.data.held_out, **chain) for store in stores
-    ]
+def chains(config: Config, stores: Sequence[TrajectoryStore], *, grow: Sequence[int] = (), **chain) -> Sampler:
+    """Returns the sampler of a config's training chains; of a map they are visits to the places of a world."""
+    growth = Growth(tuple(grow), round(config.chain.grow_until * config.train.updates))
+    samplers = []
+    for store in stores:
+        common = {"seed": config.seed, "split": "train", "held_out": config.data.held_out, "growth": growth}
+        task = goal_task(store.task)
+        if task is not None and task.sign_size:
+            samplers.append(WorldSampler(store, trajectories=chain["trajectories"], **common))
+        else:
+            samplers.append(ChainSampler(store, **common, **chain))
     return samplers[0] if len(samplers) == 1 else MixedSampler(samplers)

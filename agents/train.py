@@ -32,6 +32,7 @@ from agents.processes import check_processes, stop_requests, wait_for_all
 from agents.update import first_state, make_update
 from data import ChainBatch, ChainSampler, TrajectoryStore
 from data.atomic_file import write_text
+from data.tasks import goal_task
 from rlring import UsageError, join_cluster, make_mesh, processes, request_cpu_devices
 from rlring.sharding import BatchPart
 
@@ -134,10 +135,11 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
 
 def describe(config: Config, stores: Sequence[TrajectoryStore]) -> Meta:
     """Returns what the data tells about inputs; targets are filled in once there is an agent."""
-    statistics = stores[0].statistics
+    statistics, task = stores[0].statistics, goal_task(stores[0].task)
+    signs = 0 if task is None else task.sign_size  # of a size already; the store holds none
     scales = Scales(
-        observation_mean=np.asarray(statistics.observation_mean, np.float32),
-        observation_std=np.maximum(np.asarray(statistics.observation_std, np.float32), 1e-3),
+        observation_mean=np.pad(np.float32(statistics.observation_mean), (0, signs)),
+        observation_std=np.pad(np.maximum(np.float32(statistics.observation_std), 1e-3), (0, signs), constant_values=1),
         return_to_go=max(1.0, *(return_scale(config, store) for store in stores)),
     )
     episode_steps = int(max(store.lengths.max() for store in stores))

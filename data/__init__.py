@@ -7,7 +7,18 @@ os.environ.setdefault("MUJOCO_GL", "disabled")
 
 from data.chains import ChainBatch, ChainSampler, GoalSampling
 from data.errors import DataError
+from data.growth import Growth
 from data.store import TrajectoryStore
 from data.trajectory import Trajectory
+from data.worlds import WorldSampler
 
-__all__ = ["ChainBatch", "ChainSampler", "DataError", "GoalSampling", "Trajectory", "TrajectoryStore"]
+__all__ = [
+    "ChainBatch",
+    "ChainSampler",
+    "DataError",
+    "GoalSampling",
+    "Growth",
+    "Trajectory",
+    "TrajectoryStore",
+    "WorldSampler",
+]

@@ -143,7 +143,10 @@ def _check_collected_for(folder: Path, task: str, hides_goal: bool) -> None:
             f"{note}: not what data.collect writes ({error!r}); delete it if the episodes are whole"
         ) from None
     # Rewards can be computed anew for any task of a body; a hidden-goal task also fixes start and action length.
-    same = collected == task if hides_goal else collected.split("-")[0] == task.split("-")[0]
+    same = collected.split("-")[0] == task.split("-")[0]
+    if hides_goal:
+        of = goal_task(collected)
+        same = of is not None and of.collected_on == goal_task(task).collected_on
     if not same:
         raise DataError(
             f"{folder} was collected on {collected!r}, which cannot serve task {task!r}; "
@@ -194,7 +197,9 @@ def _head(path: Path) -> bytes:
 
 def _read_without_reward(path: Path) -> Trajectory:
     trajectory = _read_with_physics(path)
-    return replace(trajectory, reward=np.zeros_like(trajectory.reward))
+    # Without a sign, where there is one: chains give every visit another.
+    observation = trajectory.observation[:, : trajectory.physics.shape[1]]
+    return replace(trajectory, observation=observation, reward=np.zeros_like(trajectory.reward))
 
 
 def _read_with_physics(path: Path) -> Trajectory:

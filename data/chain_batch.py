@@ -19,7 +19,7 @@ class ChainBatch(NamedTuple):
     previous_reward: np.ndarray  # f32[B, M], likewise
     step: np.ndarray  # i32[B, M], time step within its trajectory
     trajectory: np.ndarray  # i32[B, M], index within the chain
-    last: np.ndarray  # f32[B, M], 1 in the last trajectory of the chain
+    last: np.ndarray  # f32[B, M], 1 in the last trajectory of the chain; of a map, in every second visit to a place
     completion: np.ndarray  # f32[B, M], 1 at the last step of a trajectory that reached the chain's best return
     position: np.ndarray  # i32[B, M], moment index within the chain, padding counted on
     segment: np.ndarray  # i32[B, M], index of the chain within the row, or -1 for padding

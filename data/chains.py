@@ -28,7 +28,9 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from data.chain_batch import ChainBatch
+from data.draws import CUT, PROMPT, SAMPLE, TARGET, generator_of, row_indices, split_episodes
 from data.errors import DataError
+from data.growth import Growth
 from data.hindsight import GoalSampling, HindsightGoals, hidden_goal_task
 from data.moments import Chains, StoredMoments
 from data.store import TrajectoryStore
@@ -38,8 +40,6 @@ Sort = Literal["ascending", "descending", "random", "time"]
 Split = Literal["train", "held_out", "all"]
 Lengths = Literal["full", "mixed"]
 
-# The second half of every random key: which use the numbers are for, so that no two uses ever share them.
-_SAMPLE, _PROMPT, _TARGET, _SPLIT, _CUT = range(5)
 _TARGET_CHAINS = 512
 
 
@@ -51,8 +51,9 @@ class ChainSampler:
     episodes is the same for every seed, and no training chain holds any of it. `best`: only the trajectories of highest
     return that make up this share of the split's time steps are drawn (the "%BC" of Chen et al. 2021); where the goal
     is hidden, by what each earns for the place it came to rest in. `lengths`: "full" chains of `trajectories`, or
-    "mixed" ones of 1 to `trajectories` that add up to as many. `goals` only where the store's goals are chosen in
-    hindsight (None = the defaults). Pickle-safe: a copy reads the store again in its own process.
+    "mixed" ones of 1 to `trajectories` that add up to as many; `growth` makes both shorter at first. `goals` only where
+    the store's goals are chosen in hindsight (None = the defaults). Pickle-safe: a copy reads the store again in its
+    own process.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ChainSampler:
         best: float = 1.0,
         lengths: Lengths = "full",
         goals: GoalSampling | None = None,
+        growth: Growth | None = None,
     ) -> None:
         _check_choice("sort", sort, get_args(Sort))
         _check_choice("split", split, get_args(Split))
@@ -86,10 +88,12 @@ class ChainSampler:
             raise DataError(f"seed must be 0 or more; got {seed}")
         self.store, self.trajectories, self.sort, self.target = store, trajectories, sort, target
         self.seed, self.split, self.held_out, self.lengths = seed, split, held_out, lengths
+        self.growth = growth or Growth()
+        self.growth.check(trajectories)
         self.longest = store.longest
         self.task: GoalTask | None = hidden_goal_task(store, goals)
         self.goals = goals or GoalSampling()
-        self._pools = _split_episodes(store.episodes, held_out)
+        self._pools = split_episodes(store.episodes, held_out)
         self._moments: StoredMoments | None = None
         self._goals: HindsightGoals | None = None
         if best < 1:
@@ -119,7 +123,7 @@ class ChainSampler:
         A moment is the same whichever others are asked for with it, and of the store no others are read: hosts and
         workers may share a batch, and a chain.
         """
-        indices = _row_indices(rows)
+        indices = row_indices(rows)
         places = np.arange(self.moments) if places is None else np.asarray(places, np.int64)
         batch = self._stored().empty(len(indices), places)
         for length, cuts in sorted(self._cuts(step, indices).items()):
@@ -127,7 +131,7 @@ class ChainSampler:
             cuts = [cut for cut in cuts if ((places >= cut.start) & (places < cut.start + length * self.longest)).any()]
             if not cuts:
                 continue
-            generators = [_generator(self.seed, _SAMPLE, step, indices[cut.row], cut.chain) for cut in cuts]
+            generators = [generator_of(self.seed, SAMPLE, step, indices[cut.row], cut.chain) for cut in cuts]
             chains = self._arranged(*self._draw(generators, self.pool, length))
             row, start, number = (np.asarray(values) for values in zip(*cuts, strict=True))
             place = places - start[:, None]
@@ -138,13 +142,15 @@ class ChainSampler:
 
     def _cuts(self, step: int, indices: np.ndarray) -> dict[int, list["_Cut"]]:
         """Returns the chains that stand side by side in each row, by their number of trajectories."""
+        most = self.growth.at(step, self.trajectories)
         if self.lengths == "full":
-            return {self.trajectories: [_Cut(row, 0, 0) for row in range(len(indices))]}
+            chains = range(self.trajectories // most)
+            return {most: [_Cut(row, n * most * self.longest, n) for row in range(len(indices)) for n in chains]}
         by_length: dict[int, list[_Cut]] = {}
         for row, index in enumerate(indices):
-            random, start, chain = _generator(self.seed, _CUT, step, index), 0, 0
+            random, start, chain = generator_of(self.seed, CUT, step, index), 0, 0
             while start < self.trajectories:
-                length = int(random.integers(1, self.trajectories - start + 1))
+                length = int(random.integers(1, min(most, self.trajectories - start) + 1))
                 by_length.setdefault(length, []).append(_Cut(row, start * self.longest, chain))
                 start, chain = start + length, chain + 1
         return by_length
@@ -163,7 +169,7 @@ class ChainSampler:
         reach `target`, and one that does carries the completion flag. The draw depends on neither goal nor target, and
         the episodes drawn for n trajectories are among those drawn for more. With 0 trajectories, M is 0.
         """
-        indices = _row_indices(rows)
+        indices = row_indices(rows)
         if not 0 <= trajectories <= len(self.pool):
             raise DataError(
                 f"a context takes 0 to {len(self.pool)} trajectories, the episodes in split {self.split!r}; "
@@ -178,7 +184,7 @@ class ChainSampler:
                 raise DataError(
                     f"a context of {self.store.task!r} needs a goal a row, {expected}; got {np.shape(goal)}"
                 )
-        generators = [_generator(rows_seed, _PROMPT, 0, row) for row in indices]
+        generators = [generator_of(rows_seed, PROMPT, 0, row) for row in indices]
         drawn = [generator.permutation(self.pool)[:trajectories] for generator in generators]
         episodes = np.asarray(drawn, np.int64).reshape(len(indices), trajectories)
         chains = self._arranged(episodes, goal, target=float(target))
@@ -203,7 +209,7 @@ class ChainSampler:
         best = []
         for first in range(0, _TARGET_CHAINS, 16):
             rows = np.arange(first, first + 16)
-            generators = [_generator(self.seed, _TARGET, 0, row) for row in rows]
+            generators = [generator_of(self.seed, TARGET, 0, row) for row in rows]
             episodes, goal = self._draw(generators, self._pools["train"], self.trajectories)
             best.append(self._rewards(episodes, goal)[0].max(-1))
         return float(np.percentile(np.concatenate(best), 90))
@@ -281,23 +287,6 @@ class _Cut(NamedTuple):
     row: int  # of the batch
     start: int  # the place of its first moment
     chain: int  # number within the row
-
-
-def _generator(seed: int, use: int, step: int, row: int, chain: int = 0) -> np.random.Generator:
-    # Philox is keyed and counted: (seed, use) and (step, row, chain) name a stream outright, without hashing or shared
-    # state. The low counter word, 2^64 blocks, is the stream's own.
-    return np.random.Generator(np.random.Philox(key=[seed, use], counter=[0, chain, step, row]))
-
-
-def _row_indices(rows: int | Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.arange(rows) if isinstance(rows, (int, np.integer)) else np.asarray(rows, np.int64).reshape(-1)
-
-
-def _split_episodes(episodes: int, held_out: float) -> dict[str, np.ndarray]:
-    # Of no seed: what one run holds out, no other run may train on.
-    shuffled = _generator(0, _SPLIT, 0, 0).permutation(episodes)
-    count = max(1, round(episodes * held_out)) if held_out > 0 else 0
-    return {"train": np.sort(shuffled[count:]), "held_out": np.sort(shuffled[:count]), "all": np.arange(episodes)}
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:

@@ -20,7 +20,7 @@ from data import drawn
 from data.errors import DataError
 from data.tasks.catalogue import check_task as check_task  # offered from here too
 from data.tasks.catalogue import load_task, task_names
-from data.tasks.suite import HiddenGoal
+from data.tasks.suite import HiddenGoal, SignedPlace
 
 _UNLIMITED = 1e9  # dm_control's action specification says 1e10 for an actuator without a range
 _STEPS_WITHOUT_LIMIT = 1000  # dm_control's lqr runs until it is terminated; ours needs an end
@@ -76,7 +76,8 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
 
         The episode depends on the seed (one integer, or several that name it together) and the options alone; without a
         seed the random stream goes on. `options={"goal": array}` gives a hidden-goal task its goal and leaves
-        the start as it was. DataError for an option or goal that does not fit.
+        the start as it was; `{"sign": array}` gives a map its sign. DataError for an option, a goal or a sign that does
+        not fit.
         """
         if seed is not None and np.min(seed) < 0:
             raise DataError(f"{self.task_name}: a seed is not negative; got {seed}")
@@ -85,11 +86,13 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
             bits = np.random.MT19937(np.random.SeedSequence(seed))
             self._task._random = np.random.RandomState(bits)
         options = dict(options or {})
-        goal = options.pop("goal", None)
+        goal, sign = options.pop("goal", None), options.pop("sign", None)
         if options:
-            raise DataError(f"reset option {sorted(options)[0]!r} is unknown; the only one is 'goal'")
+            raise DataError(f"reset option {sorted(options)[0]!r} is unknown; there are 'goal' and 'sign'")
         if goal is not None:
             self._give_goal(goal)
+        if sign is not None:
+            self._give_sign(sign)
         with self._physics.reset_context():
             self._task.initialize_episode(self._physics)
         self._steps_left = self.episode_steps
@@ -232,6 +235,15 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
             raise DataError(f"{self.task_name}: a goal is {size} finite numbers; got {goal.tolist()}")
         self._task.next_goal = goal
 
+    def _give_sign(self, sign: Float[np.ndarray, " S"]) -> None:
+        if not isinstance(self._task, SignedPlace):
+            raise DataError(f"{self.task_name} shows no sign, so reset() cannot be given one")
+        sign = np.asarray(sign, np.float32)
+        size = self._task.goal_task.sign_size
+        if sign.shape != (size,) or not np.isfinite(sign).all():
+            raise DataError(f"{self.task_name}: a sign is {size} finite numbers; got {sign.tolist()}")
+        self._task.next_sign = sign
+
     def _observe(self) -> Float32[np.ndarray, " O"]:
         parts = self._task.get_observation(self._physics).values()
         return np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
@@ -278,9 +290,13 @@ class EnvironmentBatch:
         return self._terminated | self._truncated
 
     def reset(
-        self, seeds: Sequence[int | Sequence[int]], goals: Float[np.ndarray, "B G"] | None = None
+        self,
+        seeds: Sequence[int | Sequence[int]],
+        goals: Float[np.ndarray, "B G"] | None = None,
+        signs: Float[np.ndarray, "B S"] | None = None,
     ) -> Float32[np.ndarray, "B O"]:
-        """Returns the first observations of new episodes, a seed (and a goal) per row; fewer leave the rest over."""
+        """Returns the first observations of new episodes, a seed (a goal, a sign) per row; fewer leave the rest
+        over."""
         count = len(self)
         if len(seeds) > count or (goals is not None and len(goals) != len(seeds)):
             raise DataError(
@@ -290,7 +306,7 @@ class EnvironmentBatch:
         self._terminated[:] = self._truncated[:] = True
         self._observation[:] = 0.0
         for row, seed in enumerate(seeds):
-            options = None if goals is None else {"goal": goals[row]}
+            options = {name: given[row] for name, given in (("goal", goals), ("sign", signs)) if given is not None}
             self._observation[row], _ = self.environments[row].reset(seed=seed, options=options)
         self._terminated[: len(seeds)] = self._truncated[: len(seeds)] = False
         return self._observation.copy()

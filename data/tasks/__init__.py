@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from data.tasks.dark import PointMassDark, ReacherDark
+from data.tasks.map import PointMassMap, ReacherMap
 
 
 class GoalTask(Protocol):
@@ -17,7 +18,11 @@ class GoalTask(Protocol):
     """
 
     name: str
+    collected_on: str
+    """The task whose episodes serve this one too: the same body, starts and held actions."""
     goal_size: int
+    sign_size: int
+    """Numbers of the observation, its last, that name the place where the episode is; 0: there are no places."""
     radius: float
     """Distance (metres) from the goal within which the reward is 1."""
     action_steps: int
@@ -40,7 +45,9 @@ class GoalTask(Protocol):
         """Returns the action in [-1, 1] of a scripted controller that knows the goal, float32."""
 
 
-_GOAL_TASKS: dict[str, GoalTask] = {task.name: task for task in (PointMassDark(), ReacherDark())}
+_GOAL_TASKS: dict[str, GoalTask] = {
+    task.name: task for task in (PointMassDark(), ReacherDark(), PointMassMap(), ReacherMap())
+}
 
 
 def goal_task(name: str) -> GoalTask | None:

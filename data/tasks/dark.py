@@ -22,7 +22,9 @@ class PointMassDark:
     """
 
     name: str = "point_mass-dark"
+    collected_on: str = "point_mass-dark"
     goal_size: int = 2
+    sign_size: int = 0
     radius: float = 0.06
     action_steps: int = 12
     episode_steps: int = 16
@@ -60,7 +62,9 @@ class ReacherDark:
     """dm_control's two-link arm, started near the straight pose, looking for a place for its finger."""
 
     name: str = "reacher-dark"
+    collected_on: str = "reacher-dark"
     goal_size: int = 2
+    sign_size: int = 0
     radius: float = 0.05
     action_steps: int = 4
     episode_steps: int = 16

@@ -8,6 +8,7 @@ from dm_control.rl import control
 from dm_control.suite import point_mass, reacher
 
 from data.tasks import GoalTask, exorl, goal_task
+from data.tasks.map import sample_signs
 
 
 class HiddenGoal:
@@ -48,12 +49,39 @@ class HiddenGoal:
         mujoco.mj_kinematics(physics.model.ptr, physics.data.ptr)
 
 
+class SignedPlace(HiddenGoal):
+    """A hidden goal at a place whose sign the observation shows, drawn for every episode or given."""
+
+    sign: np.ndarray
+    """The sign of the present episode. Given through `next_sign`, or else drawn."""
+    next_sign: np.ndarray | None = None
+    """The sign of the next episode; used once."""
+
+    def initialize_episode(self, physics) -> None:
+        """Sets start, goal and sign of an episode."""
+        super().initialize_episode(physics)
+        drawn = sample_signs(self.random)
+        self.sign, self.next_sign = (drawn if self.next_sign is None else self.next_sign), None
+
+    def get_observation(self, physics) -> dict[str, np.ndarray]:
+        """Returns position, velocity and the sign."""
+        return super().get_observation(physics) | {"sign": self.sign}
+
+
 class PointMassDark(HiddenGoal, point_mass.PointMass):
     """`point_mass-dark`."""
 
 
+class PointMassMap(SignedPlace, point_mass.PointMass):
+    """`point_mass-map`."""
+
+
 class ReacherDark(HiddenGoal, reacher.Reacher):
     """`reacher-dark`."""
+
+
+class ReacherMap(SignedPlace, reacher.Reacher):
+    """`reacher-map`."""
 
 
 def load(name: str) -> control.Environment | None:
@@ -67,7 +95,7 @@ def names() -> tuple[str, ...]:
     return tuple(_BUILDERS)
 
 
-def _dark(name: str, domain, task_class: type, **options) -> control.Environment:
+def _hidden(name: str, domain, task_class: type, **options) -> control.Environment:
     goal = goal_task(name)
     physics = domain.Physics.from_xml_string(*domain.get_model_and_assets())
     seconds = goal.episode_steps * goal.action_steps * physics.timestep()
@@ -75,7 +103,9 @@ def _dark(name: str, domain, task_class: type, **options) -> control.Environment
 
 
 _BUILDERS: dict[str, Callable[[], control.Environment]] = {
-    "point_mass-dark": lambda: _dark("point_mass-dark", point_mass, PointMassDark, randomize_gains=False),
-    "reacher-dark": lambda: _dark("reacher-dark", reacher, ReacherDark, target_size=0.05),
+    "point_mass-dark": lambda: _hidden("point_mass-dark", point_mass, PointMassDark, randomize_gains=False),
+    "point_mass-map": lambda: _hidden("point_mass-map", point_mass, PointMassMap, randomize_gains=False),
+    "reacher-dark": lambda: _hidden("reacher-dark", reacher, ReacherDark, target_size=0.05),
+    "reacher-map": lambda: _hidden("reacher-map", reacher, ReacherMap, target_size=0.05),
     **exorl.BUILDERS,
 }

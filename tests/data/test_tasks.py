@@ -8,10 +8,11 @@ from data.policies import controller
 from data.tasks import goal_task, goal_task_names
 
 DARK = ["point_mass-dark", "reacher-dark"]
+MAPS = ["point_mass-map", "reacher-map"]
 
 
 def test_goal_tasks_by_name():
-    assert goal_task_names() == tuple(DARK)
+    assert goal_task_names() == (*DARK, *MAPS)
     assert goal_task("point_mass-dark").name == "point_mass-dark"
     assert goal_task("walker-walk") is None
 
@@ -46,6 +47,27 @@ def test_a_goal_lasts_an_episode_and_the_next_one_is_drawn(name: str):
     assert not np.array_equal(drawn, [0.1, 0.1])
     environment.reset(seed=0)
     np.testing.assert_array_equal(environment.extras()["goal"], drawn)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_is_the_dark_task_with_a_sign_in_sight(name: str):
+    task = goal_task(name)
+    dark, places = EnvironmentBatch(task.collected_on, 2), EnvironmentBatch(name, 2)
+    goals, signs = np.full((2, 2), 0.1), np.eye(32)[:2]
+    seen = places.reset([1, 2], goals, signs)
+    np.testing.assert_array_equal(seen, np.hstack([dark.reset([1, 2], goals), signs]))
+    for _ in range(task.episode_steps):
+        action = task.oracle(dark.physics_states(), goals)
+        want, got = dark.step(action), places.step(action)
+        np.testing.assert_array_equal(got.observation, np.hstack([want.observation, signs]))
+        np.testing.assert_array_equal(got.reward, want.reward)
+    # Without a sign one is drawn, and the start is none the other.
+    environment = make(name)
+    first, second = (environment.reset(seed=seed)[0] for seed in (1, 1))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first[:-32], seen[0, :-32])
+    assert np.linalg.norm(first[-32:]) == pytest.approx(32**0.5 / 2)
+    assert not np.array_equal(environment.reset(seed=2)[0][-32:], first[-32:])
 
 
 def test_reacher_kinematics_are_mujocos():

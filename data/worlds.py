@@ -1,0 +1,219 @@
+"""WorldSampler: (seed, step, row) -> chains of visits to the places of a world, for the map tasks.
+
+A place has a sign, which every moment of a visit shows, and a goal, which pays. In training each place of a chain is
+visited twice, at random times, by two stored trajectories that come to rest within its radius; the second visit is the
+query, which the first one helps to act in:
+
+    place              2  0  1  0  3  2  3  1
+    last               0  0  0  1  0  1  1  1        1 in the queries
+
+A visit begins anew: the previous action and reward of its first moment are 0, and no return is asked for, so that
+nothing but the sign ties two visits together.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Float64
+from scipy.spatial import cKDTree
+
+from data.chain_batch import ChainBatch
+from data.draws import VISITS, WORLD, generator_of, row_indices, split_episodes
+from data.errors import DataError
+from data.growth import Growth
+from data.hindsight import GoalSampling, HindsightGoals, hidden_goal_task
+from data.moments import Chains, StoredMoments
+from data.store import TrajectoryStore
+from data.tasks.map import sample_signs
+
+NEAR = 0.7  # radii of the goal within which a visit comes to rest: it is paid for its last moments, not for one
+
+
+class Visits(NamedTuple):
+    """C chains of N visits."""
+
+    episodes: np.ndarray  # i64[C, N]
+    goal: np.ndarray  # f64[C, N, G]
+    sign: np.ndarray  # f32[C, N, S]
+    is_query: np.ndarray  # bool[C, N]
+
+
+class Queries(NamedTuple):
+    """What is asked of W worlds, Q times each: one of their places, of uniformly random age."""
+
+    place: np.ndarray  # i64[W, Q], counted from the one visited first
+    goal: Float64[np.ndarray, "W Q G"]
+    sign: Float32[np.ndarray, "W Q S"]
+
+
+class WorldSampler:
+    """Draws chains of `trajectories` visits (an even number) from a store; every draw is a pure function of its
+    arguments, and of `split` alone episodes are drawn (see `ChainSampler`). Pickle-safe.
+    """
+
+    def __init__(
+        self,
+        store: TrajectoryStore,
+        *,
+        trajectories: int,
+        seed: int,
+        split: str = "train",
+        held_out: float = 0.1,
+        growth: Growth | None = None,
+    ) -> None:
+        task = hidden_goal_task(store, None)
+        if task is None or not task.sign_size:
+            raise DataError(f"{store.path}: task {store.task!r} has no places; use a map, such as 'point_mass-map'")
+        growth = growth or Growth()
+        odd = [length for length in (*growth.lengths, trajectories) if length % 2 or length < 2]
+        if odd:
+            raise DataError(f"chains of a map visit every place twice: trajectories must be even; got {odd[0]}")
+        growth.check(trajectories)
+        self.store, self.task, self.trajectories = store, task, trajectories
+        self.seed, self.split, self.growth = seed, split, growth
+        self.longest = store.longest
+        self.pool = split_episodes(store.episodes, held_out)[split]
+        self._moments: StoredMoments | None = None
+        self._resting: _Resting | None = None
+
+    @property
+    def moments(self) -> int:
+        """M of a sampled row: `trajectories` times the longest episode of the store."""
+        return self.trajectories * self.longest
+
+    def sample(
+        self, step: int, rows: int | Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray | None = None
+    ) -> ChainBatch:
+        """Returns the rows of training step `step` with these indices (a number n means rows 0 to n-1), or of each only
+        the moments at these places; a moment is the same whichever others are asked for with it."""
+        indices = row_indices(rows)
+        places = np.arange(self.moments) if places is None else np.asarray(places, np.int64)
+        length = self.growth.at(step, self.trajectories)
+        span = length * self.longest
+        column = np.flatnonzero((places >= 0) & (places < self.moments))
+        numbers, own = np.unique(places[column] // span, return_inverse=True)
+        generators = [generator_of(self.seed, VISITS, step, row, chain) for row in indices for chain in numbers]
+        visits = self._rests().pairs(generators, length)
+        chain = (np.arange(len(indices))[:, None] * len(numbers) + own).ravel()
+        at = np.repeat(np.arange(len(indices)), len(column)), np.tile(column, len(indices))
+        place = np.tile(places[column] % span, len(indices))
+        return self._put(visits, chain, place, at, np.tile(numbers[own], len(indices)), (len(indices), places))
+
+    def history(
+        self, rows_seed: int, rows: int | Sequence[int] | np.ndarray, places: int, seen: int, queries: int
+    ) -> tuple[ChainBatch, Queries]:
+        """Returns worlds for evaluation: of `places` places, each visited once, the last `seen` visits of every world;
+        and what is asked, which does not depend on `seen`. With none seen, M is 0.
+        """
+        if not 0 <= seen <= places or places < 1:
+            raise DataError(f"of a world of {places} places 0 to {places} can be seen; got {seen}")
+        indices = row_indices(rows)
+        worlds = [self._rests().world(generator_of(rows_seed, WORLD, places, row), places) for row in indices]
+        asked = [generator_of(rows_seed, WORLD, places, row, 1).integers(places, size=queries) for row in indices]
+        whole = Visits(*(np.stack(field) for field in zip(*worlds, strict=True)))
+        place = np.stack(asked)
+        pick = np.arange(len(indices))[:, None], place
+        last = Visits(*(field[:, places - seen :] for field in whole))
+        moments = np.arange(seen * self.longest)
+        chain, at = (grid.ravel() for grid in np.indices((len(indices), len(moments))))
+        prompt = self._put(last, chain, at, (chain, at), np.zeros_like(chain), (len(indices), moments))
+        return prompt, Queries(place, whole.goal[pick], whole.sign[pick])
+
+    def typical_target(self) -> float:
+        """Returns 0: no return is asked for."""
+        return 0.0
+
+    def _put(self, visits: Visits, chain, place, at, segment, shape: tuple[int, np.ndarray]) -> ChainBatch:
+        """Returns a batch with moments at `place` [L] of `chain` [L] written to `at`, row [L] and column [L]."""
+        if self._moments is None:
+            self._moments = StoredMoments(self.store)
+        batch = self._moments.empty(*shape)
+        signs = np.zeros((*batch.segment.shape, self.task.sign_size), np.float32)
+        if len(chain):
+            reward = self._rests().reward(visits.episodes, visits.goal)
+            nothing = np.zeros(visits.episodes.shape)
+            chains = Chains(visits.episodes, told=nothing, is_reached=nothing > 0, reward=reward)
+            self._moments.put(chains, chain, place, batch, at, segment)
+            real = batch.segment[at] >= 0
+            at, visit = (at[0][real], at[1][real]), (chain[real], batch.trajectory[at][real])
+            signs[at] = visits.sign[visit]
+            batch.last[at] = visits.is_query[visit]
+        begins = batch.step == 0
+        return batch._replace(
+            observation=np.concatenate([batch.observation, signs], axis=-1),
+            return_to_go=np.zeros_like(batch.return_to_go),
+            previous_action=np.where(begins[..., None], np.float32(0), batch.previous_action),
+            previous_reward=np.where(begins, np.float32(0), batch.previous_reward),
+        )
+
+    def _rests(self) -> "_Resting":
+        if self._resting is None:
+            self._resting = _Resting(HindsightGoals(self.store, self.task, GoalSampling()), self.pool)
+        return self._resting
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_moments": None, "_resting": None}
+
+
+class _Resting:
+    """The trajectories of a pool that come to rest, found by where."""
+
+    def __init__(self, hindsight: HindsightGoals, pool: np.ndarray) -> None:
+        self.hindsight, self.task = hindsight, hindsight.task
+        self.reach = NEAR * self.task.radius
+        self.episodes = pool[hindsight.stays[pool]]
+        self.ends = hindsight.goal[self.episodes]
+        self.tree = cKDTree(self.ends) if len(self.episodes) else None
+        alone = np.ones(0, bool) if self.tree is None else self._near(self.ends, count=True) < 2
+        self.paired = np.flatnonzero(~alone)
+        if not len(self.paired):
+            raise DataError(
+                f"{hindsight.store.path}: no two of the {len(pool)} episodes come to rest in one place, so none can be "
+                "visited twice; collect more with `--policy waypoints`"
+            )
+
+    def pairs(self, generators: list[np.random.Generator], visits: int) -> Visits:
+        """Returns a chain per generator in which every place is visited twice."""
+        half, size = visits // 2, (len(generators), visits // 2)
+        query = np.empty(size, np.int64)
+        share, place, sign = np.empty(size), np.empty((len(generators), visits), np.int64), []
+        for row, generator in enumerate(generators):
+            query[row] = self.paired[generator.integers(len(self.paired), size=half)]
+            share[row] = generator.random(half)
+            place[row] = generator.permutation(visits) % half
+            sign.append(sample_signs(generator, half))
+        first = np.empty(size, np.int64)
+        for at, near in np.ndenumerate(self._near(self.ends[query])):
+            others = np.sort([index for index in near if index != query[at]])
+            first[at] = others[int(share[at] * len(others))]
+        # Both visits of place 0, then both of place 1, ...: a stable sort keeps the earlier of them first.
+        order = np.argsort(place, axis=1, kind="stable")
+        chain = np.arange(len(generators))[:, None]
+        episodes, is_query = np.empty(place.shape, np.int64), np.zeros(place.shape, bool)
+        episodes[chain, order[:, 0::2]] = self.episodes[first]
+        episodes[chain, order[:, 1::2]] = self.episodes[query]
+        is_query[chain, order[:, 1::2]] = True
+        signs = np.asarray(sign, np.float32).reshape(*size, -1)
+        return Visits(episodes, self.ends[query][chain, place], signs[chain, place], is_query)
+
+    def world(self, generator: np.random.Generator, places: int) -> Visits:
+        """Returns visits [N, ...] to places whose goals are drawn as the environment draws them, each seen once."""
+        goal = np.stack([self.task.sample_goal(generator) for _ in range(places)])
+        near = self._near(goal)
+        for place in range(places):
+            while not near[place]:  # nobody came to rest there
+                goal[place] = self.task.sample_goal(generator)
+                near[place] = self._near(goal[place])
+        share = generator.random(places)
+        chosen = [sorted(found)[int(part * len(found))] for found, part in zip(near, share, strict=True)]
+        return Visits(self.episodes[chosen], goal, sample_signs(generator, places), np.zeros(places, bool))
+
+    def reward(self, episodes: np.ndarray, goal: np.ndarray) -> np.ndarray:
+        """Returns what each step of `episodes` [C, N] is paid for the goals [C, N, G] of their places."""
+        paid = self.hindsight.reward(episodes.reshape(-1, 1), goal.reshape(-1, goal.shape[-1]))
+        return paid.reshape(*episodes.shape, -1)
+
+    def _near(self, points: np.ndarray, *, count: bool = False):
+        assert self.tree is not None  # of no episodes, none is asked for
+        return self.tree.query_ball_point(points, self.reach, return_length=count)
