@@ -78,7 +78,7 @@ def attention(
         UsageError: shapes that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel that
             cannot run on these devices.
     """
-    check_shapes(q, k, v, mask)
+    mask = checked(q, k, v, mask)
     if config.scheme == "sparse":
         check_mask(mask)
     if mesh is None:
@@ -146,26 +146,26 @@ def _blocks(config: AttentionConfig, platform: str, *, is_split: bool) -> Blocks
     return Blocks(config.block_q or default, config.block_k or default, config.scores)
 
 
-def check_shapes(q, k, v, mask: Mask) -> None:
-    """Raises UsageError for arrays that do not fit each other."""
+def checked(q, k, v, mask: Mask) -> Mask:
+    """Returns the mask in int32; raises UsageError for arrays that do not fit each other."""
+    if not isinstance(mask, Mask):
+        raise UsageError(
+            f"attention needs an rlring.Mask; got {mask if mask is None else type(mask).__name__}. Where every token "
+            "sees every token it is Mask.full(position), where none sees a later one Mask.causal(position)."
+        )
     if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]):
         raise UsageError(
             f"attention needs q[B, T, N, H] and k, v[B, S, K, H]; got q{q.shape}, k{k.shape}, v{v.shape}. "
             "B and H are the same in all three, S and K in k and v."
         )
-    if q.shape[2] % k.shape[2]:
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise UsageError(
             f"each key/value head serves the same number of query heads; got {q.shape[2]} query heads over "
             f"{k.shape[2]} key/value heads. Make the number of query heads a multiple."
         )
     if not (q.dtype == k.dtype == v.dtype):
         raise UsageError(f"q, k and v share one type; got {q.dtype}, {k.dtype} and {v.dtype}. Cast them with .astype.")
-    seen = (mask.q_position.shape, mask.k_position.shape, mask.q_segment.shape, mask.k_segment.shape)
-    if seen != (q.shape[:2], k.shape[:2]) * 2:
-        raise UsageError(
-            f"the mask needs q_position and q_segment {q.shape[:2]}, k_position and k_segment {k.shape[:2]}; got "
-            f"{seen[0]}, {seen[2]}, {seen[1]}, {seen[3]}. Broadcast positions over the batch."
-        )
+    return mask.checked(q.shape[:2], k.shape[:2])
 
 
 def check_batch(q, mesh: Mesh) -> None:

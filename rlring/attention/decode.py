@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from rlring.attention import one_block
-from rlring.attention.api import check_batch, check_shapes
+from rlring.attention.api import check_batch, checked
 from rlring.attention.blocks import pad
 from rlring.attention.mask import Mask
 from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
@@ -39,7 +39,7 @@ def decode_attention(
     Raises:
         UsageError: shapes that do not fit each other, or the mesh.
     """
-    check_shapes(q, k, v, mask)
+    mask = checked(q, k, v, mask)
     if mesh is None:
         return _on_shard(q, k, v, mask, axes=())
     check_batch(q, mesh)

@@ -1,5 +1,6 @@
 """Mask: which query sees which key, from positions and segments that travel with the tokens."""
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Int32
 from rlring.errors import UsageError
 
 NOWHERE = -1  # the segment of a token that is not there
+MOST = 2**31 - 1  # that int32 holds
 
 
 class Bounds(NamedTuple):
@@ -51,9 +53,11 @@ class Mask:
     window: int | None = field(default=None, metadata={"static": True})  # q_position - k_position < window
 
     def __post_init__(self):
-        if self.window is not None and self.window < 1:
+        object.__setattr__(self, "window", _checked_window(self.window))
+        if not isinstance(self.is_causal, bool | np.bool_):
             raise UsageError(
-                f"a window holds at least the token itself; got window={self.window}. Use None for no window."
+                f"is_causal is True or False when the program is compiled; got a {type(self.is_causal).__name__}. "
+                "Make it a static argument of jax.jit."
             )
 
     @classmethod
@@ -79,8 +83,25 @@ class Mask:
         if self.is_causal:
             seen &= k_position <= q_position
         if self.window is not None:
-            seen &= q_position - k_position < self.window
+            seen &= is_within(q_position, k_position, self.window)
         return seen
+
+    def checked(self, queries: tuple[int, ...], keys: tuple[int, ...]) -> "Mask":
+        """Returns the mask in int32.
+
+        Raises:
+            UsageError: arrays that are not [B, T] of queries and [B, S] of keys, or whose type has numbers that int32
+                does not hold: floats, booleans, and int64 or uint32 (of NumPy only where there are such numbers).
+        """
+        names = ("q_position", "q_segment", "k_position", "k_segment")
+        mask = replace(self, **{name: _as_int32(name, getattr(self, name)) for name in names})
+        shapes = tuple(getattr(mask, name).shape for name in names)
+        if shapes != (queries, queries, keys, keys):
+            raise UsageError(
+                f"the mask needs q_position and q_segment {queries}, k_position and k_segment {keys}; got "
+                f"{shapes[0]}, {shapes[1]}, {shapes[2]}, {shapes[3]}. Broadcast positions over the batch."
+            )
+        return mask
 
     def block(self, q_start, q_size: int, k_start, k_size: int) -> "Mask":
         """Returns the mask of q_size queries from q_start and k_size keys from k_start; starts may be traced."""
@@ -103,14 +124,18 @@ class Mask:
 
     def padded(self, q_length: int, k_length: int) -> "Mask":
         """Returns the mask with tokens in no segment appended up to the given lengths."""
-        q_pad = ((0, 0), (0, q_length - self.q_position.shape[1]))
-        k_pad = ((0, 0), (0, k_length - self.k_position.shape[1]))
+
+        def padded(x: Array, length: int) -> Array:
+            # One number for positions and segments: where both are the same array, as the zeros of a single token are,
+            # XLA takes two pads of it for one when it splits them over devices, whatever they fill in (jax 0.12).
+            return jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=NOWHERE)
+
         return replace(
             self,
-            q_position=jnp.pad(self.q_position, q_pad),
-            k_position=jnp.pad(self.k_position, k_pad),
-            q_segment=jnp.pad(self.q_segment, q_pad, constant_values=NOWHERE),
-            k_segment=jnp.pad(self.k_segment, k_pad, constant_values=NOWHERE),
+            q_position=padded(self.q_position, q_length),
+            k_position=padded(self.k_position, k_length),
+            q_segment=padded(self.q_segment, q_length),
+            k_segment=padded(self.k_segment, k_length),
         )
 
     def q_bounds(self, size: int) -> Bounds:
@@ -128,7 +153,7 @@ class Mask:
         if self.is_causal:
             seen &= k.low_position <= q.high_position
         if self.window is not None:
-            seen &= q.low_position - k.high_position < self.window
+            seen &= is_within(q.low_position, k.high_position, self.window)
         return seen.any(0)
 
     def shows_any(self) -> Bool[Array, ""]:
@@ -142,8 +167,52 @@ class Mask:
         if self.is_causal:
             seen &= k.high_position <= q.low_position
         if self.window is not None:
-            seen &= q.high_position - k.low_position < self.window
+            seen &= is_within(q.high_position, k.low_position, self.window)
         return seen.all(0)
+
+
+def is_within(q_position: Int32[Array, "..."], k_position: Int32[Array, "..."], window: int) -> Bool[Array, "..."]:
+    """Returns whether keys are later than queries, or fewer than `window` tokens before them; the two broadcast."""
+    # The distance of two int32 may be none, but it is a uint32.
+    return (k_position > q_position) | ((q_position - k_position).astype(jnp.uint32) < window)
+
+
+def _checked_window(window) -> int | None:
+    if window is None:
+        return None
+    is_one = not isinstance(window, bool | np.bool_ | jax.core.Tracer)
+    try:
+        number = operator.index(window) if is_one else None
+    except TypeError:
+        number = None
+    if number is None:
+        got = repr(window) if isinstance(window, bool | float | str | tuple) else f"a {type(window).__name__}"
+        raise UsageError(
+            "a window is how many tokens a query looks back, itself included: one whole number, known when the program "
+            f"is compiled; got {got}. Make it a static argument of jax.jit, and limit what lies ahead by is_causal."
+        )
+    if not 1 <= number <= MOST:
+        raise UsageError(
+            f"a window holds at least the token itself, and at most 2**31 - 1; got window={number}. Use None for no "
+            "window."
+        )
+    return number
+
+
+def _as_int32(name: str, x) -> Int32[Array, "..."]:
+    dtype = getattr(x, "dtype", None)
+    fits = dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+    if fits and isinstance(x, np.ndarray):
+        fits = x.size == 0 or (x.min() >= -MOST - 1 and x.max() <= MOST)
+    elif fits:
+        fits = jnp.iinfo(dtype).max <= MOST
+    if not fits:
+        got = f"a {type(x).__name__}" if dtype is None else dtype
+        raise UsageError(
+            f"the mask's {name} is an array of whole numbers that int32 holds; got {got}. Cast it with "
+            ".astype(jnp.int32); a token that is not there has segment -1."
+        )
+    return jnp.asarray(x if dtype == jnp.int32 else x.astype(jnp.int32))
 
 
 def _bounds(position: Int32[Array, "B T"], segment: Int32[Array, "B T"], size: int) -> Bounds:

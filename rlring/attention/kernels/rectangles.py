@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
 from rlring.attention.local import Gradients, Kernel, no_gradients
-from rlring.attention.mask import Mask
+from rlring.attention.mask import MOST, Mask, is_within
 from rlring.attention.softmax import Partial, by_token, nothing
 
 SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
@@ -150,9 +150,8 @@ def _is_triangle(mask: Mask) -> Bool[Array, ""]:
     follows = there[:, :-1] & (position[:, :-1] < position[:, 1:]) & (segment[:, :-1] == segment[:, 1:])
     is_triangle = same.all() & (follows | ~there[:, 1:]).all()
     if mask.window is not None:
-        far = jnp.iinfo(jnp.int32).max // 2
-        reach = jnp.where(there, position, -far).max(1) - jnp.where(there, position, far).min(1)
-        is_triangle &= (reach < mask.window).all()
+        latest, earliest = jnp.where(there, position, -MOST).max(1), jnp.where(there, position, MOST).min(1)
+        is_triangle &= is_within(latest, earliest, mask.window).all()
     return is_triangle
 
 

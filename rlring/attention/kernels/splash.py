@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from rlring.attention.blocks import Blocks, pad
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
@@ -29,7 +29,7 @@ LANES = 128  # of a TPU's vectors: blocks are multiples of it
 PLACE_BITS = 15  # of the start of an interval, so that start and stop share an integer
 LONGEST = 2**PLACE_BITS  # keys of one call; more of them take turns
 COMPUTED = 512  # keys of a block that are worked on at once: their scores have to fit into the vector memory
-FAR = jnp.iinfo(jnp.int32).max
+FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max  # positions
 
 
 class SplashKernel(NamedTuple):
@@ -96,7 +96,7 @@ class _Keys(NamedTuple):
     def in_order(cls, k, v, mask: Mask) -> "_Keys":
         segment, position = _segment(mask), mask.k_position
         before, after = (segment[:, :-1], position[:, :-1]), (segment[:, 1:], position[:, 1:])
-        is_ordered = (_precedes(before, after, or_ties=True) | (after[0] == FAR)).all()
+        is_ordered = (_precedes(before, after, or_ties=True) | (after[0] > LAST)).all()
 
         def counted():
             other, one = (tuple(jnp.expand_dims(x, d) for x in (segment, position)) for d in (1, 2))
@@ -128,18 +128,19 @@ class _Keys(NamedTuple):
         """
         mask = self.mask
         key = tuple(x[:, None, :] for x in (_segment(mask), mask.k_position))
-        q_segment, q_position = mask.q_segment[:, :, None], mask.q_position[:, :, None]
-        first = -FAR if mask.window is None else q_position - (mask.window - 1)
+        q_segment, q_position = mask.q_segment.astype(jnp.uint32)[:, :, None], mask.q_position[:, :, None]
+        before = 0 if mask.window is None else mask.window - 1
+        first = FIRST if mask.window is None else jnp.maximum(q_position, FIRST + before) - before
         start = _precedes(key, (q_segment, first)).sum(2, dtype=jnp.int32)
-        last = q_position if mask.is_causal else FAR
+        last = q_position if mask.is_causal else LAST
         stop = _precedes(key, (q_segment, last), or_ties=True).sum(2, dtype=jnp.int32)
         is_empty = (start >= stop) | (mask.q_segment < 0)
         return _Interval(*(jnp.where(is_empty, 0, x) for x in (start, stop)))
 
 
-def _segment(mask: Mask) -> Int32[Array, "B S"]:
-    """Returns the segments of the keys, with those that are nowhere after all others."""
-    return jnp.where(mask.k_segment < 0, FAR, mask.k_segment)
+def _segment(mask: Mask) -> UInt32[Array, "B S"]:
+    """Returns the segments of the keys, as which those that are nowhere come after all others."""
+    return mask.k_segment.astype(jnp.uint32)
 
 
 def _precedes(a, b, *, or_ties: bool = False) -> Bool[Array, "..."]:
