@@ -4,7 +4,7 @@ import errno
 import fcntl
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,19 +45,31 @@ class Sink(io.FileIO):
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Sink]:
-    """Yields a file that becomes `path` if the body succeeds, and vanishes if it does not."""
+def atomic_file(path: Path, *, check_old: Callable[[Path], None] | None = None) -> Iterator[Sink]:
+    """Yields a file that becomes `path` if the body succeeds, and vanishes if it does not.
+
+    What is at `path` is replaced. Where the user names it, `check_old` says whether it may be: it raises DataError for
+    a file that is not ours, and is asked before the work and, since that may take hours, after it. DataError too when
+    `path` is no file at all (a folder, a device, a link to nothing), and when another process writes to it.
+    """
+    _check_old(path, check_old)
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed temporary name, held by a lock that dies with its process: what a killed writer leaves is overwritten by
-    # the next one, and two writers at once notice each other.
-    temporary = path.with_name(f".{path.name}.partial")
-    with Sink(os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644), "r+") as sink:
+    # the next one, and two writers at once notice each other. Nobody but us gives a file such a name.
+    temporary = temporary_name(path)
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    with Sink(descriptor, "r+") as sink:
         _lock(sink, temporary, path)
         try:
             sink.truncate(0)
             yield sink
             sink.check()
             os.fsync(sink.fileno())
+            _check_old(path, check_old)
             os.replace(temporary, path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
@@ -70,6 +82,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes a small text file, whole or not at all."""
     with atomic_file(path) as file:
         file.write(memoryview(text.encode()))
+
+
+def temporary_name(path: Path) -> Path:
+    """Returns the name that a file has until it is whole: hidden, in the same folder, and plainly ours."""
+    return path.with_name(f".{path.name}.rlring-partial")
+
+
+def _check_old(path: Path, check_old: Callable[[Path], None] | None) -> None:
+    if os.path.lexists(path) and not path.is_file():
+        raise DataError(f"{path} exists and is no file; choose another path")
+    if check_old is not None:
+        check_old(path)
 
 
 def _lock(file: io.FileIO, temporary: Path, path: Path) -> None:

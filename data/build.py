@@ -6,34 +6,32 @@ Safe to kill: the store appears when it is whole, and the same command starts ov
 finds that it is up to date and does nothing.
 """
 
-import argparse
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
-import h5py
 import numpy as np
 
 from data import cli
 from data.errors import DataError
 from data.exorl import episode_length, list_episodes, read_episode
 from data.relabel import relabel
-from data.store import FORMAT, FORMAT_VERSION, TrajectoryStore, simulator_versions, write_store
+from data.store import TrajectoryStore
+from data.store_file import FORMAT_VERSION, check_own
+from data.store_writer import simulator_versions, write_store
 from data.tasks import goal_task
 from data.tasks.catalogue import check_task
 from data.trajectory import Trajectory
+from data.worker_pool import check_workers, worker_pool
 
 Control = Literal["actual", "exorl"]
 
@@ -58,13 +56,15 @@ def build(
     not relabelled here: it keeps its physics, and goals are chosen when chains are drawn. DataError names the episode
     that cannot be used.
     """
-    if workers < 1:
-        raise DataError(f"--workers must be 1 or more; got {workers}")
+    check_workers(workers)
+    if limit_steps is not None and limit_steps < 1:
+        raise DataError(f"--limit-steps must be 1 or more; got {limit_steps}")
     if control not in get_args(Control):
         raise DataError(f"--control must be one of {', '.join(get_args(Control))}; got {control!r}")
     check_task(task)
-    out = Path(out)
-    paths, source = _choose(Path(exorl), limit_steps)
+    exorl, out = cli.named_path("--exorl", exorl), cli.named_path("--out", out)
+    check_own(out)
+    paths, source = _choose(exorl, limit_steps)
     hides_goal = goal_task(task) is not None
     _check_collected_for(paths[0].parent, task, hides_goal)
     made_from = _made_from(paths, task, control)
@@ -72,31 +72,28 @@ def build(
         store = TrajectoryStore.open(out, task)
         print(f"{out} is up to date: {store.episodes} episodes, {store.steps} steps of {task}")
         return False
-    if hides_goal:
-        trajectories: Iterable[Trajectory] = map(_read_without_reward, paths)
-    else:
-        trajectories = _relabelled(paths, task, control, min(workers, len(paths)))
-    store = write_store(
-        out,
-        _Counted(trajectories, len(paths)),
-        task=task,
-        source=source,
-        keep_physics=hides_goal,
-        made_from=made_from,
-        control=None if hides_goal else control,
-        goal="hindsight" if hides_goal else None,
-        progress=progress,
-    )
+    with closing(_episodes(paths, task, control, min(workers, len(paths)))) as trajectories:
+        store = write_store(
+            out,
+            _Counted(trajectories, len(paths)),
+            task=task,
+            source=source,
+            keep_physics=hides_goal,
+            made_from=made_from,
+            control=None if hides_goal else control,
+            goal="hindsight" if hides_goal else None,
+            progress=progress,
+        )
     print(f"wrote {out}: {store.episodes} episodes, {store.steps} steps of {task}")
     return True
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data.build", description="ExoRL episodes -> relabelled store")
-    parser.add_argument("--exorl", type=Path, required=True, help="folder of episodes, or one with a buffer/ in it")
+    parser = cli.Parser(prog="python -m data.build", description="ExoRL episodes -> relabelled store")
+    parser.add_argument("--exorl", required=True, help="folder of episodes, or one with a buffer/ in it")
     parser.add_argument("--task", required=True, help="domain-task, e.g. walker-walk")
-    parser.add_argument("--out", type=Path, required=True, help="the store to write, e.g. stores/walker_walk_rnd.h5")
+    parser.add_argument("--out", required=True, help="the store to write, e.g. stores/walker_walk_rnd.h5")
     parser.add_argument("--workers", type=int, default=2, help="processes that relabel (default 2)")
     parser.add_argument("--limit-steps", type=int, help="only the first episodes, up to this many steps")
     parser.add_argument("--control", choices=get_args(Control), default="actual", help="what control costs see")
@@ -166,11 +163,8 @@ def _made_from(paths: list[Path], task: str, control: str) -> str:
 
 
 def _is_up_to_date(out: Path, made_from: str) -> bool:
-    if not out.exists():
+    if not os.path.lexists(out):
         return False
-    if _is_foreign(out):
-        # A mistyped --out must not cost someone their file.
-        raise DataError(f"{out} exists and is no trajectory store; choose another --out, or delete it")
     try:
         existing = TrajectoryStore.open(out)
     except DataError as error:
@@ -179,20 +173,6 @@ def _is_up_to_date(out: Path, made_from: str) -> bool:
     if existing.made_from != made_from:
         print(f"building again: {out} was made from other episodes, for another task or by other versions")
     return existing.made_from == made_from
-
-
-def _is_foreign(out: Path) -> bool:
-    try:
-        with h5py.File(out, "r") as file:
-            return file.attrs.get("format") != FORMAT
-    except OSError:
-        # Unreadable: the rest of a store that was cut off in copying, or something else altogether?
-        return out.is_dir() or _head(out) not in (b"", b"\x89HDF")
-
-
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(4)
 
 
 def _read_without_reward(path: Path) -> Trajectory:
@@ -219,42 +199,21 @@ def _relabel_episode(path: Path, task: str, control: Control) -> Trajectory:
     return replace(trajectory, reward=reward, physics=None, extras={})
 
 
-def _relabelled(paths: list[Path], task: str, control: Control, workers: int) -> Iterator[Trajectory]:
+def _episodes(paths: list[Path], task: str, control: Control, workers: int) -> Iterator[Trajectory]:
     """Yields the episodes in order, relabelled by `workers` processes that stay a few episodes ahead."""
+    if goal_task(task) is not None:
+        yield from map(_read_without_reward, paths)
+        return
     one = partial(_relabel_episode, task=task, control=control)
     if workers == 1:
         yield from map(one, paths)
         return
-    # spawn: a forked child would inherit locks of whatever threads the parent runs (JAX, HDF5).
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with worker_pool(workers) as submit:
         queue = iter(paths)
-        pending: list[Future[Trajectory]] = [pool.submit(one, path) for path in islice(queue, _AHEAD * workers)]
-        try:
-            while pending:
-                yield pending.pop(0).result()
-                pending.extend(pool.submit(one, path) for path in islice(queue, 1))
-        except BrokenProcessPool:
-            raise DataError(
-                f"a relabelling process died, as it does when memory runs out; try fewer --workers (now {workers})"
-            ) from None
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; the parent alone answers it. And a parent that was killed cannot: its
-    # workers would wait for work for ever.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+        pending = deque(submit(one, path) for path in islice(queue, _AHEAD * workers))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(submit(one, path) for path in islice(queue, 1))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,30 @@
 """How every verb of this package ends: an exit status, and one line on stderr for what the user can mend."""
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 from data.errors import DataError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and ends with status 2."""
+        self.exit(2, f"error: {message}; `{self.prog} --help` lists what there is\n")
+
+
+def named_path(name: str, value: str | Path) -> Path:
+    """Returns the path that a setting names; DataError when it names none, which would be the current folder."""
+    if not str(value).strip():
+        raise DataError(f"{name} is empty; name a path")
+    return Path(value)
 
 
 def run(body: Callable[[], object], *errors: type[Exception]) -> int:

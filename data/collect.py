@@ -6,15 +6,11 @@ Episode `i` is a function of (task, policy, seed, i) and of the versions of the 
 however often the work was interrupted: the same command again keeps the whole episodes and makes the missing ones.
 """
 
-import argparse
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
+from contextlib import closing
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +18,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.cli import run
+from data.atomic_file import write_text
+from data.cli import Parser, named_path, run
 from data.dmc import Environment, make
 from data.errors import DataError
-from data.exorl import write_episode
+from data.exorl import episode_index, is_whole, write_episode
 from data.policies import POLICIES
 from data.tasks.catalogue import check_task
 from data.trajectory import Trajectory
+from data.worker_pool import check_workers, worker_pool
 
 _CHUNK = 50  # episodes handed to a worker at once, and steps of the progress bar
 _STREAM = 0xC011EC7  # keeps the episodes of a dataset apart from those of an evaluation with the same seed
@@ -51,13 +49,13 @@ def collect(
     `if __name__ == "__main__"`. DataError for an unknown task or policy, a policy that does not fit the task, and a
     folder that holds episodes of something else.
     """
-    _check(task, policy, episodes, seed, workers)
+    out = named_path("--out", out)
+    _check(task, policy, episodes, seed, workers, episode_steps)
     # Made here too, so that a policy that does not fit the task fails before a worker starts.
     environment = make(task, episode_steps=episode_steps)
     environment.reset(seed=seed)
     POLICIES[policy](environment, np.random.default_rng(seed))
 
-    out = Path(out)
     _claim(out, _description(task, policy, seed, environment.episode_steps))
     missing = _missing(out, episodes)
     with tqdm(total=episodes, initial=episodes - len(missing), disable=not progress, unit="episode", desc=task) as bar:
@@ -66,8 +64,9 @@ def collect(
                 write_episode(out, index, roll_out(environment, policy, seed, index))
                 bar.update()
         else:
-            for count in _spread(task, policy, seed, episode_steps, out, missing, workers):
-                bar.update(count)
+            with closing(_spread(task, policy, seed, episode_steps, out, missing, workers)) as written:
+                for count in written:
+                    bar.update(count)
 
 
 def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Trajectory:
@@ -98,25 +97,28 @@ def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Tr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data.collect", description="Roll out a policy into episodes.")
+    parser = Parser(prog="python -m data.collect", description="Roll out a policy into episodes.")
     parser.add_argument("--task", required=True, help="domain-task, such as walker-walk or point_mass-dark")
     parser.add_argument("--policy", required=True, help=", ".join(POLICIES))
     parser.add_argument("--episodes", required=True, type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, type=Path, help="folder of the episodes; continued if it has some")
+    parser.add_argument("--out", required=True, help="folder of the episodes; continued if it has some")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--episode-steps", type=int, default=None, help="length instead of the task's own")
     options = parser.parse_args(argv)
     return run(lambda: collect(**vars(options)))
 
 
-def _check(task: str, policy: str, episodes: int, seed: int, workers: int) -> None:
+def _check(task: str, policy: str, episodes: int, seed: int, workers: int, episode_steps: int | None) -> None:
     check_task(task)
     if policy not in POLICIES:
         raise DataError(f"policy {policy!r} does not exist; choose one of {', '.join(POLICIES)}")
-    for name, value, least in (("episodes", episodes, 1), ("seed", seed, 0), ("workers", workers, 1)):
-        if value < least:
-            raise DataError(f"{name} must be at least {least}; got {value}")
+    check_workers(workers)
+    # Six digits in a name, so that the order of names is that of episodes; an episode is held in memory.
+    limits = {"episodes": (episodes, 1, 10**6), "seed": (seed, 0, 2**63), "episode_steps": (episode_steps, 1, 10**6)}
+    for name, (value, least, most) in limits.items():
+        if value is not None and not least <= value <= most:
+            raise DataError(f"{name} must be {least} to {most}; got {value}")
 
 
 def _description(task: str, policy: str, seed: int, episode_steps: int) -> dict[str, object]:
@@ -126,41 +128,33 @@ def _description(task: str, policy: str, seed: int, episode_steps: int) -> dict[
 
 def _claim(out: Path, description: dict[str, object]) -> None:
     """Writes collect.json, or checks that the folder's own says the same."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; --out names a folder. Choose another")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "collect.json"
-    if path.exists():
-        try:
-            present = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is damaged ({error}); delete the folder {out}, or choose another --out") from None
-        for key, value in description.items():
-            if present.get(key) != value:
-                raise DataError(
-                    f"{out} holds episodes of {key} {present.get(key)!r}, and this run is of {key} {value!r}. "
-                    "Choose another --out, or delete that folder"
-                )
+    if not path.exists():
+        if any(out.glob("*.npz")):
+            raise DataError(f"{out} holds episodes but no collect.json that says of what. Choose another --out")
+        write_text(path, json.dumps(description, indent=2) + "\n")
         return
-    if any(out.glob("*.npz")):
-        raise DataError(f"{out} holds episodes but no collect.json that says of what. Choose another --out")
-    temporary = out / ".collect.json.tmp"
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        present = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged ({error}); choose another --out, or delete that folder") from None
+    if not isinstance(present, dict):
+        raise DataError(f"{path} is not what data.collect writes; choose another --out, or delete that folder")
+    for key, value in description.items():
+        if present.get(key) != value:
+            raise DataError(
+                f"{out} holds episodes of {key} {present.get(key)!r}, and this run is of {key} {value!r}. "
+                "Choose another --out, or delete that folder"
+            )
 
 
 def _missing(out: Path, episodes: int) -> list[int]:
     """Returns the indices below `episodes` that have no whole file. Longer leftovers of a bigger run stay."""
-    present = {int(path.stem.split("_")[1]) for path in out.glob("episode_*_*.npz") if _is_whole(path)}
+    present = {episode_index(path) for path in out.glob("episode_*_*.npz") if is_whole(path)}
     return [index for index in range(episodes) if index not in present]
-
-
-def _is_whole(path: Path) -> bool:
-    # Episodes appear under their name only when complete. What is left is what a power cut can do: an archive without
-    # its directory, which stands at the end. Reading every array would take as long as collecting them.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "observation.npy" in archive.namelist()
-    except zipfile.BadZipFile:
-        return False
 
 
 def _spread(
@@ -168,21 +162,11 @@ def _spread(
 ) -> Iterator[int]:
     """Yields how many episodes a worker has written, chunk by chunk."""
     chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
-    # Spawned: a forked child of a process that runs JAX's threads can hang.
-    pool = ProcessPoolExecutor(
-        max_workers=max(1, min(workers, len(chunks))),
-        mp_context=multiprocessing.get_context("spawn"),
-        # The parent alone answers Ctrl-C; it then waits for the chunks that are being written.
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
+    with worker_pool(max(1, min(workers, len(chunks)))) as submit:
         for future in as_completed(
-            [pool.submit(_write_chunk, task, policy, seed, episode_steps, out, chunk) for chunk in chunks]
+            [submit(_write_chunk, task, policy, seed, episode_steps, out, chunk) for chunk in chunks]
         ):
             yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _write_chunk(

@@ -17,8 +17,8 @@ from dm_control.rl import control
 from jaxtyping import Bool, Float, Float32, Float64
 
 from data import drawn
+from data.actions import ROUNDING
 from data.errors import DataError
-from data.tasks.catalogue import check_task as check_task  # offered from here too
 from data.tasks.catalogue import load_task, task_names
 from data.tasks.suite import HiddenGoal, SignedPlace
 
@@ -137,14 +137,14 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         return self._physics.render(height=240, width=320, camera_id=0)
 
     def native_action(self, action: Float[np.ndarray, " A"]) -> Float64[np.ndarray, " A"]:
-        """Returns the actuators' control for an action in [-1, 1]; DataError when it is none."""
+        """Returns the actuators' control for an action in [-1, 1], roundings beyond it clipped; DataError if none."""
         action = np.asarray(action, np.float64)
         if action.shape != self._action_low.shape:
             raise DataError(f"{self.task_name}: an action has shape {self._action_low.shape}; got {action.shape}")
         # Written so that NaN fails too.
-        if not np.abs(action).max() <= 1.0:
+        if not np.abs(action).max() <= 1.0 + ROUNDING:
             raise DataError(f"{self.task_name}: actions lie in [-1, 1]; got {action.tolist()}. Clip it to the range")
-        return self._action_low + self._action_scale * (action + 1.0)
+        return self._action_low + self._action_scale * (np.clip(action, -1.0, 1.0) + 1.0)
 
     def physics_state(self) -> Float64[np.ndarray, " P"]:
         """Returns MuJoCo's state: positions, velocities, activations."""
@@ -326,12 +326,6 @@ class EnvironmentBatch:
     def physics_states(self) -> Float64[np.ndarray, "B P"]:
         """Returns every row's MuJoCo state."""
         return np.stack([environment.physics_state() for environment in self.environments])
-
-    def goals(self) -> Float64[np.ndarray, "B G"]:
-        """Returns every row's hidden goal; DataError when the task hides none."""
-        if not self.environments[0].has_goal:
-            raise DataError(f"{self.environments[0].task_name} hides no goal")
-        return np.stack([environment.extras()["goal"] for environment in self.environments])
 
 
 def make(task: str, **options: Any) -> Environment:

@@ -14,14 +14,20 @@ import os
 import re
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from data.actions import clipped_actions
+from data.atomic_file import temporary_name
 from data.errors import DataError
 from data.trajectory import Trajectory
 
 _NAME = re.compile(r".*_(\d+)_(\d+)\.npz")
+# What zipfile and NumPy raise for an archive that is damaged or holds pickled objects. Their only word for much of it
+# is ValueError or RuntimeError; nothing of ours runs where this is caught.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 _ROWS = ("observation", "action", "reward", "discount")
 
 
@@ -44,17 +50,17 @@ def write_episode(folder: str | Path, index: int, trajectory: Trajectory) -> Pat
     taken = sorted(set(trajectory.extras) & {*_ROWS, "physics"})
     if taken:
         raise DataError(f"{trajectory.source}: extras may not use the episode's own keys; got {taken}; rename them")
-    # The name ends in .tmp so that no reader takes it for an episode; it is fixed, so that a killed writer's
-    # leftover is overwritten when the same episode is written again.
-    temporary = folder / f".{path.name}.tmp"
+    # A fixed name, so that a killed writer's leftover is overwritten when the same episode is written again. (Not
+    # atomic_file, which waits for the disk: thousands of small files would take far longer.)
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays, **trajectory.extras)
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError):
             error.filename = str(path)
+        temporary.unlink(missing_ok=True)
         raise
     return path
 
@@ -62,8 +68,9 @@ def write_episode(folder: str | Path, index: int, trajectory: Trajectory) -> Pat
 def read_episode(path: str | Path) -> Trajectory:
     """Returns the episode at `path`, dummy row dropped; unknown keys go to `extras`.
 
-    DataError when the file is cut off or no npz, holds Python objects, lacks a key, has wrong shapes or a length other
-    than its name says, or holds NaN.
+    Actions up to 1e-6 outside of [-1, 1], eight roundings of float32, are clipped to it. DataError, which names the
+    file, when it is cut off, damaged or no npz, holds Python objects, lacks a key, has wrong shapes or a length other
+    than its name says, holds NaN, or an action further outside.
     """
     path = Path(path)
     arrays = _read_arrays(path)
@@ -86,7 +93,7 @@ def read_episode(path: str | Path) -> Trajectory:
             f"{path}: the name says {int(named[2])} steps and the file holds {rows - 1}; it was cut off or renamed. "
             "Delete it, or collect it again"
         )
-    return Trajectory(
+    trajectory = Trajectory(
         observation=arrays.pop("observation"),
         action=arrays.pop("action")[1:],
         reward=_scalar_rows(path, "reward", arrays.pop("reward"))[1:],
@@ -95,6 +102,8 @@ def read_episode(path: str | Path) -> Trajectory:
         extras=arrays,
         source=str(path),
     )
+    action = clipped_actions(trajectory.action, str(path))
+    return trajectory if action is trajectory.action else replace(trajectory, action=action)
 
 
 def list_episodes(folder: str | Path) -> list[Path]:
@@ -130,21 +139,44 @@ def episode_length(path: str | Path) -> int:
     return int(named[2])
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def episode_index(path: str | Path) -> int | None:
+    """Returns the number that the name of an episode says; None when it is not named like one."""
+    named = _NAME.fullmatch(Path(path).name)
+    return None if named is None else int(named[1])
+
+
+def is_whole(path: str | Path) -> bool:
+    """Returns whether an archive with observations in it has its directory, which stands at the end of the file.
+
+    An episode appears under its name only when complete, so what is left is what a lost power supply can do. To read
+    every array would take as long as to collect them.
+    """
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such episode") from None
+        with zipfile.ZipFile(path) as archive:
+            return "observation.npy" in archive.namelist()
+    except _DAMAGE:
+        return False
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such episode")
+    content = path.read_bytes()
     if not content.startswith(b"PK\x03\x04"):
         raise DataError(f"{path}: not an npz file; delete it, or collect the episode again")
     try:
-        # NumPy's only word for "this holds pickled objects" is a plain ValueError; nothing of ours runs in here.
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
+    except _DAMAGE as error:
         raise DataError(
             f"{path}: cut off or damaged, or holding Python objects ({error}); delete it, or collect the episode again"
         ) from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    # Read to the end, where zipfile compares the checksum; np.load stops before it.
+    content = io.BytesIO(archive.read(name))
+    return np.lib.format.read_array(content, allow_pickle=False)
 
 
 def _scalar_rows(path: Path, name: str, values: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Float32
 
+from data.actions import clipped_actions
 from data.dmc import Environment, make
 from data.errors import DataError
 from data.tasks import goal_task
@@ -60,7 +61,8 @@ def relabel(
     if hidden is not None:
         return hidden.reward(trajectory.physics[1:], extras["goal"])
     environment.set_extras(extras)
-    return environment.rewards_at(trajectory.physics[1:], actions if control == "actual" else None).astype(np.float32)
+    taken = clipped_actions(actions, trajectory.source) if control == "actual" else None
+    return environment.rewards_at(trajectory.physics[1:], taken).astype(np.float32)
 
 
 @lru_cache(maxsize=4)

@@ -7,32 +7,23 @@ than steps) is shifted by the episodes before, and lies at `start[e] + e : start
     action, reward      0 1      2 3 4          start = [0, 2, 5]
     observation         0 1 2    3 4 5 6
 
-The file is written under a temporary name and renamed when it is whole, with `complete` as its last attribute.
-(Longer than 300 lines because reader and writer share this layout and nothing else does.)
+`data.store_writer` writes it, `data.store_file` knows whether it is whole.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
-from data.atomic_file import Sink, atomic_file
 from data.errors import DataError
+from data.store_file import Stamp, open_store
 from data.trajectory import Trajectory
 
-FORMAT = "rlring trajectory store"
-FORMAT_VERSION = 2
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-_STEP_FIELDS = ("action", "reward", "discount")  # a row per step; every other field has a row per observation
-_CHUNK_ROWS = 4096
+STEP_FIELDS = ("action", "reward", "discount")  # a row per step; every other field has a row per observation
 
 
 @dataclass(frozen=True)
@@ -56,18 +47,6 @@ class StoreStatistics:
         return np.where(constant, 1, self.observation_std).astype(np.float32)
 
 
-class StoreArrays(NamedTuple):
-    """A whole store in memory, flat; see the file's head for what `start` means."""
-
-    observation: np.ndarray  # f32[sum(M+1), O]
-    action: np.ndarray  # f32[sum(M), A]
-    reward: np.ndarray  # f32[sum(M)]
-    discount: np.ndarray  # f32[sum(M)]
-    physics: np.ndarray | None  # f64[sum(M+1), P]
-    extras: dict[str, np.ndarray]  # [sum(M+1), ...]
-    start: np.ndarray  # i64[E+1]
-
-
 class TrajectoryStore:
     """The trajectories of one task, read lazily; open one with `TrajectoryStore.open`.
 
@@ -79,7 +58,9 @@ class TrajectoryStore:
         self.path = Path(path)
         self._file: h5py.File | None = None
         self._owner = 0
-        with _open_file(self.path) as file:
+        self._stamp: Stamp
+        file, self._stamp = open_store(self.path)
+        with file:
             attributes = dict(file.attrs)
             self.start: np.ndarray = file["start"][:]
             self.returns: np.ndarray = file["returns"][:]
@@ -104,7 +85,10 @@ class TrajectoryStore:
 
     @classmethod
     def open(cls, path: str | Path, task: str | None = None) -> "TrajectoryStore":
-        """Returns the store at `path`; DataError when it is no whole store, or (with `task`) one of another task."""
+        """Returns the store at `path`; DataError when it is no whole store, or (with `task`) one of another task.
+
+        The first time a process opens a file it reads all of it and compares the checksum (0.4 s a GB from memory).
+        """
         store = cls(path)
         if task is not None and store.task != task:
             raise DataError(
@@ -143,10 +127,6 @@ class TrajectoryStore:
         """Steps of the longest trajectory."""
         return int(self.lengths.max())
 
-    def observation_rows(self) -> np.ndarray:
-        """Returns, for every step, the row of the observation it acts on; i64[sum(M)]."""
-        return np.arange(self.steps) + np.repeat(np.arange(self.episodes), self.lengths)
-
     def step_rows(self, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows of every step of `episodes` [...], and which are real; i64 and bool [..., longest].
 
@@ -182,12 +162,6 @@ class TrajectoryStore:
         extras = {field.removeprefix("extras/"): values.pop(field) for field in self.fields if "/" in field}
         return Trajectory(**values, extras=extras, source=f"{self.path} episode {episode}")
 
-    def load(self) -> StoreArrays:
-        """Returns everything in memory: some 130 MB per million steps of walker, without its physics."""
-        columns = {field: self.column(field) for field in self.fields}
-        extras = {field.removeprefix("extras/"): columns.pop(field) for field in self.fields if "/" in field}
-        return StoreArrays(**{"physics": None, **columns}, extras=extras, start=self.start)
-
     def close(self) -> None:
         """Closes this process's file handle; the next read opens it again."""
         if self._file is not None and self._owner == os.getpid():
@@ -200,7 +174,7 @@ class TrajectoryStore:
             if not 0 <= episode < self.episodes:
                 raise DataError(f"{self.path} has episodes 0 to {self.episodes - 1}; asked for {episode}")
             first, last = int(self.start[episode]), int(self.start[episode + 1])
-            if field in _STEP_FIELDS:
+            if field in STEP_FIELDS:
                 yield slice(first, last)
             else:
                 yield slice(first + int(episode), last + int(episode) + 1)
@@ -210,7 +184,7 @@ class TrajectoryStore:
             raise DataError(f"{self.path} has no field {field!r}; it has {', '.join(self.fields)}")
         # A handle inherited through fork shares its file offset and HDF5's caches with the parent: never use it.
         if self._file is None or self._owner != os.getpid():
-            file = _open_file(self.path)
+            file, self._stamp = open_store(self.path, verified=self._stamp)
             if file.attrs["content_hash"] != self.content_hash:
                 file.close()
                 raise DataError(f"{self.path} was replaced by another store while in use; open it again")
@@ -221,185 +195,6 @@ class TrajectoryStore:
         return {**self.__dict__, "_file": None, "_owner": 0}
 
 
-def write_store(
-    path: str | Path,
-    trajectories: Iterable[Trajectory],
-    *,
-    task: str,
-    source: str,
-    keep_physics: bool = False,
-    made_from: str = "",
-    control: str | None = None,
-    goal: str | None = None,
-    progress: bool = False,
-) -> TrajectoryStore:
-    """Writes `trajectories`, one in memory at a time, to a store at `path` and returns it opened.
-
-    `made_from` names the sources, so that a builder knows its work again; `content_hash` is of the numbers alone.
-    `keep_physics` also keeps `extras`: both serve later relabelling alone. `goal="hindsight"` marks a task whose goal is
-    chosen when chains are drawn. DataError when a trajectory differs in shape from the first, or there is none; OSError
-    with the path when the disk is full. Either way nothing is left behind, and an older store at `path` stays.
-    """
-    path = Path(path)
-    with atomic_file(path) as sink, h5py.File(sink, "w") as file:
-        writer = _Writer(file, sink, keep_physics=keep_physics)
-        for trajectory in tqdm(trajectories, desc=f"writing {path.name}", unit="episode", disable=not progress):
-            writer.append(trajectory)
-        writer.finish(path)
-        file.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, source=source, made_from=made_from)
-        identity = {"task": task, "goal": goal or "", "control": control or ""}
-        file.attrs.update(**identity, content_hash=writer.content_hash(identity))
-        for name, version in simulator_versions().items():
-            file.attrs[f"{name}_version"] = version
-        file.attrs["complete"] = True
-    return TrajectoryStore.open(path)
-
-
-def simulator_versions() -> dict[str, str]:
-    """Returns the installed versions of dm_control and mujoco, which decide what rewards come out of relabelling."""
-    return {name: metadata.version(name) for name in ("dm_control", "mujoco")}
-
-
-class _Writer:
-    """Appends trajectories to resizable datasets in blocks, with running statistics and hash."""
-
-    def __init__(self, file: h5py.File, sink: Sink, *, keep_physics: bool) -> None:
-        self.file, self.sink, self.keep_physics = file, sink, keep_physics
-        self.hashes: dict[str, hashlib._Hash] = {}  # of the rows of each field
-        self.datasets: dict[str, h5py.Dataset] = {}
-        self.pending: dict[str, list[np.ndarray]] = {}
-        self.pending_rows = 0
-        self.lengths: list[int] = []
-        self.returns: list[float] = []
-        self.count = 0
-        self.mean: np.ndarray = np.zeros(())  # of the observations so far, and their summed squared deviations
-        self.deviation: np.ndarray = np.zeros(())
-
-    def append(self, trajectory: Trajectory) -> None:
-        arrays = {name: getattr(trajectory, name) for name in ("observation", *_STEP_FIELDS)}
-        if self.keep_physics:
-            if trajectory.physics is None:
-                raise DataError(
-                    f"{trajectory.source}: has no physics, which this store needs; collect with physics, as "
-                    "`python -m data.collect` does"
-                )
-            arrays["physics"] = trajectory.physics
-            arrays.update({f"extras/{key}": values for key, values in sorted(trajectory.extras.items())})
-        if not self.pending:
-            self.pending = {name: [] for name in arrays}
-            self.hashes = {name: hashlib.sha256() for name in arrays}
-            for name, values in arrays.items():
-                self.datasets[name] = self.file.create_dataset(
-                    name,
-                    shape=(0, *values.shape[1:]),
-                    maxshape=(None, *values.shape[1:]),
-                    chunks=(_CHUNK_ROWS, *values.shape[1:]),
-                    dtype=values.dtype,
-                )
-        self._check_like_first(trajectory, arrays)
-        for name, values in arrays.items():
-            self.pending[name].append(values)
-        self.lengths.append(trajectory.length)
-        self.returns.append(trajectory.total_reward)
-        self.pending_rows += trajectory.length
-        if self.pending_rows >= _CHUNK_ROWS:
-            self._flush()
-
-    def _check_like_first(self, trajectory: Trajectory, arrays: dict[str, np.ndarray]) -> None:
-        if set(arrays) != set(self.pending):
-            raise DataError(
-                f"{trajectory.source}: has arrays {sorted(arrays)}, the episodes before it {sorted(self.pending)}; "
-                "a store holds episodes of one kind: separate them"
-            )
-        for name, values in arrays.items():
-            expected = self.datasets[name]
-            if values.shape[1:] != expected.shape[1:] or values.dtype != expected.dtype:
-                raise DataError(
-                    f"{trajectory.source}: {name} has rows {values.dtype}{list(values.shape[1:])}, the episodes before "
-                    f"it {expected.dtype}{list(expected.shape[1:])}; a store holds one task: separate them"
-                )
-
-    def _flush(self) -> None:
-        for name, blocks in self.pending.items():
-            block = np.concatenate(blocks)
-            blocks.clear()
-            dataset = self.datasets[name]
-            rows = len(dataset)
-            dataset.resize(rows + len(block), axis=0)
-            dataset[rows:] = block
-            self.hashes[name].update(np.ascontiguousarray(block).data)
-            if name == "observation":
-                self._update_statistics(block.astype(np.float64))
-        self.pending_rows = 0
-        self.sink.check()
-
-    def _update_statistics(self, block: np.ndarray) -> None:
-        # Chan et al. 1979: merges two means and sums of squared deviations without cancellation.
-        count, mean = len(block), block.mean(axis=0)
-        difference = mean - self.mean
-        total = self.count + count
-        self.deviation = (
-            self.deviation + ((block - mean) ** 2).sum(axis=0) + difference**2 * (self.count * count / total)
-        )
-        self.mean = self.mean + difference * (count / total)
-        self.count = total
-
-    def content_hash(self, identity: dict[str, str]) -> str:
-        """Returns the hash of all that `finish` wrote, and of `identity`; independent of blocks and chunks."""
-        lengths = hashlib.sha256(np.asarray(self.lengths, np.int64).data).hexdigest()
-        fields = {
-            name: [self.datasets[name].dtype.str, self.datasets[name].shape, rows.hexdigest()]
-            for name, rows in sorted(self.hashes.items())
-        }
-        content = {**identity, "lengths": lengths, "fields": fields}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def finish(self, path: Path) -> None:
-        if not self.lengths:
-            raise DataError(f"cannot write {path}: a store needs at least one trajectory; got none")
-        if self.pending_rows:
-            self._flush()
-        returns = np.asarray(self.returns)
-        self.file["start"] = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self.file["returns"] = returns
-        statistics = StoreStatistics(
-            observation_mean=self.mean.astype(np.float32),
-            observation_std=np.sqrt(self.deviation / self.count).astype(np.float32),
-            return_mean=float(returns.mean()),
-            return_min=float(returns.min()),
-            return_max=float(returns.max()),
-            return_quantiles=np.quantile(returns, QUANTILES),
-        )
-        self.file.attrs.update(asdict(statistics))
-
-
-def _open_file(path: Path) -> h5py.File:
-    if not path.is_file():
-        raise DataError(
-            f"no store at {path}; build one with `python -m data.build --exorl FOLDER --task TASK --out {path}`"
-        )
-    try:
-        file = h5py.File(path, "r")
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise DataError(
-            f"{path} is not a trajectory store, or only part of one ({error}); "
-            "build it again with `python -m data.build`"
-        ) from error
-    problem = None
-    if file.attrs.get("format") != FORMAT:
-        problem = "is an HDF5 file, but not a trajectory store"
-    elif file.attrs.get("format_version") != FORMAT_VERSION:
-        problem = f"has store format {file.attrs.get('format_version')}, and this code reads {FORMAT_VERSION}"
-    elif not file.attrs.get("complete", False):
-        problem = "is only half written"
-    if problem:
-        file.close()
-        raise DataError(f"{path} {problem}; build it again with `python -m data.build`")
-    return file
-
-
 def _fields(file: h5py.File) -> tuple[str, ...]:
-    own = [name for name in ("observation", *_STEP_FIELDS, "physics") if name in file]
+    own = [name for name in ("observation", *STEP_FIELDS, "physics") if name in file]
     return (*own, *(f"extras/{key}" for key in file.get("extras", {})))

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import re
 import resource
 import subprocess
@@ -17,6 +18,8 @@ from data.build import build, main
 from data.collect import collect
 from data.exorl import list_episodes, read_episode, write_episode
 from data.relabel import relabel
+from data.store_writer import write_store
+from tests.data.test_store import episodes
 
 ROOT = Path(__file__).parents[2]
 TASK = "cartpole-swingup"
@@ -127,21 +130,87 @@ def test_limit_steps_takes_whole_episodes_in_file_name_order(cartpole, tmp_path)
 def test_a_damaged_store_is_built_again(cartpole, tmp_path, capsys):
     out = tmp_path / "s.h5"
     build(cartpole, TASK, out, workers=1, progress=False)
-    out.write_bytes(out.read_bytes()[:5000])
-    assert build(cartpole, TASK, out, workers=1, progress=False)
-    assert "building again: " in capsys.readouterr().out
-    assert TrajectoryStore.open(out).episodes == 6
+    for size in (600, 5000, out.stat().st_size - 1):
+        out.write_bytes(out.read_bytes()[:size])
+        assert build(cartpole, TASK, out, workers=1, progress=False)
+        assert "building again: " in capsys.readouterr().out
+        assert TrajectoryStore.open(out).episodes == 6
 
 
-def test_a_file_that_is_no_store_is_never_replaced(cartpole, tmp_path):
-    text, other = tmp_path / "notes.txt", tmp_path / "d4rl.h5"
-    text.write_text("precious")
-    with h5py.File(other, "w") as file:
+def _text(path):
+    path.write_text("precious")
+
+
+def _empty(path):
+    path.touch()
+
+
+def _hdf5(path):
+    with h5py.File(path, "w") as file:
         file["observations"] = np.zeros(3)
-    for out in (text, other, tmp_path):
-        with pytest.raises(DataError, match="exists and is no trajectory store; choose another --out, or delete it"):
+
+
+def _truncated_hdf5(path):
+    _hdf5(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _older_store(path):
+    _hdf5(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["format"] = "rlring trajectory store"
+
+
+def _broken_link(path):
+    path.symlink_to(path.parent / "elsewhere")
+
+
+STRANGERS = [_text, _empty, _hdf5, _truncated_hdf5, _older_store, _broken_link, Path.mkdir, os.mkfifo]
+
+
+@pytest.mark.parametrize("make", STRANGERS)
+def test_what_is_no_store_is_never_replaced(cartpole, tmp_path, make):
+    out = tmp_path / "s.h5"
+    make(out)
+    before = out.lstat()
+    with pytest.raises(
+        DataError, match=rf"{out} exists and is no trajectory store .*; choose another --out, or delete"
+    ):
+        build(cartpole, TASK, out, workers=1, progress=False)
+    after = out.lstat()
+    assert (before.st_ino, before.st_size, before.st_mtime_ns) == (after.st_ino, after.st_size, after.st_mtime_ns)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_file_that_another_process_has_open_is_never_replaced(cartpole, tmp_path):
+    out = tmp_path / "s.h5"
+    script = "import sys, h5py; file = h5py.File(sys.argv[1], sys.argv[2]); print('open', flush=True); input()"
+    for mode, message in (("w", "is no trajectory store"), ("r+", "another process writes to .* right now")):
+        if mode == "r+":
+            out.unlink()
             build(cartpole, TASK, out, workers=1, progress=False)
-    assert text.read_text() == "precious"
+        with subprocess.Popen(
+            [sys.executable, "-c", script, out, mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdout.readline() == "open\n"
+            inode = out.stat().st_ino
+            with pytest.raises(DataError, match=message):
+                build(cartpole, "cartpole-balance", out, workers=1, progress=False)
+            assert out.stat().st_ino == inode
+            other.communicate("\n")
+
+
+def test_what_appears_during_the_build_is_not_replaced(tmp_path):
+    out = tmp_path / "s.h5"
+
+    def slow():
+        yield from episodes([3])
+        _text(out)
+
+    with pytest.raises(DataError, match="exists and is no trajectory store"):
+        write_store(out, slow(), task="walker-walk", source="a test")
+    assert out.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -181,8 +250,6 @@ def test_episodes_of_another_task(cartpole, dark, tmp_path):
 
 
 def test_wrong_arguments(cartpole, tmp_path):
-    with pytest.raises(DataError, match="--workers must be 1 or more; got 0"):
-        build(cartpole, TASK, tmp_path / "s.h5", workers=0)
     with pytest.raises(DataError, match="--control must be one of actual, exorl; got 'none'"):
         build(cartpole, TASK, tmp_path / "s.h5", control="none")
     with pytest.raises(DataError, match="task 'cartpole-swingupp' does not exist; did you mean 'cartpole-swingup'"):
@@ -208,7 +275,7 @@ def test_a_killed_build_starts_over_cleanly(cartpole, tmp_path):
         write_episode(folder, index, long)
     arguments = ("--exorl", folder, "--task", TASK, "--out", out, "--workers", 2)
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    partial = tmp_path / ".s.h5.partial"
+    partial = tmp_path / ".s.h5.rlring-partial"
     deadline = time.monotonic() + 120
     while not partial.exists():
         assert time.monotonic() < deadline
@@ -219,7 +286,7 @@ def test_a_killed_build_starts_over_cleanly(cartpole, tmp_path):
     # Its workers were not killed; they notice, and only then is the other end of their output closed.
     process.communicate(timeout=60)
     assert not out.exists()
-    with pytest.raises(DataError, match=r"not a trajectory store|half written"):
+    with pytest.raises(DataError, match="not a trajectory store"):
         TrajectoryStore.open(partial)
     done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

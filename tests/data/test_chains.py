@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data import ChainSampler, DataError, GoalSampling, Trajectory
 from data.column import BLOCK
-from data.store import write_store
+from data.store_writer import write_store
 from data.tasks import goal_task
 
 STEPS = 6

@@ -163,8 +163,6 @@ def test_a_batch_refuses_what_does_not_fit():
         batch.step(np.zeros(2))
     with pytest.raises(DataError, match="count=0"):
         EnvironmentBatch("point_mass-dark", 0)
-    with pytest.raises(DataError, match="hides no goal"):
-        EnvironmentBatch("walker-walk", 1).goals()
 
 
 @pytest.mark.parametrize(

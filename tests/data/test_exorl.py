@@ -170,7 +170,7 @@ def test_list_is_in_file_name_order(tmp_path, inner):
     folder = tmp_path / inner
     for index in (2, 10, 0):
         write_episode(folder, index, counting())
-    (folder / ".episode_000003_5.npz.tmp").write_text("left by a killed writer")
+    (folder / ".episode_000003_5.npz.rlring-partial").write_text("left by a killed writer")
     names = [path.name for path in list_episodes(tmp_path)]
     assert names == ["episode_000000_5.npz", "episode_000002_5.npz", "episode_000010_5.npz"]
     assert episode_length(list_episodes(tmp_path)[0]) == 5

@@ -1,0 +1,122 @@
+"""Processes that share work, and end when the work is interrupted or their parent is gone."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
+
+from data.errors import DataError
+
+_PATIENCE = 1.0  # seconds that a worker has to leave what it does and to clean up
+
+Submit = Callable[..., Future[Any]]
+
+
+def check_workers(workers: int) -> None:
+    """DataError when that is no number of processes for this machine: 1 to 8 a processor, or to 32 on a small one."""
+    processors = os.cpu_count() or 1
+    most = max(32, 8 * processors)
+    if not 1 <= workers <= most:
+        raise DataError(
+            f"workers must be 1 to {most} on this machine, which has {processors} processors; got {workers}"
+        )
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[Submit]:
+    """Yields `submit(function, *arguments) -> Future`, whose calls run in that many spawned processes.
+
+    When an error or Ctrl-C leaves the body, the calls that run end by a SystemExit, so that they can clean up, and a
+    second later by force; the rest is cancelled. When this process is killed, even by SIGKILL, its workers end alike.
+    DataError when a worker died.
+    """
+    # spawn: a forked child would inherit locks of whatever threads the parent runs (JAX, HDF5).
+    context = multiprocessing.get_context("spawn")
+    # Nobody ever writes to this pipe. It ends when `parent` is closed: by us, or by the system when we are gone.
+    child, parent = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(child,))
+    started: set[BaseProcess] = set()
+
+    def submit(function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        # A terminal's Ctrl-C reaches every process, and the parent alone answers it: a worker inherits the mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        others = set(multiprocessing.active_children()) - started
+        try:
+            return pool.submit(_call, function, *arguments)
+        finally:
+            started.update(set(multiprocessing.active_children()) - others)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    try:
+        yield submit
+    except BrokenProcessPool:
+        raise DataError(
+            f"a worker process died, as it does when memory runs out; try fewer workers (now {workers})"
+        ) from None
+    except BaseException:
+        parent.close()
+        _end(started)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        parent.close()
+        child.close()
+
+
+def _end(processes: set[BaseProcess]) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
+
+
+# --- in a worker ---
+
+_state: Literal["idle", "working", "leaving"] = "idle"
+
+
+def _start(pipe: Connection) -> None:
+    signal.signal(signal.SIGUSR1, _leave)
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_watch, args=(pipe,), daemon=True).start()
+
+
+def _watch(pipe: Connection) -> None:
+    pipe.poll(None)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(_PATIENCE)
+    os._exit(1)
+
+
+def _leave(number: int, frame: object) -> None:
+    """Ends the call that runs. Between calls only SIGTERM ends us: a result may be on its way, and half of one would
+    let the parent wait for the other half."""
+    global _state
+    if _state == "working":
+        _state = "leaving"
+        raise SystemExit
+    if _state == "idle" and number == signal.SIGTERM:
+        os._exit(1)
+
+
+def _call(function: Callable[..., Any], *arguments: object) -> Any:
+    global _state
+    try:
+        _state = "working"
+        result = function(*arguments)
+        _state = "idle"
+    except SystemExit:
+        os._exit(1)  # the executor would go on with the next call
+    except BaseException:
+        _state = "idle"
+        raise
+    return result
