@@ -25,6 +25,7 @@ from agents.train import main, train
 from agents.update import make_update
 from data import ChainBatch, DataError
 from data.build import build
+from data.store_file import seal
 from rlring import make_mesh
 
 
@@ -257,6 +258,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, dataset, tmp_path):
     broken.write_bytes(dataset[1].read_bytes())
     with h5py.File(broken, "r+") as file:
         file["action"][:] = np.nan
+    with broken.open("r+b") as file:
+        seal(file)
     with pytest.raises(FloatingPointError, match=r"loss/action.* is not a number after update 1 of runs/tiny. Lower"):
         train(tiny(f'data.stores=["{broken}"]'), progress=False)
 

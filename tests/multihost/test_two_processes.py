@@ -17,6 +17,7 @@ from agents.checkpoint import read_metrics
 from data import ChainSampler, TrajectoryStore
 from data.build import build
 from data.collect import collect
+from data.store_file import seal
 from rlring import make_mesh
 from rlring.sharding import BatchPart
 
@@ -137,6 +138,8 @@ def poisoned(source: Path, path: Path, *, process: int) -> Path:
             rows, size = file[field].shape
             kept[field] = np.array(file[field])
             file[field][:] = np.broadcast_to(np.arange(rows)[:, None], (rows, size))  # every row says which it is
+    with path.open("r+b") as file:
+        seal(file)
     part = BatchPart.of((2, 64), make_mesh(ring=8))
     half = part.places[32 * process : 32 * (process + 1)]  # the devices of this process: half of the ring
     sampler = ChainSampler(
@@ -154,6 +157,8 @@ def poisoned(source: Path, path: Path, *, process: int) -> Path:
             assert len(rows) < len(kept[field]) / 10
             file[field][:] = np.nan
             file[field][rows] = kept[field][rows]
+    with path.open("r+b") as file:
+        seal(file)
     return path
 
 
