@@ -29,7 +29,7 @@ class Scales(NamedTuple):
     """What brings inputs near unit size; from the training data, kept in the checkpoint."""
 
     observation_mean: np.ndarray  # [O]
-    observation_std: np.ndarray  # [O]
+    observation_std: np.ndarray  # [O], 1 where an observation never changed
     return_to_go: float
     """The largest return that chains ask for."""
 

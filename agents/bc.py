@@ -12,6 +12,7 @@ from agents.agent import Metrics, Now, Params, Sampler, Scales
 from agents.config import Config
 from agents.gaussian import GaussianHead, action_loss
 from agents.samplers import chains
+from agents.standardizer import Standardizer
 from data import ChainBatch, TrajectoryStore
 
 
@@ -19,14 +20,13 @@ class Perceptron(nnx.Module):
     """Observation -> Gaussian over actions."""
 
     def __init__(self, config: Config, scales: Scales, action_size: int, *, rngs: nnx.Rngs):
-        self.mean = tuple(float(x) for x in scales.observation_mean)
-        self.std = tuple(float(x) for x in scales.observation_std)
-        sizes = [len(self.mean)] + [config.model.width] * config.model.layers
+        self.standardized = Standardizer.of(scales)
+        sizes = [self.standardized.size] + [config.model.width] * config.model.layers
         self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(sizes)])
         self.head = GaussianHead(config.model.width, action_size, rngs=rngs)
 
     def __call__(self, observation: Array):
-        x = (observation - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        x = self.standardized(observation)
         for layer in self.layers:
             x = jax.nn.gelu(layer(x))
         return self.head(x)

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from agents.agent import Scales
+from agents.standardizer import Standardizer
 
 TOKENS_PER_MOMENT = {"fused": 1, "rsar": 4}
 # Fused tokens need no positions, and without them what was learnt on short chains holds on long ones: trained on 17
@@ -53,11 +54,9 @@ class Tokenizer(nnx.Module):
     ):
         self.kind = kind
         self.width = width
-        # Plain tuples: static, hashable, part of the model's definition and not of its weights.
-        self.observation_mean = tuple(float(x) for x in scales.observation_mean)
-        self.observation_std = tuple(float(x) for x in scales.observation_std)
+        self.standardized = Standardizer.of(scales)
         self.return_scale = float(scales.return_to_go)
-        observation_size = len(self.observation_mean)
+        observation_size = self.standardized.size
 
         def perceptron(inputs: int) -> nnx.Sequential:
             # Two layers: with a linear embedding the dark tasks were learnt to half the return.
@@ -80,7 +79,7 @@ class Tokenizer(nnx.Module):
 
     def __call__(self, moments: Moments) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], Int[Array, "B T"]]:
         """Returns the tokens of moments, with position and segment of each."""
-        state = (moments.observation - jnp.asarray(self.observation_mean)) / jnp.asarray(self.observation_std)
+        state = self.standardized(moments.observation)
         return_to_go = moments.return_to_go[..., None] / self.return_scale
         reward = moments.previous_reward[..., None]
         step = self.step(moments.step)

@@ -9,17 +9,16 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-import grain.python as grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from agents.agent import Agent, Sampler, Scales
+from agents.agent import Sampler, Scales
+from agents.batches import batches
 from agents.checkpoint import Checkpoints, Meta, read_metrics, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, dump, load
@@ -30,25 +29,13 @@ from agents.kinds import make_agent
 from agents.optimizer import make_optimizer, schedule
 from agents.processes import check_processes, stop_requests, wait_for_all
 from agents.update import first_state, make_update
-from data import ChainBatch, ChainSampler, TrajectoryStore
+from data import ChainSampler, TrajectoryStore
 from data.atomic_file import write_text
 from data.tasks import goal_task
 from rlring import UsageError, join_cluster, make_mesh, processes, request_cpu_devices
-from rlring.sharding import BatchPart
 
 RUNS = Path("runs")
 DETECTED = "detected"
-
-
-class Batches:
-    """Update -> this process' part of its batch, padded and ordered for the mesh. Picklable, so that worker processes
-    can make batches."""
-
-    def __init__(self, sampler: Sampler, rows: np.ndarray, places: np.ndarray):
-        self.sampler, self.rows, self.places = sampler, rows, places
-
-    def __call__(self, update: int) -> ChainBatch:
-        return self.sampler.sample(int(update), self.rows, self.places)
 
 
 def train(config: Config, *, resume: bool = False, progress: bool = True) -> Path:
@@ -99,9 +86,10 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
         tokens = config.train.batch * sampler.moments * agent.tokens_per_moment
         show = progress and is_first
         bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not show)
-        with bar, _metrics(folder / "metrics.jsonl", config, first) as log:
+        made = batches(config, agent, sampler, first, mesh)
+        with bar, closing(made), _metrics(folder / "metrics.jsonl", config, first) as log:
             last_time, last_update, saved, done, seen = time.monotonic(), first, first, first, []
-            for update, batch in batches(config, agent, sampler, first, mesh):
+            for update, batch in made:
                 state, metrics = update_state(state, batch)
                 done = update + 1
                 ends = done == config.train.updates or stop(done)
@@ -139,7 +127,7 @@ def describe(config: Config, stores: Sequence[TrajectoryStore]) -> Meta:
     signs = 0 if task is None else task.sign_size  # of a size already; the store holds none
     scales = Scales(
         observation_mean=np.pad(np.float32(statistics.observation_mean), (0, signs)),
-        observation_std=np.pad(np.maximum(np.float32(statistics.observation_std), 1e-3), (0, signs), constant_values=1),
+        observation_std=np.pad(statistics.observation_scale, (0, signs), constant_values=1),
         return_to_go=max(1.0, *(return_scale(config, store) for store in stores)),
     )
     episode_steps = int(max(store.lengths.max() for store in stores))
@@ -165,24 +153,6 @@ def targets(sampler: Sampler, stores: Sequence[TrajectoryStore]) -> dict[str, fl
     """Returns the typical return that training chains ask for, by task."""
     samplers = getattr(sampler, "samplers", [sampler])
     return {store.task: float(own.typical_target()) for store, own in zip(stores, samplers, strict=True)}
-
-
-def batches(
-    config: Config, agent: Agent, sampler: Sampler, first: int, mesh: Mesh | None
-) -> Iterator[tuple[int, ChainBatch]]:
-    """Yields every update from `first` on with its batch on the devices, made ahead by grain, each process its part."""
-    order = agent.order(sampler.moments)
-    order = np.arange(sampler.moments) if order is None else order
-    part = BatchPart.of((config.train.batch, len(order)), mesh)
-    make = Batches(sampler, part.rows, order[part.places])
-    dataset = grain.MapDataset.range(first, config.train.updates).map(make)
-    if config.train.workers:
-        stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.train.workers))
-    else:
-        stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.train.prefetch))
-    for update, batch in zip(range(first, config.train.updates), stream, strict=True):
-        yield update, part.on_devices(batch)
 
 
 def peak_bytes() -> int:

@@ -1,0 +1,126 @@
+"""Training batches on the devices, made ahead: by a thread of this process (grain), or by processes of their own."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import FrameType
+
+import grain.python as grain
+import numpy as np
+from jax.sharding import Mesh
+
+from agents.agent import Agent, Sampler
+from agents.cli import ConfigError
+from agents.config import Config
+from data import ChainBatch
+from rlring.sharding import BatchPart
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 5.0  # seconds between a worker's SIGTERM and its end
+
+
+class Batches:
+    """Update -> this process' part of its batch, padded and ordered for the mesh. Picklable, so that worker processes
+    can make batches."""
+
+    def __init__(self, sampler: Sampler, rows: np.ndarray, places: np.ndarray):
+        self.sampler, self.rows, self.places = sampler, rows, places
+
+    def __call__(self, update: int) -> ChainBatch:
+        return self.sampler.sample(int(update), self.rows, self.places)
+
+
+def batches(
+    config: Config, agent: Agent, sampler: Sampler, first: int, mesh: Mesh | None
+) -> Generator[tuple[int, ChainBatch]]:
+    """Yields every update from `first` on with its batch on the devices, each process its part.
+
+    The batches are the same for every `train.workers`. Close the generator to end the workers; they also end when this
+    process is killed. ConfigError when a worker was killed.
+    """
+    order = agent.order(sampler.moments)
+    order = np.arange(sampler.moments) if order is None else order
+    part = BatchPart.of((config.train.batch, len(order)), mesh)
+    make = Batches(sampler, part.rows, order[part.places])
+    updates = range(first, config.train.updates)
+    if config.train.workers:
+        made = _by_processes(make, updates, config.train.workers, config.train.prefetch)
+    else:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.train.prefetch)
+        made = iter(grain.MapDataset.range(updates.start, updates.stop).map(make).to_iter_dataset(options))
+    try:
+        for update, batch in zip(updates, made, strict=True):
+            yield update, part.on_devices(batch)
+    finally:
+        made.close()
+
+
+def _by_processes(make: Batches, updates: range, workers: int, prefetch: int) -> Generator[ChainBatch]:
+    """Yields the batch of every update, in order, with up to `prefetch` more (and one a worker) under way.
+
+    Processes of our own and not grain's: those live on when this one is killed, leave shared memory behind, and need
+    the flags of an absl program.
+    """
+    spawn = multiprocessing.get_context("spawn")  # a forked child of a process that runs JAX's threads can hang
+    pool = ProcessPoolExecutor(max(1, min(workers, len(updates))), spawn, _begin_worker, (make,))
+    ahead, under_way = iter(updates), deque()
+    try:
+        for _ in updates:
+            with _signals_held():  # a worker starts with them blocked, and never sees this terminal's Ctrl-C
+                while len(under_way) < prefetch + workers and (update := next(ahead, None)) is not None:
+                    under_way.append(pool.submit(_make, update))
+            yield under_way.popleft().result()
+    except BrokenProcessPool:
+        raise ConfigError(
+            "a process that makes batches was killed, perhaps because the memory was full. Lower train.workers or "
+            "train.prefetch, and continue with --resume."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keeps Ctrl-C and SIGTERM back until the end; processes started within keep them back for good."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(make: Batches) -> None:
+    """Leaves stopping to the process that trains, and ends with it however it ends."""
+    global _make_batch
+    _make_batch = make
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A cluster tells every process to end: the one that trains still writes a checkpoint, and may need a batch for it.
+    signal.signal(signal.SIGTERM, _end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    timer = threading.Timer(GRACE, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+_make_batch: Batches
+
+
+def _make(update: int) -> ChainBatch:
+    return _make_batch(update)

@@ -1,0 +1,33 @@
+"""Observations near unit size: the one rule by which every agent scales them."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from agents.agent import Scales
+
+LIMIT = 10.0  # standard deviations
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Subtracts the mean of the data, divides by its scale and clips at LIMIT.
+
+    A sensor that hardly ever moved in the data, such as touch, may read hundreds of standard deviations when acting;
+    unclipped, that one number decides every action. Plain tuples: part of a model's definition and not of its weights.
+    """
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scales: Scales) -> "Standardizer":
+        return cls(tuple(map(float, scales.observation_mean)), tuple(map(float, scales.observation_std)))
+
+    @property
+    def size(self) -> int:
+        return len(self.mean)
+
+    def __call__(self, observation: Float[Array, "*S O"]) -> Float[Array, "*S O"]:
+        return jnp.clip((observation - jnp.asarray(self.mean)) / jnp.asarray(self.scale), -LIMIT, LIMIT)
