@@ -23,12 +23,7 @@ def open_stores(config: DataConfig, *, owner: Path | None = None, kept: Stores |
         prepare(config)
     stores = []
     for task, path in zip(config.tasks, config.stores, strict=True):
-        if not Path(path).exists():
-            before = f"; {owner} learnt from {kept[task]['path']}" if task in kept else ""
-            raise DataError(
-                f"no store at {path}. Make it with: python -m data.build --exorl {config.episodes} --task {task} "
-                f"--out {path} (looked at {Path(path).absolute()}{before})"
-            )
+        check_there(config, task, path, f"; {owner} learnt from {kept[task]['path']}" if task in kept else "")
         stores.append(TrajectoryStore.open(path, task=task))
     check_stores(owner or Path(), kept, stores)
     sizes = {(store.observation_size, store.action_size) for store in stores}
@@ -46,15 +41,27 @@ def check_existing(config: DataConfig, owner: Path, kept: Stores) -> None:
 
 
 def prepare(config: DataConfig) -> None:
-    """Collects the episodes and builds the stores that are not there yet."""
+    """Collects the episodes and builds the stores that are not there yet, where the config says how. DataError when a
+    store is missing and the config does not."""
     from data.build import build
     from data.collect import collect
 
     recipe = config.collect
     if recipe is None:
-        raise ConfigError("the config has no [data.collect] section, so its episodes cannot be made; add one.")
+        for task, path in zip(config.tasks, config.stores, strict=True):
+            check_there(config, task, path)
+        return
     task = goal_task(config.tasks[0])
     collected_on = config.tasks[0] if task is None else task.collected_on
     collect(collected_on, recipe.policy, recipe.episodes, recipe.seed, Path(config.episodes), workers=recipe.workers)
     for task, path in zip(config.tasks, config.stores, strict=True):
         build(Path(config.episodes), task, Path(path), workers=recipe.workers)
+
+
+def check_there(config: DataConfig, task: str, path: str, before: str = "") -> None:
+    """DataError when a store is missing that is not made here."""
+    if not Path(path).exists():
+        raise DataError(
+            f"no store at {path}. Make it with: python -m data.build --exorl {config.episodes} --task {task} "
+            f"--out {path} (looked at {Path(path).absolute()}{before})"
+        )

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from tqdm import tqdm
+
 from data.errors import DataError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,17 +38,22 @@ def run(body: Callable[[], object], *errors: type[Exception]) -> int:
     try:
         body()
     except (DataError, *errors) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except OSError as error:
-        print(f"error: {_describe(error)}", file=sys.stderr)
+        _say(f"error: {_describe(error)}")
         return 2
     except KeyboardInterrupt:
-        print(
-            "interrupted; the same command (training: with --resume) continues or starts over cleanly", file=sys.stderr
-        )
+        _say("interrupted; the same command (training: with --resume) continues or starts over cleanly")
         return 130
     return 0
+
+
+def _say(text: str) -> None:
+    """Prints a line of its own: progress bars, which end without one, are closed first."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(text, file=sys.stderr)
 
 
 def _describe(error: OSError) -> str:
