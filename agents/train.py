@@ -4,13 +4,12 @@ On several hosts every one runs the same command with --cluster, and sees the sa
 """
 
 import argparse
-import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -21,16 +20,16 @@ from agents.agent import Sampler, Scales
 from agents.batches import batches
 from agents.checkpoint import Checkpoints, Meta, read_metrics, versions
 from agents.cli import ConfigError, run
-from agents.config import Config, dump, load
+from agents.config import Config, load
 from agents.continuation import check_folder, continued, newest, note_changes
 from agents.datasets import open_stores
 from agents.identity import records
 from agents.kinds import make_agent
+from agents.metrics import check_wandb, claim, metrics_log
 from agents.optimizer import make_optimizer, schedule
 from agents.processes import check_processes, stop_requests, wait_for_all
 from agents.update import first_state, make_update
 from data import ChainSampler, TrajectoryStore
-from data.atomic_file import write_text
 from data.tasks import goal_task
 from rlring import UsageError, join_cluster, make_mesh, processes, request_cpu_devices
 
@@ -48,6 +47,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     """
     folder = RUNS / config.name
     check_folder(folder, config, resume=resume)
+    check_wandb(config.wandb)
     request_cpu_devices(-(-config.mesh.devices // processes()))
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
     check_processes(mesh)
@@ -71,9 +71,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     sampler = agent.sampler(stores)
     if before is None:
         meta = meta._replace(targets=targets(sampler, stores))
-    if is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", dump(config))
+    wandb_run = claim(folder, config) if is_first else None
     wait_for_all("folder")
     optimizer = make_optimizer(config)
     keeps = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
@@ -87,7 +85,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
         show = progress and is_first
         bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not show)
         made = batches(config, agent, sampler, first, mesh)
-        with bar, closing(made), _metrics(folder / "metrics.jsonl", config, first) as log:
+        with bar, closing(made), metrics_log(folder / "metrics.jsonl", first, wandb_run) as log:
             last_time, last_update, saved, done, seen = time.monotonic(), first, first, first, []
             for update, batch in made:
                 state, metrics = update_state(state, batch)
@@ -170,43 +168,6 @@ def _refuse_nan(values: dict[str, float], done: int, folder: Path, saved: int) -
             f"{bad} is not a number after update {done} of {folder}. Lower optimizer.learning_rate or raise "
             f"optimizer.warmup; the last good checkpoint is of update {saved}."
         )
-
-
-@contextmanager
-def _metrics(path: Path, config: Config, first: int):
-    """Gives a function that appends one line to `metrics.jsonl` (and to wandb on request). Lines later than the
-    checkpoint that the run continues from are dropped: they are about to be written again. Only the first of several
-    processes writes.
-    """
-    if jax.process_index():
-        yield lambda entry: None
-        return
-    kept = read_metrics(path, up_to=first)
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-    wandb_run = None
-    if config.wandb.mode != "disabled":
-        import wandb
-
-        wandb_run = wandb.init(
-            project=config.wandb.project,
-            name=config.name,
-            mode=config.wandb.mode,
-            config=json.loads(dump(config)),
-            dir=path.parent,
-        )
-    with path.open("a") as file:
-
-        def log(entry: dict[str, float]) -> None:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            if wandb_run is not None:
-                wandb_run.log(entry, step=int(entry["step"]))
-
-        try:
-            yield log
-        finally:
-            if wandb_run is not None:
-                wandb_run.finish()
 
 
 def main(argv: Sequence[str]) -> int:

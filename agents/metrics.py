@@ -1,0 +1,92 @@
+"""What a training run says of itself on the way: a line of `metrics.jsonl` at a time, and wandb on request."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from agents.checkpoint import read_metrics
+from agents.cli import ConfigError
+from agents.config import Config, WandbConfig, dump
+from data.atomic_file import write_text
+
+
+def check_wandb(config: WandbConfig) -> None:
+    """ConfigError where wandb is asked for and cannot start: it is not installed, or there is no key. Asks no
+    network."""
+    if config.mode == "disabled":
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"wandb.mode is '{config.mode}' and wandb is not installed: pip install wandb, or {_OTHERWISE}."
+        )
+    import wandb
+
+    if config.mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "wandb.mode is 'online' and wandb knows no API key here: run `wandb login`, set WANDB_API_KEY, or "
+            f"{_OTHERWISE}."
+        )
+
+
+_OTHERWISE = "choose wandb.mode=offline or wandb.mode=disabled"
+
+
+def claim(folder: Path, config: Config) -> Any:
+    """Makes the folder a run of this config, and returns the run of wandb; None without. Where wandb does not start,
+    ConfigError, and the folder is as it was."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        wandb_run = _start_wandb(folder, config)
+        write_text(folder / "config.json", dump(config))
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return wandb_run
+
+
+def _start_wandb(folder: Path, config: Config) -> Any:
+    own = config.wandb
+    if own.mode == "disabled":
+        return None
+    import wandb
+
+    settings = json.loads(dump(config))
+    try:
+        return wandb.init(project=own.project, name=config.name, mode=own.mode, config=settings, dir=folder)
+    except wandb.errors.Error as error:
+        raise ConfigError(f"wandb did not start: {str(error).splitlines()[0]}. Mend that, or {_OTHERWISE}.") from None
+
+
+@contextmanager
+def metrics_log(path: Path, first: int, wandb_run: Any) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Gives a function that appends one line to `metrics.jsonl`, and to wandb.
+
+    Lines later than the checkpoint of update `first` that the run continues from are dropped: they are about to be
+    written again. Only the first of several processes writes.
+    """
+    if jax.process_index():
+        yield lambda entry: None
+        return
+    kept = read_metrics(path, up_to=first)
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    with path.open("a") as file:
+
+        def log(entry: dict[str, float]) -> None:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            if wandb_run is not None:
+                wandb_run.log(entry, step=int(entry["step"]))
+
+        try:
+            yield log
+        finally:
+            if wandb_run is not None:
+                wandb_run.finish()
