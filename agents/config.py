@@ -1,48 +1,37 @@
-"""Every setting of the stack, read from TOML, checked, and written back: `load`, `dump`, and the one error format.
+"""Every setting of the stack (agents.config_file reads them from TOML, checks them and writes them back)."""
 
-(Longer than 300 lines because a person who looks for a setting looks in one place.)
-"""
+from typing import Annotated, Any, Literal
 
-import difflib
-import json
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from pydantic import Field, model_validator
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-
-from agents.cli import ConfigError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, and a value of another type is one too ("1" is no number)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from agents.config_file import dump as dump
+from agents.config_file import load as load
+from agents.config_file import merge as merge
+from agents.config_file import parse_override as parse_override
+from agents.config_file import validate as validate
+from agents.section import Count, Fraction, Positive, Return, RunName, Section, Seed, Share, Size, Text, Whole
 
 
 class CollectConfig(Section):
     """How the episodes are made if they are not there (`python -m data.collect`)."""
 
-    policy: str
-    episodes: PositiveInt
-    seed: int = 0
-    workers: PositiveInt = 2
+    policy: Text
+    episodes: Count
+    seed: Seed = 0
+    workers: Annotated[int, Field(gt=0, le=1024)] = 2
 
 
 class DataConfig(Section):
     """Where trajectories come from."""
 
-    tasks: list[str] = Field(min_length=1)
+    tasks: list[Text] = Field(min_length=1)
     """Tasks named `domain-task`; with several, every chain is of one of them."""
-    episodes: str
+    episodes: Text
     """Folder of ExoRL episodes, shared by all tasks of the domain."""
-    stores: list[str] = Field(min_length=1)
+    stores: list[Text] = Field(min_length=1)
     """The relabelled HDF5 file of each task."""
     collect: CollectConfig | None = None
-    held_out: Fraction = 0.1
+    held_out: Share = 0.1
     """Share of episodes never trained on; the contexts of evaluation are drawn from them."""
 
     @model_validator(mode="after")
@@ -55,13 +44,13 @@ class DataConfig(Section):
 class ChainConfig(Section):
     """What a training sequence is (`data.ChainSampler`)."""
 
-    trajectories: PositiveInt = 1
+    trajectories: Size = 1
     lengths: Literal["full", "mixed"] = "full"
     """mixed: a row is cut at random into chains of 1 to `trajectories`, so that acting after any number of them is
     learnt."""
     sort: Literal["ascending", "random", "descending", "time"] = "ascending"
-    target: Literal["max", "own"] | float = "max"
-    grow: list[PositiveInt] = []
+    target: Literal["max", "own"] | Return = "max"
+    grow: list[Size] = Field(default=[])
     """Trajectories of the chains of the first updates, such as [8, 16, 32], each for an equal share of them; a row then
     holds several chains side by side."""
     grow_until: Fraction = 0.47
@@ -73,27 +62,27 @@ class AgentConfig(Section):
     tokens: Literal["rsar", "fused"] = "fused"
     """rsar: return, state, action and reward are a token each (the papers'); fused: one token a step, four times the
     context."""
-    window: PositiveInt | None = None
+    window: Count | None = None
     """Steps that a token sees, itself included. None: all."""
     loss_on: Literal["last", "all", "all+last"] = "all+last"
     """Trajectories whose actions are learnt. all+last: all, and the best one twice. Of a map, "last" are the
     queries."""
     loss_elsewhere: Fraction = 0.0
     """With loss_on "last": how much the actions of the other trajectories count."""
-    top_fraction: Fraction = 0.1
+    top_fraction: Annotated[Fraction, Field(gt=0)] = 0.1
     """bc: share of the time steps kept, from the trajectories of highest return."""
 
 
 class ModelConfig(Section):
     """Shape of the network (`rlring.TransformerConfig`; bc takes width and layers)."""
 
-    width: PositiveInt = 128
-    layers: PositiveInt = 3
-    heads: PositiveInt = 4
-    kv_heads: PositiveInt | None = None
-    feed_forward: PositiveInt | None = None
-    feed_forward_tile: PositiveInt = 4096
-    rope_base: Annotated[float, Field(gt=1)] = 10_000.0
+    width: Size = 128
+    layers: Size = 3
+    heads: Size = 4
+    kv_heads: Size | None = None
+    feed_forward: Size | None = None
+    feed_forward_tile: Count = 4096
+    rope_base: Annotated[float, Field(gt=1, le=1e30)] = 10_000.0
     rope_fraction: Fraction | None = None
     """Share of each head rotated by position; the rest looks things up however far back they stand. None: 0 for fused
     tokens, whose steps and rewards tell all that order would; 1 for rsar tokens and for text, which only their places
@@ -102,7 +91,7 @@ class ModelConfig(Section):
     remat: Literal["none", "attention", "all", "offload"] = "none"
     fsdp: bool = False
     """Weights and optimizer state live in parts, one on each device, those along a sequence included."""
-    dense_every: PositiveInt | None = None
+    dense_every: Size | None = None
     """With attention.scheme "sparse": every so many layers one sees the whole context."""
 
     def shape(self, *, rope_fraction: float) -> dict[str, Any]:
@@ -114,17 +103,17 @@ class ModelConfig(Section):
 class SparseSection(Section):
     """Which blocks of the context each head sees (`rlring.SparsePattern`)."""
 
-    block: PositiveInt = 64
-    local_blocks: PositiveInt = 16
-    stride: PositiveInt = 8
-    offset: int = 0
+    block: Size = 64
+    local_blocks: Size = 16
+    stride: Size = 8
+    offset: Whole = 0
 
 
 class AttentionSection(Section):
     scheme: Literal["auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse"] = "ring"
     kernel: Literal["auto", "jax", "cudnn", "splash"] = "jax"
-    block_q: PositiveInt | None = None
-    block_k: PositiveInt | None = None
+    block_q: Size | None = None
+    block_k: Size | None = None
     sparse: SparseSection | None = None
     """With scheme "sparse". model.dense_every makes some layers dense."""
 
@@ -141,9 +130,9 @@ class AttentionSection(Section):
 class MeshConfig(Section):
     """Devices along each mesh axis; their product is the number of devices used."""
 
-    data: PositiveInt = 1
-    ring: PositiveInt = 1
-    ulysses: PositiveInt = 1
+    data: Size = 1
+    ring: Size = 1
+    ulysses: Size = 1
 
     @property
     def devices(self) -> int:
@@ -151,44 +140,44 @@ class MeshConfig(Section):
 
 
 class OptimizerConfig(Section):
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    warmup: int = 100
+    learning_rate: Positive = 1e-3
+    warmup: Whole = 100
     """Updates until the learning rate is reached."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up. cosine: it falls to a hundredth at train.updates; constant: it stays, whatever they are."""
-    weight_decay: float = 1e-2
-    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    beta2: float = 0.99
+    weight_decay: Annotated[float, Field(ge=0, le=1e30)] = 1e-2
+    gradient_clip: Positive = 1.0
+    beta2: Share = 0.99
 
 
 class TrainConfig(Section):
-    updates: PositiveInt = 1000
-    batch: PositiveInt = 16
+    updates: Count = 1000
+    batch: Size = 16
     """Chains an update, all devices together."""
-    accumulate: PositiveInt = 1
+    accumulate: Size = 1
     """Parts of a batch whose gradients are added up, for batches that do not fit at once."""
-    log_every: PositiveInt = 10
-    checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
+    log_every: Count = 10
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 2
     """The newest ones."""
-    keep_best: Annotated[int, Field(ge=0)] = 0
+    keep_best: Whole = 0
     """Those besides with the lowest mean loss since the checkpoint before them."""
-    prefetch: PositiveInt = 4
+    prefetch: Annotated[int, Field(gt=0, le=4096)] = 4
     """Batches made ahead of the device."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that make batches; 0: threads of this one."""
 
 
 class EvaluateConfig(Section):
-    contexts: list[Annotated[int, Field(ge=0)]] = [0, 1, 2, 4]
+    contexts: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(default=[0, 1, 2, 4], min_length=1)
     """Numbers of trajectories in the context."""
-    groups: PositiveInt = 16
+    groups: Size = 16
     """Prompted: held-out goals (or seeds) evaluated for every context; self: agents run side by side."""
-    episodes: PositiveInt = 1
+    episodes: Count = 1
     """Episodes after each prompt, each seeing the ones before."""
-    modes: list[Literal["prompted", "self"]] = ["prompted"]
-    self_episodes: PositiveInt = 8
-    target: Literal["typical"] | float = "typical"
+    modes: list[Literal["prompted", "self"]] = Field(default=["prompted"], min_length=1)
+    self_episodes: Count = 8
+    target: Literal["typical"] | Return = "typical"
     """Return asked for. typical: the 90th percentile of the best returns of the training chains."""
     mesh: MeshConfig = MeshConfig()
     """Devices that acting uses; the cache of keys and values is split over its sequence axes."""
@@ -198,21 +187,21 @@ class EvaluateConfig(Section):
     """best: of lowest training loss, among those that train.keep_best kept."""
     sample: bool = True
     """Sample actions; false: the mean of the action distribution."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class WandbConfig(Section):
     mode: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "rlring"
+    project: Text = "rlring"
 
 
 class Config(Section):
     """One training run and its evaluation."""
 
-    name: str
+    name: RunName
     series: str = ""
     """Runs of one series that differ in their seed alone are averaged; a sweep writes it. Empty: this run alone."""
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig
     agent: AgentConfig
     chain: ChainConfig = ChainConfig()
@@ -262,9 +251,9 @@ class Config(Section):
 class SweepConfig(Section):
     """Several agents on the same data, evaluated alike and drawn together."""
 
-    name: str
+    name: RunName
     title: str = ""
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     shared: dict[str, Any]
     """Settings of every run (the sections of `Config`)."""
     runs: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -282,91 +271,3 @@ class SweepConfig(Section):
                 settings.setdefault("seed", seed)
                 configs.append(validate(Config, settings, source=f"runs.{agent}"))
         return configs
-
-
-AnyConfig = TypeVar("AnyConfig", bound=Section)
-
-
-def load(kind: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
-    """Returns the config in a TOML file (or the JSON of a run), with `a.b=value` overrides, values written as in
-    TOML."""
-    path = Path(path)
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f" Did you mean {path.with_name(near[0])}?" if near else " Give the path of a TOML file."
-        raise ConfigError(f"no config at {path}.{hint}") from None
-    try:
-        settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}. Mend that place.") from None
-    for override in overrides:
-        merge(settings, parse_override(override))
-    return validate(kind, settings, source=str(path))
-
-
-def dump(config: Section) -> str:
-    """Returns the config as JSON that `load` reads back to an equal one."""
-    return config.model_dump_json(indent=2) + "\n"
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """Returns `a.b=value` as nested settings; what is no TOML value is taken as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key or any(not part for part in key.split(".")):
-        raise ConfigError(f"'{text}' is no override; write it as section.key=value, for example train.updates=100.")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    for part in reversed(key.split(".")):
-        parsed = {part: parsed}
-    return parsed
-
-
-def merge(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Returns `settings` with those of `other` laid over them, section by section."""
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(settings.get(key), dict):
-            merge(settings[key], value)
-        else:
-            settings[key] = json.loads(json.dumps(value)) if isinstance(value, dict) else value
-    return settings
-
-
-def validate(kind: type[AnyConfig], settings: dict[str, Any], *, source: str) -> AnyConfig:
-    """Returns the checked config; the first few errors become one message, each with the place and the nearest known
-    name."""
-    try:
-        return kind.model_validate(settings)
-    except ValidationError as error:
-        found = []
-        # Unknown keys first: what is missing is often there under a misspelt name.
-        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-        for problem in problems[:3]:
-            place = ".".join(
-                str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal["))
-            )
-            if problem["type"] == "extra_forbidden":
-                known = _keys(kind, problem["loc"][:-1])
-                near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-                found.append(f"unknown key '{place}'; {hint}")
-            elif problem["type"] == "missing":
-                found.append(f"'{place}' is missing; add it")
-            elif problem["type"] == "value_error":
-                found.append(f"{place}: {problem['ctx']['error']}" if place else str(problem["ctx"]["error"]))
-            else:
-                found.append(f"'{place}': {problem['msg']}; got {problem['input']!r}")
-        text = "; ".join(dict.fromkeys(found))
-        raise ConfigError(f"{source}: {text}{'' if text.endswith('?') else '.'}") from None
-
-
-def _keys(kind: type[Section], path: tuple) -> list[str]:
-    """Known keys of the section at `path`."""
-    for part in path:
-        annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
-        options = getattr(annotation, "__args__", (annotation,))
-        kind = next((option for option in options if isinstance(option, type) and issubclass(option, Section)), kind)
-    return sorted(kind.model_fields)

@@ -22,13 +22,15 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from tqdm import tqdm
 
 from agents.checkpoint import read_metrics
 from agents.cli import ConfigError, run
-from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerConfig, Section, TrainConfig, dump, load
+from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from agents.config_file import dump, load
 from agents.optimizer import schedule
+from agents.section import Count, RunName, Section, Seed
 from data.atomic_file import write_text
 from rlring import AttentionConfig, TransformerConfig, make_mesh, request_cpu_devices
 from rlring.language_model import NO_TARGET, LanguageModel, LanguageModelConfig, Training, laid_out, positions
@@ -44,9 +46,9 @@ TESTED = 64  # texts
 class RecallConfig(Section):
     """One run: the task, the model, how it is trained."""
 
-    name: str
-    seed: int = 0
-    lines: PositiveInt = 8
+    name: RunName
+    seed: Seed = 0
+    lines: Count = 8
     model: ModelConfig = ModelConfig()
     attention: AttentionSection = AttentionSection()
     mesh: MeshConfig = MeshConfig()

@@ -81,6 +81,12 @@ def test_a_config_written_back_is_equal(minimal, tmp_path):
         (['data.stores=["a", "b"]'], r"1 tasks need as many stores; got 2"),
         (["train"], r"'train' is no override; write it as section.key=value"),
         (["a..b=1"], r"'a..b=1' is no override"),
+        (["=1"], r"'=1' is no override"),
+        (["train.updates=" + "9" * 5000], r"'train.updates': Input should be a valid integer; got '9+...9+'"),
+        (["train={updates=2020-01-01}"], r"'train.updates': Input should be a valid integer; got datetime.date"),
+        (["train=3"], r"'train': Input should be a valid dictionary"),
+        (["name.a=3"], r"'name': Input should be a valid string; got {'a': 3}"),
+        (["evaluate.contexts=" + "[" * 2000], r"'evaluate.contexts': Input should be a valid list"),
     ],
 )
 def test_mistakes(minimal, overrides, message):
@@ -97,6 +103,19 @@ def test_missing_and_broken_files(minimal, tmp_path):
     minimal.write_text(MINIMAL.replace('name = "a"', ""))
     with pytest.raises(ConfigError, match=r"'name' is missing; add it"):
         load(Config, minimal)
+    for text, message in (
+        (b"\xff\xfe\x00", r"is no text. Give the path of a TOML file"),
+        (b"", r"'name' is missing; add it; 'data' is missing; add it"),
+        (b"seed = " + b"9" * 5000, r"cannot be read: Exceeds the limit"),
+        (b"seed = " + b"[" * 5000, r"cannot be read: "),
+    ):
+        minimal.write_bytes(text)
+        with pytest.raises(ConfigError, match=message):
+            load(Config, minimal)
+    for text in ("[]", "null", "3"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"config.json holds no settings, but"):
+            load(Config, tmp_path / "config.json", ["seed=1"])
 
 
 @given(st.sampled_from(sorted(Config.model_fields)), st.characters(categories=["Ll"]))
