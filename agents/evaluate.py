@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,16 @@ from agents.checkpoint import Checkpoints, Meta, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, load
 from agents.kinds import make_agent
+from agents.prompts import context_tokens, laid_out
 from agents.results import Result, append_results, read_results
 from agents.statistics import summarize, write_summary
+from agents.worlds import evaluate_worlds, is_map
 from data import ChainBatch, ChainSampler, DataError, TrajectoryStore
 from data.dmc import EnvironmentBatch
 from data.tasks import goal_task
 from rlring import make_mesh, request_cpu_devices
 
 GROUPS_OF_A_SEED = 1_000_000
-SHORTEST_PROMPT = 256  # moments; shorter ones are padded to it, so that small contexts share one compiled program
 
 
 class Condition(NamedTuple):
@@ -59,7 +61,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = Tr
     path = folder / "results.jsonl"
     before = read_results(path) if path.exists() else []
     todo = [condition for condition in conditions(config) if not is_complete(before, condition, loaded)]
-    bar = tqdm(total=len(todo), desc=f"{config.name}: evaluate", unit="context", disable=not progress)
+    bar = tqdm(total=len(todo), desc=f"{config.name}: evaluate", unit="context", disable=not (progress and todo))
     new = 0
     act, start = jax.jit(loaded.agent.act, donate_argnums=1), jax.jit(loaded.agent.start, static_argnums=2)
     environments: dict[str, EnvironmentBatch] = {}
@@ -71,7 +73,10 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = Tr
         new += len(results)
         bar.update()
     bar.close()
-    return new
+    made = partial(Result, **common(loaded))
+    return new + evaluate_worlds(
+        loaded, path, before, made, first_group=group_id(config.evaluate.seed, 0), progress=progress
+    )
 
 
 def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -99,6 +104,8 @@ def conditions(config: Config) -> Iterator[Condition]:
     """Yields every context that a config asks for."""
     own = config.evaluate
     for task in config.data.tasks:
+        if is_map(task):
+            continue  # `agents.worlds`
         if "prompted" in own.modes:
             for trajectories in own.contexts:
                 context = "own" if trajectories else "none"
@@ -147,24 +154,31 @@ def run_condition(loaded: Loaded, condition: Condition, environments: Environmen
             previous_action, previous_reward = action, reward
         results += [
             Result(
-                experiment=config.name,
-                agent=config.agent.kind,
+                **common(loaded),
                 task=condition.task,
-                seed=config.seed,
                 context_trajectories=condition.trajectories,
                 context_tokens=context_tokens(loaded.agent, prompt),
                 mode=condition.mode,
                 episode_index=episode,
                 return_=float(total[group]),
                 steps=int(steps[group]),
-                checkpoint_step=loaded.step,
-                versions=loaded.meta.versions,
                 group=group_id(own.seed, group),
                 context=condition.context,
             )
             for group in range(groups)
         ]
     return results
+
+
+def common(loaded: Loaded) -> dict[str, Any]:
+    """Returns what all results of an agent have in common."""
+    return {
+        "experiment": loaded.config.name,
+        "agent": loaded.config.agent.kind,
+        "seed": loaded.config.seed,
+        "checkpoint_step": loaded.step,
+        "versions": loaded.meta.versions,
+    }
 
 
 def held_out_goals(task: str, seed: int, groups: int) -> np.ndarray | None:
@@ -197,11 +211,7 @@ def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, 
     prompt = sampler.prompt(config.evaluate.seed, config.evaluate.groups, trajectories, told, target)
     if not agent.context:
         return prompt
-    moments = prompt.position.shape[1]
-    length = max(SHORTEST_PROMPT, 1 << (moments - 1).bit_length())
-    order = agent.order(length)
-    order = np.arange(length) if order is None else order
-    return prompt.take(np.where(order < moments, order, -1))
+    return laid_out(agent, prompt)
 
 
 def last_of(values: np.ndarray, prompt: ChainBatch) -> np.ndarray:
@@ -212,11 +222,6 @@ def last_of(values: np.ndarray, prompt: ChainBatch) -> np.ndarray:
     last = position.argmax(axis=1)
     own = values[np.arange(len(values)), last]
     return np.where((position.max(axis=1) >= 0).reshape(-1, *[1] * (own.ndim - 1)), own, 0).astype(np.float32)
-
-
-def context_tokens(agent: Agent, prompt: ChainBatch) -> int:
-    """Returns the tokens of the longest context in the batch."""
-    return int((prompt.segment >= 0).sum(axis=1).max(initial=0)) * agent.tokens_per_moment
 
 
 def group_id(seed: int, index: int) -> int:

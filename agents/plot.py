@@ -247,8 +247,15 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     def body() -> None:
+        results = read_results(*options.runs)
+        if any(result.places for result in results):
+            from agents.world_figure import plot_worlds  # which draws with the colours of this module
+
+            drawn = plot_worlds(results, options.out, options.title)
+            print(f"{drawn.path}: {drawn.caption}")
+            return
         drawn = plot(
-            read_results(*options.runs),
+            results,
             options.out,
             options.title,
             statistic=options.statistic,

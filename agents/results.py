@@ -26,6 +26,7 @@ class Result:
     paired. mode: "prompted" when a context is given, "self" when the agent has its own earlier episodes of the group
     alone. context: what is given: trajectories of the episode's own goal, of a foreign one (the control), or none.
     context_trajectories, context_tokens: how much is given before the first episode of the group.
+    places: of the world, where the task is a map; 0 elsewhere.
     episode_index: place of the episode within its group, from 0; it sees the episodes before it, in both modes.
     """
 
@@ -43,6 +44,7 @@ class Result:
     steps: int
     checkpoint_step: int
     versions: Mapping[str, str]
+    places: int = 0
 
     def __post_init__(self) -> None:
         for name in ("experiment", "agent", "task"):
@@ -79,6 +81,7 @@ class Result:
             self.mode,
             self.context,
             self.context_trajectories,
+            self.places,
             self.group,
             self.episode_index,
             self.checkpoint_step,
@@ -97,7 +100,10 @@ class Result:
         return self.episode_index == 0 and (self.mode == "self" or self.context_trajectories == 0)
 
 
-_COUNTS = ("seed", "context_trajectories", "context_tokens", "group", "episode_index", "steps", "checkpoint_step")
+_COUNTS = (
+    *("seed", "context_trajectories", "context_tokens", "places", "group", "episode_index", "steps"),
+    "checkpoint_step",
+)
 _JSON_KEYS = {field.name: field.name.rstrip("_") for field in fields(Result)}  # `return` is a word of Python's
 
 
@@ -109,6 +115,8 @@ def say_note(text: str) -> None:
 def to_json(result: Result) -> str:
     """Returns the line, without its end."""
     values = {key: getattr(result, name) for name, key in _JSON_KEYS.items()}
+    if not result.places:
+        del values["places"]
     return json.dumps(values | {"versions": dict(result.versions)}, allow_nan=False)
 
 
@@ -122,6 +130,7 @@ def from_json(line: str) -> Result:
         raise ConfigError(f"not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"not a JSON object, but {type(values).__name__}")
+    values.setdefault("places", 0)
     missing = [key for key in _JSON_KEYS.values() if key not in values]
     if missing:
         raise ConfigError(f"lacks {', '.join(missing)}")

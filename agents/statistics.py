@@ -4,6 +4,7 @@ maximum gains by luck alone.
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from agents.bootstrap import (
     maximum_weights,
 )
 from agents.cli import ConfigError
+from agents.prediction import Line, line
 from agents.results import ORACLE, Result
 from data.atomic_file import atomic_file
 
@@ -62,6 +64,8 @@ class SummaryRow:
     groups: int
     episodes_per_group: int
     interval_over: str
+    predicted: float = math.nan
+    """Of a map: the mean that follows from prior and known (`agents.prediction`)."""
 
 
 def summarize(
@@ -74,7 +78,7 @@ def summarize(
     (`Result.series`). The oracle, which depends on the task alone, appears once. ConfigError for a statistic that is
     none of STATISTICS.
     """
-    rows = []
+    rows, lines = [], _lines(results)
     for (task, mode, agent, trajectories), members in sorted(cells(results).items()):
         episodes = [len(returns) for returns in _returns(members).values()]
         estimates: dict[tuple[float, ...], Estimate] = {}
@@ -104,19 +108,22 @@ def summarize(
                     groups=max(seeds.count(seed) for seed in set(seeds)),
                     episodes_per_group=max(episodes),
                     interval_over=over,
+                    predicted=_predicted(lines, members[0]),
                 )
             )
     return rows
 
 
 def write_summary(path: Path, rows: Sequence[SummaryRow]) -> None:
-    """Writes summary.csv: a header and a line a row; numbers with 6 digits, "nan" where there is no interval."""
+    """Writes summary.csv: a header and a line a row; numbers with 6 digits, "nan" where there is no interval,
+    nothing where there is no prediction."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(SummaryRow)], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         values = asdict(row).items()
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values})
+        written = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values}
+        writer.writerow(written | ({"predicted": ""} if math.isnan(row.predicted) else {}))
     with atomic_file(path) as file:
         file.write(text.getvalue().encode())
 
@@ -206,12 +213,32 @@ def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Res
         agent = result.agent
         if agent != ORACLE and len(series[result.task, agent]) > 1:
             agent = f"{agent} [{result.series}]"
+        if result.places:
+            agent = f"{agent}, {result.places:,} places"
         if result.context == "foreign":
             agent = f"{agent} (foreign context)"
         # Keyed by episode: the oracle of two experiments on the same goals must not count twice.
         cell = found.setdefault((result.task, result.mode, agent, result.context_trajectories), {})
         cell[result.seed, result.group, result.episode_index] = result
     return {key: list(episodes.values()) for key, episodes in found.items()}
+
+
+def _lines(results: Sequence[Result]) -> dict[tuple[str, str, str], Line | None]:
+    """Returns the line of each agent on each map."""
+    own: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        if result.places:
+            own.setdefault(_player(result), []).append(result)
+    return {key: line(members) for key, members in own.items()}
+
+
+def _predicted(lines: dict[tuple[str, str, str], Line | None], member: Result) -> float:
+    found = lines.get(_player(member)) if member.context != "foreign" else None
+    return math.nan if found is None else found.at(member.context_trajectories, member.places)
+
+
+def _player(result: Result) -> tuple[str, str, str]:
+    return result.task, result.agent, result.series
 
 
 def _returns(results: Sequence[Result]) -> dict[tuple[int, int], list[float]]:

@@ -18,6 +18,7 @@ from agents.cli import run
 from agents.config import Config, SweepConfig, dump, load
 from agents.results import Result, read_results, write_results
 from data.atomic_file import write_text
+from data.tasks import goal_task
 
 SUMMARY, PLOT, REPORT, RESULTS = "summary.csv", "return_vs_context.png", "report.html", "results.jsonl"
 DONE = "sweep.json"
@@ -73,12 +74,17 @@ def draw(config: SweepConfig, source: Path, folder: Path, results: Sequence[Resu
     from agents.plot import plot
     from agents.report import write_report
     from agents.statistics import summarize, write_summary
+    from agents.world_figure import plot_worlds
 
     rows = summarize(results)
     write_summary(folder / SUMMARY, rows)
     title = config.title or config.name
-    drawn = plot(results, folder / PLOT, title)
-    more = [plot(results, folder / "return_vs_context_mean.png", title, aggregate="mean")]
+    if any(result.places for result in results):
+        trained = max(one.chain.trajectories for one in config.configs())
+        drawn, more = plot_worlds(results, folder / PLOT, title, trained=trained), []
+    else:
+        drawn = plot(results, folder / PLOT, title)
+        more = [plot(results, folder / "return_vs_context_mean.png", title, aggregate="mean")]
     if any(result.mode == "self" for result in results):
         more.append(plot(results, folder / "return_vs_episode.png", title, mode="self"))
     write_report(
@@ -117,6 +123,14 @@ def is_done(folder: Path, config: SweepConfig) -> bool:
     return done.exists() and done.read_text() == fingerprint(config) and all((folder / name).exists() for name in made)
 
 
+def asked(config: Config) -> str:
+    """Returns, in words, the contexts of an evaluation."""
+    own = config.evaluate
+    if any((task := goal_task(name)) is not None and task.sign_size for name in config.data.tasks):
+        return f"worlds of {own.places} places, of which {own.seen} are seen"
+    return f"contexts {own.contexts}"
+
+
 def dry_run(config: SweepConfig) -> None:
     """Prints what a sweep would do."""
     folder = Path("runs") / config.name
@@ -133,7 +147,7 @@ def dry_run(config: SweepConfig) -> None:
             f"train     {one.name}: {one.agent.kind}, {one.train.updates} updates of {one.train.batch} chains of "
             f"{one.chain.trajectories}, {one.mesh.devices} devices{' (started)' if started else ''}"
         )
-        print(f"evaluate  {one.name}: contexts {one.evaluate.contexts}, {one.evaluate.groups} groups each")
+        print(f"evaluate  {one.name}: {asked(one)}, {one.evaluate.groups} groups each")
     print(f"plot      {folder / PLOT}, {folder / SUMMARY}, {folder / REPORT}")
 
 

@@ -1,0 +1,22 @@
+"""Contexts as an agent wants them: padded and ordered."""
+
+import numpy as np
+
+from agents.agent import Agent
+from data import ChainBatch
+
+SHORTEST_PROMPT = 256  # moments; shorter ones are padded to it, so that small contexts share one compiled program
+
+
+def laid_out(agent: Agent, prompt: ChainBatch) -> ChainBatch:
+    """Returns a prompt padded to a power of two, in the order that the agent's mesh wants."""
+    moments = prompt.position.shape[1]
+    length = max(SHORTEST_PROMPT, 1 << (moments - 1).bit_length())
+    order = agent.order(length)
+    order = np.arange(length) if order is None else order
+    return prompt.take(np.where(order < moments, order, -1))
+
+
+def context_tokens(agent: Agent, prompt: ChainBatch) -> int:
+    """Returns the tokens of the longest context in the batch."""
+    return int((prompt.segment >= 0).sum(axis=1).max(initial=0)) * agent.tokens_per_moment

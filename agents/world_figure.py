@@ -1,0 +1,166 @@
+"""The picture of a map: return against tokens of history, a line a world, beside what a perfect memory would earn."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from agents.bootstrap import RESAMPLES
+from agents.cli import ConfigError
+from agents.figure import FAINT, GRID, INK, image, short_number
+from agents.plot import FOREIGN, GREY, Drawn
+from agents.prediction import line
+from agents.results import ORACLE, Result
+from agents.statistics import SummaryRow, summarize, summary_notes
+from data.atomic_file import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's; each world has a marker too, so that nothing hangs on colour.
+WORLDS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#A8488A", "^"), ("#7A5C00", "v"), ("#222222", "P"))
+WIDTH, HEIGHT, MARGIN = 5.4, 3.5, 0.9  # inches of a panel, and right of it
+
+
+def plot_worlds(
+    results: Sequence[Result],
+    out: Path,
+    title: str = "",
+    *,
+    trained: int | None = None,
+    resamples: int = RESAMPLES,
+) -> Drawn:
+    """Draws the mean return on maps into `out` (.png, .svg or .pdf), a panel an agent, and returns its caption.
+
+    Solid: measured, with 95 % intervals, and every seed as a thin line where there are several. Dashed: predicted, from
+    what was measured without history and where all of the smallest world was seen. `trained`, trajectories, marks the
+    longest chain of training. ConfigError when no result is of a map.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    shown = [result for result in results if result.places or result.agent == ORACLE]
+    rows = summarize(shown, statistics=["mean"], resamples=resamples)
+    agents = sorted({result.agent for result in shown if result.agent != ORACLE})
+    if not agents:
+        raise ConfigError("there is nothing to draw: none of these results is of a map, such as 'point_mass-map'.")
+    of_visit = max(result.context_tokens / (result.context_trajectories or 1) for result in shown)
+    trained_tokens = None if trained is None else round(trained * of_visit)
+    caption = _caption(rows, trained_tokens, resamples)
+    width, height = len(agents) * (WIDTH + MARGIN) + 0.7, HEIGHT + 2.3
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(0.2 / width, 1 - 0.15 / height, title, fontsize=12.5, fontweight="bold", color=INK, va="top")
+    subtitle = "mean return at a random place of a world, having seen the last tokens of it; dashed: a perfect memory"
+    figure.text(0.2 / width, 1 - 0.42 / height, subtitle, fontsize=9, color=FAINT, va="top")
+    figure.text(0.2 / width, 0.1 / height, _wrapped(caption, int(width * 15)), fontsize=7.5, color=FAINT, va="bottom")
+    top = max(_numbers(rows), default=1.0)
+    for index, agent in enumerate(agents):
+        left = 0.7 + index * (WIDTH + MARGIN)
+        box = (left / width, 1.35 / height, WIDTH / width, HEIGHT / height)
+        axes = figure.add_axes(box)
+        own = [result for result in shown if result.agent in (agent, ORACLE)]
+        _draw(axes, own, rows, agent, trained_tokens)
+        axes.set_ylim(0, top * 1.08)
+        if len(agents) > 1:
+            axes.set_title(agent, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+    with atomic_file(out) as file:
+        file.write(image(figure, out.suffix[1:]))
+    return Drawn(out, caption, rows)
+
+
+def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], agent: str, trained: int | None) -> None:
+    of_agent = [result for result in results if result.agent == agent]
+    sizes = sorted({result.places for result in of_agent})
+    per_visit = max(result.context_tokens / (result.context_trajectories or 1) for result in of_agent)
+    seen = sorted({row.context_tokens for row in rows if row.context_tokens})
+    first, last = math.log2(seen[0]) - 1.3, math.log2(seen[-1])
+    place = {0: first} | {tokens: math.log2(tokens) for tokens in seen}
+    predicted = line(of_agent)
+    for size, (colour, marker) in zip(sizes, WORLDS * len(sizes), strict=False):
+        own = [row for row in rows if row.agent == f"{agent}, {size:,} places"]
+        own.sort(key=lambda row: row.context_trajectories)
+        x = [place[row.context_tokens] for row in own]
+        axes.plot(x, [row.mean for row in own], marker, linestyle="-", color=colour, linewidth=2.2, markersize=6,
+                  markeredgecolor="white", zorder=4)  # fmt: skip
+        axes.fill_between(x, [row.mean_ci_low for row in own], [row.mean_ci_high for row in own], color=colour,
+                          alpha=0.15, linewidth=0)  # fmt: skip
+        _draw_seeds(axes, [r for r in of_agent if r.places == size and r.context != "foreign"], place, colour)
+        if predicted is not None:
+            tokens = np.linspace(math.log2(seen[0]) - 0.6, math.log2(size * per_visit), 60)
+            axes.plot(tokens, [predicted.at(2**t / per_visit, size) for t in tokens], "--", color=colour,
+                      linewidth=1.3, zorder=3)  # fmt: skip
+        _name(axes, x[-1], own[-1].mean, f"{size:,} places", colour, bold=True)
+        for row in rows:
+            if row.agent == f"{agent}, {size:,} places{FOREIGN}" and row.context_trajectories == size:
+                axes.plot([place[row.context_tokens]], [row.mean], "x", color=colour, markersize=7, zorder=4)
+    for row in rows:
+        if row.agent == ORACLE:
+            axes.axhline(row.mean, color=GREY, linewidth=1.3, linestyle=(0, (7, 3)))
+            axes.annotate("oracle: is told the goal", (first, row.mean), (0, 4), textcoords="offset points",
+                          fontsize=8.5, color=GREY)  # fmt: skip
+    if trained is not None and math.log2(trained) <= last:
+        axes.axvspan(first - 0.4, math.log2(trained), color="#F3F3F0", zorder=0)
+        axes.annotate("as long as in training", (math.log2(trained), 0), (-4, 5), textcoords="offset points",
+                      ha="right", fontsize=8, color=FAINT)  # fmt: skip
+        axes.annotate("longer than in training", (math.log2(trained), 0), (4, 5), textcoords="offset points",
+                      ha="left", fontsize=8, color=FAINT)  # fmt: skip
+    axes.set_xlim(first - 0.4, last + 0.35)
+    ticks = [tokens for tokens in seen if math.log2(tokens) == round(math.log2(tokens))]
+    axes.set_xticks([first, *(math.log2(t) for t in ticks)], ["nothing", *map(_binary, ticks)])
+    axes.set_xlabel("tokens of history that the agent has seen", fontsize=9, color=INK)
+    axes.set_ylabel("return", fontsize=9, color=INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
+
+
+def _draw_seeds(axes: "Axes", results: Sequence[Result], place: dict[int, float], colour: str) -> None:
+    """Draws each training seed as a thin line where there are 2 to 9 of them."""
+    seeds = sorted({result.seed for result in results})
+    if not 1 < len(seeds) < 10:
+        return
+    for seed in seeds:
+        own: dict[int, list[float]] = {}
+        for result in results:
+            if result.seed == seed:
+                own.setdefault(result.context_tokens, []).append(result.return_)
+        tokens = sorted(own)
+        axes.plot([place[t] for t in tokens], [np.mean(own[t]) for t in tokens], color=colour, linewidth=0.7, alpha=0.7)
+
+
+def _name(axes: "Axes", x: float, y: float, text: str, colour: str, *, bold: bool) -> None:
+    axes.annotate(text, (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=9, color=colour,
+                  fontweight="bold" if bold else "normal", annotation_clip=False)  # fmt: skip
+
+
+def _caption(rows: Sequence[SummaryRow], trained: int | None, resamples: int) -> str:
+    agents = [row for row in rows if row.agent != ORACLE]
+    groups, seeds = max(row.groups for row in agents), max(row.seeds for row in agents)
+    sentences = [
+        "A world has so many places, each with a sign in sight and a goal out of it. The agent has visited the last of "
+        "them once, and comes back to any one of them all.",
+        f"Mean of {groups} queries × {seeds} training seed{'' if seeds == 1 else 's'}, 95 % percentile bootstrap over "
+        f"{' or '.join(sorted({row.interval_over for row in agents}))}, {resamples:,} resamples.",
+        "Dashed: prior + (known - prior) × share seen; prior is the return without history, known that where all of "
+        "the smallest world was seen; nothing is fitted.",
+    ]
+    if any(FOREIGN in row.agent for row in rows):
+        sentences.append("Crosses: the history of another world.")
+    if trained:
+        sentences.append(f"Trained on chains of at most {trained:,} tokens.")
+    return " ".join(sentences + [note for note in summary_notes([], rows) if "seed" in note])
+
+
+def _numbers(rows: Sequence[SummaryRow]) -> list[float]:
+    return [n for row in rows for n in (row.mean, row.mean_ci_high) if math.isfinite(n)]
+
+
+def _binary(tokens: int) -> str:
+    return f"{tokens >> 10}K" if tokens >= 1024 and tokens % 1024 == 0 else short_number(tokens)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))

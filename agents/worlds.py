@@ -1,0 +1,263 @@
+"""Evaluation on maps: an agent has seen the last n of a world's M places, and comes back to one of them all.
+
+The queries of one world share its history: it is read once, and its keys and values serve them all.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from agents.agent import Memory, Now
+from agents.cli import ConfigError
+from agents.config import Config
+from agents.prompts import context_tokens, laid_out
+from agents.results import Result, append_results
+from data import TrajectoryStore, WorldSampler
+from data.dmc import EnvironmentBatch
+from data.tasks import goal_task
+from data.worlds import Queries
+
+if TYPE_CHECKING:
+    from agents.evaluate import Loaded
+
+PREFILLED = 1 << 16  # tokens read at a time, of as many worlds as they are; one world is read whole
+GIB = 1 << 30
+
+
+class History(NamedTuple):
+    """What an agent has seen of a world of so many places."""
+
+    task: str
+    places: int
+    seen: int
+
+
+class Piece(NamedTuple):
+    """Some worlds, evaluated together."""
+
+    history: History
+    worlds: np.ndarray  # i64[W]; the last is repeated where there are fewer
+    missing: np.ndarray  # of the rows, those without results
+
+
+def is_map(task: str) -> bool:
+    """Whether a task has places, and so is evaluated here."""
+    hidden = goal_task(task)
+    return hidden is not None and hidden.sign_size > 0
+
+
+def histories(config: Config) -> Iterator[History]:
+    """Yields every history that a config asks for, the cheapest first."""
+    own = config.evaluate
+    for task in filter(is_map, config.data.tasks):
+        every = (History(task, places, round(share * places)) for places in own.places for share in own.seen)
+        yield from dict.fromkeys(every)
+
+
+def evaluate_worlds(
+    loaded: "Loaded",
+    path: Path,
+    before: Sequence[Result],
+    result: Callable[..., Result],
+    *,
+    first_group: int,
+    progress: bool = True,
+) -> int:
+    """Appends the missing results of all worlds to `path`, piece by piece, and returns how many they were.
+
+    `result` makes one of what is particular to its episode. Says on stderr what memory will be taken.
+    """
+    config = loaded.config
+    has_maps = any(map(is_map, config.data.tasks))
+    pieces = list(_pieces(loaded, before, first_group)) if has_maps else []
+    if not pieces:
+        return 0
+    player = _Player(loaded, result, first_group)
+    if progress:
+        print(player.described(pieces), file=sys.stderr)
+    costs = [_cost(config, piece) for piece in pieces]
+    new, bar_format = 0, "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+    with tqdm(total=sum(costs), desc=f"{config.name}: evaluate", bar_format=bar_format, disable=not progress) as bar:
+        for piece, cost in zip(pieces, costs, strict=True):
+            bar.set_postfix_str(f"{piece.history.seen:,} of {piece.history.places:,} places")
+            played = player.play(piece)
+            append_results(path, played)
+            new += len(played)
+            bar.update(cost)
+    return new
+
+
+class _Player:
+    """Plays the queries of worlds; what is compiled and loaded serves all pieces."""
+
+    def __init__(self, loaded: "Loaded", result: Callable[..., Result], first_group: int) -> None:
+        self.loaded, self.result, self.first_group = loaded, result, first_group
+        self.own = loaded.config.evaluate
+        self.start = jax.jit(loaded.agent.start, static_argnums=2)
+        self.act = jax.jit(loaded.agent.act, donate_argnums=1)
+        self.shared = jax.jit(_shared, static_argnums=1)
+        self.environments: dict[tuple[str, int], EnvironmentBatch] = {}
+        self.samplers = {task: self._sampler(task) for task in filter(is_map, loaded.config.data.tasks)}
+
+    def described(self, pieces: Sequence[Piece]) -> str:
+        """Returns what is about to be evaluated, and the memory that it takes."""
+        largest = max(pieces, key=lambda piece: _rows(self.loaded, piece) * _row_bytes(self.loaded, piece.history))
+        size = (_rows(self.loaded, largest) + len(largest.worlds)) * _row_bytes(self.loaded, largest.history) / GIB
+        worlds = sum(len(piece.missing) for piece in pieces)
+        return (
+            f"{worlds:,} histories to read, {self.own.queries} queries each; keys and values take up to "
+            f"{size:.2f} GiB (evaluate.memory_gib), for {_rows(self.loaded, largest):,} queries at a time with "
+            f"{largest.history.seen:,} trajectories each"
+        )
+
+    def play(self, piece: Piece) -> list[Result]:
+        """Returns the results of a piece: every query of every world that misses some, and the foreign ones."""
+        own, agent, history = self.own, self.loaded.agent, piece.history
+        sampler = self.samplers[history.task]
+        sees = agent.context
+        seen = history.seen if sees else 0
+        prompt, asked = sampler.history(own.seed, piece.worlds, history.places, seen, own.queries)
+        tokens = context_tokens(agent, prompt)
+        memory = self.start(self.loaded.params, laid_out(agent, prompt) if sees else prompt, sampler.longest)
+        kinds = {"own" if history.seen else "none": (piece.worlds, asked)}
+        if own.foreign and history.seen:
+            others = (piece.worlds + 1) % _worlds(self.loaded.config)
+            kinds["foreign"] = (others, sampler.history(own.seed, others, history.places, 0, own.queries)[1])
+        results = []
+        for context, (worlds, queries) in kinds.items():
+            groups = worlds[:, None] * own.queries + np.arange(own.queries)
+            returns, steps = self._answers(history, memory, groups, queries)
+            results += [
+                self.result(
+                    task=history.task,
+                    mode="prompted",
+                    places=history.places,
+                    context=context,
+                    context_trajectories=history.seen,
+                    context_tokens=tokens,
+                    group=self.first_group + int(groups[row, query]),
+                    episode_index=0,
+                    return_=float(returns[row, query]),
+                    steps=int(steps[row, query]),
+                )
+                for row in piece.missing
+                for query in range(own.queries)
+            ]
+        return results
+
+    def _answers(self, history: History, memory: Memory, groups: np.ndarray, asked: Queries):
+        """Returns return and steps [W, Q] of every query, as many at a time as there is memory for."""
+        count = self.own.queries
+        at_once = max(1, min(count, _limit(self.loaded, history) // len(groups)))
+        while count % at_once:
+            at_once -= 1
+        parts = []
+        for first in range(0, count, at_once):
+            part = slice(first, first + at_once)
+            goals, signs = asked.goal[:, part], asked.sign[:, part]
+            parts.append(self._episodes(history, self.shared(memory, at_once), groups[:, part], goals, signs))
+        return (np.concatenate(values, axis=1) for values in zip(*parts, strict=True))
+
+    def _episodes(self, history: History, memory: Memory, groups: np.ndarray, goals: np.ndarray, signs: np.ndarray):
+        """Returns return and steps [W, q] of an episode a query; memory has W * q rows."""
+        rows, own = groups.size, self.own
+        key = history.task, rows
+        if key not in self.environments:
+            self.environments[key] = EnvironmentBatch(*key)
+        environments = self.environments[key]
+        seeds = [(own.seed, int(group), 0) for group in groups.ravel()]
+        observation = environments.reset(seeds, *(values.reshape(rows, -1) for values in (goals, signs)))
+        label = [own.seed, self.loaded.config.seed, history.places, history.seen, int(groups.flat[0])]
+        random = jax.random.key(int(np.random.SeedSequence(label).generate_state(1)[0]))
+        action, reward = np.zeros((rows, environments.action_size), np.float32), np.zeros(rows, np.float32)
+        asked_for, total, steps = np.zeros(rows, np.float32), np.zeros(rows), np.zeros(rows, int)
+        for step in range(environments.episode_steps):
+            running = ~environments.over
+            if not running.any():
+                break
+            now = Now(observation, action, reward, asked_for, np.full(rows, step, np.int32))
+            random, sampling = jax.random.split(random)
+            action, memory = self.act(self.loaded.params, memory, now, sampling if own.sample else None)
+            taken = environments.step(np.asarray(action))
+            observation, reward = taken.observation, taken.reward.astype(np.float32)
+            total += taken.reward
+            steps += running
+        return total.reshape(groups.shape), steps.reshape(groups.shape)
+
+    def _sampler(self, task: str) -> WorldSampler:
+        data = self.loaded.config.data
+        store = TrajectoryStore.open(data.stores[data.tasks.index(task)], task=task)
+        return WorldSampler(
+            store, trajectories=2, seed=self.loaded.config.seed, split="held_out", held_out=data.held_out
+        )
+
+
+def _shared(memory: Memory, times: int) -> Memory:
+    """Returns the memory of every row, `times` times."""
+    return jax.tree.map(lambda leaf: leaf.repeat(times, axis=0) if leaf.ndim else leaf, memory)
+
+
+def _worlds(config: Config) -> int:
+    own = config.evaluate
+    if own.groups % own.queries:
+        raise ConfigError(
+            f"evaluate.groups={own.groups} are the queries of all worlds, evaluate.queries={own.queries} those of one; "
+            "use a multiple"
+        )
+    return own.groups // own.queries
+
+
+def _pieces(loaded: "Loaded", before: Sequence[Result], first_group: int) -> Iterator[Piece]:
+    """Yields the worlds that miss results, in pieces of one size a history."""
+    own, worlds = loaded.config.evaluate, np.arange(_worlds(loaded.config))
+    there = {(r.task, r.places, r.context_trajectories, r.context, r.group - first_group) for r in before}
+
+    def is_played(history: History, world: int) -> bool:
+        kinds = {"own" if history.seen else "none": world}
+        if own.foreign and history.seen:
+            kinds["foreign"] = (world + 1) % len(worlds)
+        return all(
+            (*history, context, group) in there
+            for context, of in kinds.items()
+            for group in range(of * own.queries, (of + 1) * own.queries)
+        )
+
+    for history in histories(loaded.config):
+        rows = _limit(loaded, history) // own.queries
+        size = max(1, min(len(worlds), rows, PREFILLED // max(1, history.seen * loaded.meta.episode_steps)))
+        for first in range(0, len(worlds), size):  # the same pieces however much of them is there: as is their noise
+            part = worlds[first : first + size]
+            missing = np.array([row for row, world in enumerate(part) if not is_played(history, int(world))], int)
+            if len(missing):
+                yield Piece(history, np.pad(part, (0, size - len(part)), mode="edge"), missing)
+
+
+def _row_bytes(loaded: "Loaded", history: History) -> int:
+    """Returns the bytes of the keys and values of one query."""
+    model, moments = loaded.config.model, (history.seen + 1) * loaded.meta.episode_steps
+    size = {"float32": 4, "bfloat16": 2}[model.compute_type]
+    kept = model.layers * 2 * (model.kv_heads or model.heads) * (model.width // model.heads) * size
+    return moments * loaded.agent.tokens_per_moment * kept
+
+
+def _limit(loaded: "Loaded", history: History) -> int:
+    """Returns how many queries may be played at a time."""
+    room = int(loaded.config.evaluate.memory_gib * GIB) // _row_bytes(loaded, history)
+    return max(1, min(loaded.config.evaluate.groups, room))
+
+
+def _rows(loaded: "Loaded", piece: Piece) -> int:
+    return min(
+        len(piece.worlds) * loaded.config.evaluate.queries, max(_limit(loaded, piece.history), len(piece.worlds))
+    )
+
+
+def _cost(config: Config, piece: Piece) -> float:
+    """Returns about how long a piece takes, in tokens of a short prompt; attention over 64K tokens takes most."""
+    tokens = piece.history.seen * 16
+    return len(piece.worlds) * (tokens * (1 + tokens / 8192) + config.evaluate.queries * (256 + tokens / 8))

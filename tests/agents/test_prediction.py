@@ -1,0 +1,86 @@
+"""The line that a perfect memory would follow, in the summary and in the picture."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from agents.cli import ConfigError
+from agents.prediction import line
+from agents.results import Result
+from agents.statistics import summarize, write_summary
+from agents.world_figure import plot_worlds
+
+
+def visits(places: int, seen: int, value: float, *, context=None, seed=0, agent="AT", groups=64) -> list[Result]:
+    """Results whose mean is `value`."""
+    noise = np.random.default_rng((places, seen, seed)).normal(size=groups)
+    return [
+        Result(
+            experiment="map",
+            agent=agent,
+            task="point_mass-map",
+            seed=seed,
+            context_trajectories=seen,
+            context_tokens=16 * seen,
+            mode="prompted",
+            context=context or ("own" if seen else "none"),
+            group=group,
+            episode_index=0,
+            return_=float(value + noise[group] - noise.mean()),
+            steps=16,
+            checkpoint_step=1,
+            versions={},
+            places=places,
+        )
+        for group in range(groups)
+    ]
+
+
+def perfect(**same) -> list[Result]:
+    """An agent that forgets nothing: 2 without history, 6 with all of it."""
+    return [
+        result
+        for places in (64, 256, 1024)
+        for share in (0.0, 0.25, 0.5, 1.0)
+        for result in visits(places, round(share * places), 2 + 4 * share, **same)
+    ]
+
+
+def test_nothing_is_fitted():
+    found = line(perfect())
+    assert (found.prior, found.known, found.places) == (pytest.approx(2), pytest.approx(6), 64)
+    assert found.at(256, 1024) == pytest.approx(3)
+    # Neither what the larger worlds gave nor another world's history moves it.
+    worse = perfect() + visits(4096, 4096, 0.0) + visits(64, 64, 0.0, context="foreign")
+    assert line(worse) == found
+    assert line(visits(64, 32, 4.0)) is None
+
+
+def test_the_summary_says_what_was_predicted(tmp_path):
+    results = perfect() + visits(64, 64, 1.0, context="foreign")
+    dark = visits(0, 0, 5.0, agent="DT")
+    rows = summarize(results + dark, statistics=["mean"], resamples=50)
+    write_summary(tmp_path / "summary.csv", rows)
+    lines = (tmp_path / "summary.csv").read_text().splitlines()
+    table = {(row["agent"], row["context_trajectories"]): row for row in csv.DictReader(lines)}
+    assert float(table["AT, 1,024 places", "512"]["predicted"]) == pytest.approx(4)
+    assert float(table["AT, 64 places", "0"]["predicted"]) == pytest.approx(2)
+    assert table["AT, 64 places (foreign context)", "64"]["predicted"] == ""
+    assert table["DT", "0"]["predicted"] == ""
+    for row in rows:
+        if "AT" in row.agent and "foreign" not in row.agent:
+            assert row.mean == pytest.approx(row.predicted)
+
+
+def test_the_picture(tmp_path):
+    seeds = [result for seed in (0, 1) for result in perfect(seed=seed)]
+    results = seeds + visits(64, 64, 1.0, context="foreign") + perfect(agent="AT, window of 4 tokens")
+    drawn = plot_worlds(results, tmp_path / "map.png", "A title", trained=64, resamples=50)
+    assert drawn.path.stat().st_size > 20_000
+    assert "Mean of 64 queries × 2 training seeds" in drawn.caption
+    assert "nothing is fitted" in drawn.caption
+    assert "Trained on chains of at most 1,024 tokens." in drawn.caption
+    assert "Crosses: the history of another world." in drawn.caption
+    with pytest.raises(ConfigError, match=r"none of these results is of a map"):
+        plot_worlds([], tmp_path / "none.png")
