@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from data.errors import DataError
 
@@ -96,15 +97,20 @@ def _check_old(path: Path, check_old: Callable[[Path], None] | None) -> None:
         check_old(path)
 
 
-def _lock(file: io.FileIO, temporary: Path, path: Path) -> None:
+def lock(file: BinaryIO, message: str, *, shared: bool = False) -> None:
+    """Locks an open file, until it is closed or its process ends; DataError with `message` when another has it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(f"another process is writing {path} right now; wait for it, or choose another path") from None
+        raise DataError(message) from None
     except OSError as error:
         # Some network file systems have no locks; there, two writers at once are the user's to avoid.
         if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
             raise
+
+
+def _lock(file: io.FileIO, temporary: Path, path: Path) -> None:
+    lock(file, f"another process is writing {path} right now; wait for it, or choose another path")
     # Between our opening and our locking the other writer may have finished, and what we hold is then its result.
     if not temporary.exists() or not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
         raise DataError(f"another process has just written {path}; use that, or run this again")

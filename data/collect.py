@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.atomic_file import write_text
+from data.atomic_file import lock, write_text
 from data.cli import Parser, named_path, run
 from data.dmc import Environment, make
 from data.errors import DataError
@@ -57,16 +57,16 @@ def collect(
     POLICIES[policy](environment, np.random.default_rng(seed))
 
     _claim(out, _description(task, policy, seed, environment.episode_steps))
-    missing = _missing(out, episodes)
-    with tqdm(total=episodes, initial=episodes - len(missing), disable=not progress, unit="episode", desc=task) as bar:
+    with _alone(out):
+        missing = _missing(out, episodes)
         if workers == 1:
-            for index in missing:
-                write_episode(out, index, roll_out(environment, policy, seed, index))
-                bar.update()
+            written = (_write_chunk(environment, policy, seed, out, [index]) for index in missing)
         else:
-            with closing(_spread(task, policy, seed, episode_steps, out, missing, workers)) as written:
-                for count in written:
-                    bar.update(count)
+            written = _spread(task, policy, seed, episode_steps, out, missing, workers)
+        done, hidden = episodes - len(missing), not progress
+        with closing(written), tqdm(total=episodes, initial=done, disable=hidden, unit="episode", desc=task) as bar:
+            for count in written:
+                bar.update(count)
 
 
 def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Trajectory:
@@ -151,6 +151,14 @@ def _claim(out: Path, description: dict[str, object]) -> None:
             )
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """DataError when another process collects into the same folder: the two would write the same files."""
+    with open(out / "collect.json", "rb") as note:
+        lock(note, f"another process collects into {out} right now; wait for it, or choose another --out")
+        yield
+
+
 def _missing(out: Path, episodes: int) -> list[int]:
     """Returns the indices below `episodes` that have no whole file. Longer leftovers of a bigger run stay."""
     present = {episode_index(path) for path in out.glob("episode_*_*.npz") if is_whole(path)}
@@ -164,15 +172,18 @@ def _spread(
     chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
     with worker_pool(max(1, min(workers, len(chunks)))) as submit:
         for future in as_completed(
-            [submit(_write_chunk, task, policy, seed, episode_steps, out, chunk) for chunk in chunks]
+            [submit(_workers_chunk, task, policy, seed, episode_steps, out, chunk) for chunk in chunks]
         ):
             yield future.result()
 
 
-def _write_chunk(
+def _workers_chunk(
     task: str, policy: str, seed: int, episode_steps: int | None, out: Path, indices: Sequence[int]
 ) -> int:
-    environment = _workers_environment(task, episode_steps)
+    return _write_chunk(_workers_environment(task, episode_steps), policy, seed, out, indices)
+
+
+def _write_chunk(environment: Environment, policy: str, seed: int, out: Path, indices: Sequence[int]) -> int:
     for index in indices:
         write_episode(out, index, roll_out(environment, policy, seed, index))
     return len(indices)

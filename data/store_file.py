@@ -11,7 +11,6 @@ that trains on it, and CRC-32 reads 2.7 GB a second (one core of the machine it 
 own Fletcher-32 takes a chunk of zeros for whole).
 """
 
-import fcntl
 import os
 import zlib
 from functools import cache
@@ -20,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import h5py
 
+from data.atomic_file import lock
 from data.errors import DataError
 
 FORMAT_VERSION = 2
@@ -76,14 +76,7 @@ def check_own(path: Path) -> None:
             "choose another --out, or delete it"
         )
     with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another process writes to {path} right now; wait for it, or choose another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        lock(file, f"another process writes to {path} right now; wait for it, or choose another --out", shared=True)
 
 
 @cache

@@ -92,7 +92,7 @@ def _start(pipe: Connection) -> None:
 
 def _watch(pipe: Connection) -> None:
     pipe.poll(None)
-    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
     time.sleep(_PATIENCE)
     os._exit(1)
 

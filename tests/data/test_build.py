@@ -223,6 +223,29 @@ def test_a_bad_episode_is_named_and_nothing_is_left(cartpole, tmp_path, workers)
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("task", [TASK, "point_mass-dark"])
+def test_actions_off_by_a_rounding_are_clipped_and_others_refused(cartpole, dark, tmp_path, task):
+    folder = copy_episodes(cartpole if task == TASK else dark, tmp_path / "episodes")
+    paths = list_episodes(folder)[:2]
+    for path in list_episodes(folder)[2:]:
+        path.unlink()
+    episode = read_episode(paths[1])
+    options = {"workers": 1, "progress": False}
+    action = episode.action.copy()
+    action[3, 0], action[5, 0] = np.nextafter(np.float32(1), np.float32(2)), -1 - 9e-7
+    write_episode(folder, 1, replace(episode, action=action))
+    build(folder, task, tmp_path / "rounded.h5", **options)
+    stored = TrajectoryStore.open(tmp_path / "rounded.h5").trajectory(1)
+    np.testing.assert_array_equal(stored.action, np.clip(action, -1, 1))
+    for wrong in (1.00001, -1.5, 1e30):
+        action[3, 0] = wrong
+        write_episode(folder, 1, replace(episode, action=action))
+        message = re.escape(str(paths[1])) + r": actions lie in \[-1, 1\]; step 3 has \[.*\]. Clip it to the range"
+        with pytest.raises(DataError, match=message):
+            build(folder, task, tmp_path / "s.h5", **options)
+    assert not (tmp_path / "s.h5").exists()
+
+
 def test_episodes_without_physics(cartpole, tmp_path):
     episode = read_episode(list_episodes(cartpole)[0])
     write_episode(tmp_path / "episodes", 0, replace(episode, physics=None))

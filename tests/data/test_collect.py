@@ -1,7 +1,12 @@
 """collect: episodes are functions of their seed, whatever the workers, and interrupted work goes on where it was."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,8 @@ from data.exorl import list_episodes, read_episode
 from data.policies import POLICIES
 from data.relabel import relabel
 from data.tasks import goal_task
+
+ROOT = Path(__file__).parents[2]
 
 
 def content(folder) -> dict[str, list[bytes]]:
@@ -78,6 +85,46 @@ def test_the_same_episodes_whatever_the_workers_and_the_interruptions(tmp_path, 
     collect("reacher-easy", "pink", 8, **options)
     assert {name: content(tmp_path / "three")[name] for name in expected} == expected
     assert len(list_episodes(tmp_path / "three")) == 8
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_it_ends_at_once_and_leaves_whole_files(tmp_path, signal_):
+    """At once: not after the episodes that a worker was given, which would take minutes here."""
+    out = tmp_path / "episodes"
+    arguments = "--task pendulum-swingup --policy uniform --episodes 10000 --episode-steps 20000 --workers 2 --out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data.collect", *arguments.split(), out],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*.npz")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(DataError, match=r"another process collects into .*episodes right now"):
+        collect("pendulum-swingup", "uniform", 10000, 0, out, episode_steps=20000)
+    # A terminal sends it to every process, who kills one knows its number.
+    (os.killpg if signal_ == signal.SIGINT else os.kill)(process.pid, signal_)
+    _, error = process.communicate(timeout=30)  # closed when the last worker is gone
+    assert "Traceback" not in error
+    if signal_ == signal.SIGINT:
+        assert process.returncode == 130
+        assert error.splitlines()[-1].startswith("interrupted; ")
+        assert not list(out.glob(".*"))
+    for path in list_episodes(out):
+        assert read_episode(path).length == 20000
+
+
+def test_foreign_files_in_the_folder_stay(tmp_path):
+    collect("point_mass-dark", "uniform", 1, 0, tmp_path, progress=False)
+    foreign = ["episode_x_16.npz", "episode_000001.npz", "notes.txt", ".episode_000001_16.npz.tmp", "episode_1_2.npz"]
+    for name in foreign:
+        (tmp_path / name).write_text(name)
+    collect("point_mass-dark", "uniform", 3, 0, tmp_path, progress=False)
+    assert all((tmp_path / name).read_text() == name for name in foreign)
+    assert all((tmp_path / f"episode_{index:06d}_16.npz").exists() for index in range(3))
 
 
 def test_seeds_differ(tmp_path):
@@ -171,6 +218,9 @@ def test_errors(tmp_path):
     (out / "collect.json").write_text("{")
     with pytest.raises(DataError, match=r"collect.json is damaged"):
         collect("point_mass-dark", "uniform", 1, 0, out)
+    (out / "collect.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"collect.json is not what data.collect writes"):
+        collect("point_mass-dark", "uniform", 1, 0, out)
     (out / "collect.json").unlink()
     with pytest.raises(DataError, match=r"no collect.json that says of what"):
         collect("point_mass-dark", "uniform", 1, 0, out)
@@ -178,7 +228,5 @@ def test_errors(tmp_path):
 
 def test_data_packages_leave_jax_alone():
     # The test session imports jax itself, so this asks a fresh interpreter.
-    import subprocess
-
     code = "import sys, data.collect, data.relabel; raise SystemExit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

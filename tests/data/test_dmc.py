@@ -183,10 +183,17 @@ def test_unknown_tasks(name: str, message: str):
 def test_actions_that_are_none():
     environment = make("point_mass-easy")
     environment.reset(seed=0)
-    wrong = ((np.zeros(3), r"has shape \(2,\); got \(3,\)"), ([0, 1.5], "Clip it"), ([0, np.nan], "nan"))
+    wrong = (
+        (np.zeros(3), r"has shape \(2,\); got \(3,\)"),
+        ([0, 1.5], "Clip it"),
+        ([0, 1.00001], "Clip it"),
+        ([0, np.nan], "nan"),
+    )
     for action, message in wrong:
         with pytest.raises(DataError, match=message):
             environment.step(np.array(action))
+    above = environment.native_action(np.nextafter(np.float32([1, -1]), np.float32([2, -2])))
+    np.testing.assert_array_equal(above, environment.native_action(np.float32([1, -1])))
 
 
 def test_options_that_are_none():

@@ -189,6 +189,10 @@ def test_errors():
         relabel("point_mass-easy", trajectory, control="none")
     with pytest.raises(DataError, match=r"no physics states.*URLB's do not"):
         relabel("point_mass-easy", dataclasses.replace(trajectory, physics=None))
+    action = trajectory.action.copy()
+    action[7] = 2
+    with pytest.raises(DataError, match=r"episode 0: actions lie in \[-1, 1\]; step 7 has \[2.0, 2.0\]"):
+        relabel("point_mass-easy", dataclasses.replace(trajectory, action=action))
     with pytest.raises(DataError, match="episode 0: not an episode of walker-walk's body, which has 6 actions and 18"):
         relabel("walker-walk", trajectory)
     with pytest.raises(DataError, match="point_mass-easy draws nothing for an episode"):
