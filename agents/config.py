@@ -181,13 +181,13 @@ class EvaluateConfig(Section):
     """Return asked for. typical: the 90th percentile of the best returns of the training chains."""
     mesh: MeshConfig = MeshConfig()
     """Devices that acting uses; the cache of keys and values is split over its sequence axes."""
-    places: list[PositiveInt] = [16, 64]
+    places: list[Size] = Field(default=[16, 64], min_length=1)
     """Of a map: places of the worlds, each visited once."""
-    seen: list[Fraction] = [0.0, 0.25, 0.5, 1.0]
+    seen: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 1.0], min_length=1)
     """Of a map: the share of its world, the last visits, that the agent has seen; contexts are not used."""
-    queries: PositiveInt = 4
+    queries: Size = 4
     """Of a map: queries of one world, which share its history; groups are those of all worlds."""
-    memory_gib: Annotated[float, Field(gt=0)] = 2.0
+    memory_gib: Positive = 2.0
     """Of a map: memory for the keys and values of the queries that are played at a time."""
     foreign: bool = False
     """Also evaluate with contexts of another goal, which must not help."""
