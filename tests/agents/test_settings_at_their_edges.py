@@ -33,6 +33,9 @@ ZERO = (  # where nothing, or none, or the first is a choice
     "train.workers",
     "evaluate.target",
     "evaluate.seed",
+    "evaluate.contexts",
+    "evaluate.seen",
+    "seeds",
 )
 NEGATIVE = ("chain.target", "evaluate.target")  # returns
 NO_SETTINGS = (float("nan"), float("inf"), -float("inf"), 1e300, 10**400)
@@ -107,7 +110,7 @@ def test_numbers(kind, name, kinds, is_list):
         refused(kind, name, [0.5] if is_list else 0.5)
         refused(kind, name, [2**63] if is_list else 2**63)
     for value, allowed in ((0, ZERO), (-1, NEGATIVE)):
-        if name in allowed or (is_list and value == 0 and name != "chain.grow"):
+        if name in allowed:
             given(kind, name, [value] if is_list else value)
         else:
             refused(kind, name, [value] if is_list else value)
