@@ -3,11 +3,12 @@
 Importing touches no device.
 """
 
+from typing import TYPE_CHECKING
+
 from rlring.attention import (
     AttentionConfig,
     Mask,
     SparsePattern,
-    attention,
     decode_attention,
     inverse_order,
     striped_order,
@@ -17,6 +18,9 @@ from rlring.cache import KVCache
 from rlring.errors import UsageError
 from rlring.mesh import SEQUENCE_AXES, join_cluster, make_mesh, processes, request_cpu_devices
 from rlring.transformer import Transformer, TransformerConfig
+
+if TYPE_CHECKING:
+    from rlring.attention import attention  # the package, which can be called as the function
 
 __all__ = [
     "SEQUENCE_AXES",

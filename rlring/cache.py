@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from rlring.attention import Mask, SparsePattern
+from rlring.attention.api import check_batch
 from rlring.attention.blocks import pad
 from rlring.attention.decode import attend
 from rlring.errors import UsageError
@@ -129,8 +130,14 @@ class KVCache:
         """Returns a cache that holds nothing; each layer is dense (None) or has the pattern, the same in all.
 
         Raises:
-            UsageError: a capacity that cannot be split over the mesh.
+            UsageError: no capacity, or a batch or capacity that cannot be split over the mesh.
         """
+        if capacity < 1:
+            raise UsageError(
+                f"a cache holds at least one token; got capacity={capacity}. Give it room for all that is seen."
+            )
+        if mesh is not None:
+            check_batch(batch, mesh)
         shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
         if capacity % shards:
             raise UsageError(

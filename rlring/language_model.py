@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from rlring import sharding
 from rlring.attention import AttentionConfig, Mask, zigzag_order
+from rlring.attention.blocks import pad
 from rlring.errors import UsageError
 from rlring.mesh import AXES, SEQUENCE_AXES
 from rlring.sharding import TOKENS, gathered, state_sharding
@@ -112,7 +113,7 @@ def cross_entropy(
     x: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], *, tile: int, mesh: Mesh | None
 ) -> Float32[Array, ""]:
     """Returns the sum over all targets that count, `tile` tokens a device at a time: logits of a whole sequence never
-    exist, in the backward neither."""
+    exist, in the backward neither. Lengths that a mesh does not divide are padded."""
 
     @jax.checkpoint
     def of_tile(x, targets, head):
@@ -125,7 +126,7 @@ def cross_entropy(
             # Each device sums up its own gradient of the head, and they are added up once: not once a tile.
             head = jax.lax.pcast(head, AXES, to="varying")
         B, T, D = x.shape
-        tiles = -(-T // tile)
+        tiles = max(1, -(-T // tile))
         size = -(-T // tiles)
         x = jnp.pad(x, [(0, 0), (0, tiles * size - T), (0, 0)])
         targets = jnp.pad(targets, [(0, 0), (0, tiles * size - T)], constant_values=NO_TARGET)
@@ -134,6 +135,9 @@ def cross_entropy(
 
     if mesh is None:
         return of_shard(x, targets, head)[0]
+    more = -x.shape[1] % (mesh.shape["ring"] * mesh.shape["ulysses"])
+    x = pad(x, 1, x.shape[1] + more)
+    targets = jnp.pad(targets, [(0, 0), (0, more)], constant_values=NO_TARGET)
     specs = (P("data", SEQUENCE_AXES, None), TOKENS, P())
     return jax.shard_map(of_shard, mesh=mesh, in_specs=specs, out_specs=P(AXES))(x, targets, head).sum()
 
@@ -147,12 +151,18 @@ def positions(batch: int, length: int, *, mesh: Mesh | None = None) -> Int32[Arr
         which = jnp.where(offset < chunk, shard, 2 * ring - 1 - shard)  # of 2 * ring chunks, as in zigzag_order
         place = which * chunk + offset % chunk
     position = jnp.broadcast_to(place, (batch, length))
-    return position if mesh is None else jax.lax.with_sharding_constraint(position, NamedSharding(mesh, TOKENS))
+    is_split = mesh is not None and length % (mesh.shape["ring"] * mesh.shape["ulysses"]) == 0
+    return position if not is_split else jax.lax.with_sharding_constraint(position, NamedSharding(mesh, TOKENS))
 
 
 def laid_out(text: Int[np.ndarray, "B T+1"], *, mesh: Mesh | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens and their targets, the tokens after them, in the order in which a mesh wants them."""
+    """Returns the tokens and their targets, the tokens after them, in the order in which a mesh wants them, and padded
+    by tokens without a target to a length that it divides."""
     tokens, targets = text[:, :-1], text[:, 1:]
+    more = 0 if mesh is None else -tokens.shape[1] % (mesh.shape["ring"] * mesh.shape["ulysses"])
+    tokens, targets = (
+        np.pad(x, ((0, 0), (0, more)), constant_values=c) for x, c in ((tokens, 0), (targets, NO_TARGET))
+    )
     ring = _balanced(tokens.shape[1], mesh)
     order = zigzag_order(tokens.shape[1], ring) if ring > 1 else slice(None)
     return tokens[:, order], targets[:, order]

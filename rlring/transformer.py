@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from rlring.attention import AttentionConfig, Mask, attention
+from rlring.attention.api import check_batch
+from rlring.attention.blocks import pad
+from rlring.attention.mask import checked
 from rlring.cache import KeyValue, KVCache
 from rlring.errors import UsageError
-from rlring.mesh import SEQUENCE_AXES
+from rlring.feed_forward import ACTIVATIONS, feed_forward, rms_norm
 from rlring.remat import BLOCK_INPUT, Remat, checkpointed
 from rlring.sharding import gathered
-
-ACTIVATIONS = P("data", SEQUENCE_AXES, None)  # of [B, T, D]
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,6 @@ def rotate(x_BTNH: Array, position: Int[Array, "B T"], base: float, fraction: fl
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
-def rms_norm(x: Array, scale: Array) -> Array:
-    """Returns `x` scaled to unit root mean square (Zhang and Sennrich 2019); float32, because bfloat16 squares lose
-    the tail."""
-    x32 = x.astype(jnp.float32)
-    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)
-    return (normal * scale).astype(x.dtype)
-
-
 class Block(nnx.Module):
     """One layer: attention, then a gated feed-forward, each added to the residual stream."""
 
@@ -154,38 +146,15 @@ class Block(nnx.Module):
             return x + feed_forward(x, weights, tile=self.config.feed_forward_tile, mesh=mesh)
 
 
-def feed_forward(x: Float[Array, "B T D"], weights: tuple[Array, ...], *, tile: int, mesh: Mesh | None) -> Array:
-    """Returns the gated feed-forward (SwiGLU, Shazeer 2020) of `x`, `tile` tokens a device at a time, so that the
-    inner activations are never kept for more than one tile (Blockwise Parallel Transformer, Liu and Abbeel 2023).
-    """
-
-    def whole(x: Array, weights: tuple[Array, ...]) -> Array:
-        norm, gate, up, down = weights
-        normal = rms_norm(x, norm)
-        inner = jax.nn.silu(normal @ gate.astype(x.dtype)) * (normal @ up.astype(x.dtype))
-        return inner @ down.astype(x.dtype)
-
-    def tiled(x: Array, weights: tuple[Array, ...]) -> Array:
-        B, T, D = x.shape
-        tiles = -(-T // tile)
-        padded = jnp.pad(x, [(0, 0), (0, tiles * tile - T), (0, 0)])  # rows of zeros stay rows of their own
-        pieces = padded.reshape(B, tiles, tile, D).swapaxes(0, 1)
-        pieces = jax.lax.map(jax.checkpoint(lambda piece: whole(piece, weights)), pieces)
-        return pieces.swapaxes(0, 1).reshape(B, tiles * tile, D)[:, :T]
-
-    shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
-    if x.shape[1] <= tile * shards:
-        return whole(x, weights)
-    if mesh is None:
-        return tiled(x, weights)
-    return jax.shard_map(tiled, mesh=mesh, in_specs=(ACTIVATIONS, P()), out_specs=ACTIVATIONS)(x, weights)
-
-
 class Transformer(nnx.Module):
     """Maps embedded tokens [B, T, D] to features [B, T, D]; token `i` sees what the mask lets it see.
 
     The sequence may stand in any order (zigzag for a balanced ring): positions and segments travel in the mask. On a
-    mesh the batch is split over "data" and the sequence over ("ring", "ulysses").
+    mesh the batch is split over "data" and the sequence over ("ring", "ulysses"); lengths that do not divide are padded
+    inside.
+
+    Raises:
+        UsageError: a mask that does not fit x, or a batch that does not divide by mesh.data.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -208,6 +177,7 @@ class Transformer(nnx.Module):
         self, x: Float[Array, "B T D"], mask: Mask, *, capacity: int, mesh: Mesh | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Returns the features of a prompt and a cache of `capacity` slots that begins with it."""
+        mask = checked(mask, x.shape[:2], x.shape[:2])
         cache = self.empty_cache(x.shape[0], capacity=capacity, mesh=mesh)
         x, kept = self._scan(x, mask, mesh, keep=True)
         return x, cache.with_prompt(kept, mask, mesh=mesh)
@@ -239,7 +209,7 @@ class Transformer(nnx.Module):
         """Returns the features of a few new tokens that see the cache and each other, and the cache with them
         written."""
         cache.check(position.shape[1])
-        now = Mask.causal(position, segment, window)
+        now = checked(Mask.causal(position, segment, window), x.shape[:2], x.shape[:2])
         graph, blocks = nnx.split(self.blocks)
         x, held = x.astype(self.config.compute_type), []
         for layer in range(self.config.layers):  # no scan: XLA copies what a scan takes in turn, here the cache
@@ -247,7 +217,7 @@ class Transformer(nnx.Module):
             # layers out of the stack at once, a copy of the model.
             index = layer + jnp.isnan(x[0, 0, 0]).astype(jnp.int32)
             block = nnx.merge(graph, at(blocks, index))
-            q, k, v = block.project(x, position)
+            q, k, v = block.project(x, now.q_position)
             attended, key_value = cache.attend(layer, q, k, v, now, mesh=mesh)
             x = block.finish(x, attended, mesh=None)
             held.append(key_value)
@@ -256,6 +226,11 @@ class Transformer(nnx.Module):
     def _scan(self, x: Array, mask: Mask, mesh: Mesh | None, *, keep: bool) -> tuple[Array, list[KeyValue]]:
         """Returns the features, and if asked the keys and values of each layer."""
         config, attentions = self.config, self.config.attentions(mesh)
+        mask, length = checked(mask, x.shape[:2], x.shape[:2]), x.shape[1]
+        if mesh is not None:
+            check_batch(x.shape[0], mesh)
+            padded = length + -length % (mesh.shape["ring"] * mesh.shape["ulysses"])
+            x, mask = pad(x, 1, padded), mask.padded(padded, padded)
         graph, blocks = nnx.split(self.blocks)
         fsdp = config.fsdp and mesh is not None
 
@@ -265,7 +240,8 @@ class Transformer(nnx.Module):
             q, k, v = block.project(x, mask.q_position)
             with jax.named_scope("attention"):
                 attended = attention(q, k, v, mask, config=attention_config, mesh=mesh)
-            return constrain(block.finish(x, attended, mesh), mesh), ((k, v) if keep else None)
+            kept = (k[:, :length], v[:, :length]) if keep else None
+            return constrain(block.finish(x, attended, mesh), mesh), kept
 
         device = None if mesh is None else mesh.devices.flat[0]
         layer = checkpointed(layer, config.remat, fsdp=fsdp, device=device, static_argnums=2)
@@ -279,7 +255,7 @@ class Transformer(nnx.Module):
 
         groups = jax.tree.map(lambda p: p.reshape(-1, len(attentions), *p.shape[1:]), blocks)
         x, kept = jax.lax.scan(group, constrain(x.astype(config.compute_type), mesh), groups)
-        x = rms_norm(x, self.norm[...])
+        x = rms_norm(x[:, :length], self.norm[...])
         if not keep:
             return x, []
         # kept: for each place in a group the keys and values of all groups.

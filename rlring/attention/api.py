@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -15,7 +16,7 @@ from rlring.attention.choose import choose_scheme
 from rlring.attention.dense import dense_attention
 from rlring.attention.kernels import KERNELS, make_kernel, platform_of
 from rlring.attention.local import local_attention
-from rlring.attention.mask import Mask
+from rlring.attention.mask import Mask, checked
 from rlring.attention.ring import ring_attention
 from rlring.attention.sparse import SparsePattern, check_mask, sparse_attention
 from rlring.attention.ulysses import check_heads, ulysses_attention
@@ -72,23 +73,27 @@ def attention(
 
     Arrays are global. On a mesh B is split over "data" and both T and S over ("ring", "ulysses"); lengths that do not
     divide are padded inside. Without a mesh everything runs on one device, whatever the scheme. With N > K each
-    key/value head serves N // K neighbouring query heads. A row that sees nothing is 0, and so is its gradient.
+    key/value head serves N // K neighbouring query heads. A row that sees nothing is 0, and so is its gradient; B, T
+    and S may be 0.
 
     Raises:
         UsageError: shapes that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel that
             cannot run on these devices.
     """
-    mask = checked(q, k, v, mask)
+    mask = check_arrays(q, k, v, mask)
     if config.scheme == "sparse":
         check_mask(mask)
-    if mesh is None:
-        local = config if config.scheme in ("dense", "sparse") else replace(config, scheme="blockwise")
-        return _on_shard(q, k, v, mask, config=local, platform=platform_of(jax.devices()[0]))
-    check_batch(q, mesh)
-    if config.scheme == "auto":
-        config = replace(config, scheme=_chosen(q, k, mesh))
-    _check_scheme(q, k, config, mesh)
-    return _on_mesh(q, k, v, mask, config=config, mesh=mesh)
+    if mesh is not None:
+        check_batch(q.shape[0], mesh)
+        if config.scheme == "auto":
+            config = replace(config, scheme=_chosen(q, k, mesh))
+        _check_scheme(q, k, config, mesh)
+    if q.size == 0 or k.size == 0:
+        return jnp.zeros_like(q)
+    if mesh is not None:
+        return _on_mesh(q, k, v, mask, config=config, mesh=mesh)
+    local = config if config.scheme in ("dense", "sparse") else replace(config, scheme="blockwise")
+    return _on_shard(q, k, v, mask, config=local, platform=platform_of(jax.devices()[0]))
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -146,13 +151,8 @@ def _blocks(config: AttentionConfig, platform: str, *, is_split: bool) -> Blocks
     return Blocks(config.block_q or default, config.block_k or default, config.scores)
 
 
-def checked(q, k, v, mask: Mask) -> Mask:
+def check_arrays(q, k, v, mask: Mask) -> Mask:
     """Returns the mask in int32; raises UsageError for arrays that do not fit each other."""
-    if not isinstance(mask, Mask):
-        raise UsageError(
-            f"attention needs an rlring.Mask; got {mask if mask is None else type(mask).__name__}. Where every token "
-            "sees every token it is Mask.full(position), where none sees a later one Mask.causal(position)."
-        )
     if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]):
         raise UsageError(
             f"attention needs q[B, T, N, H] and k, v[B, S, K, H]; got q{q.shape}, k{k.shape}, v{v.shape}. "
@@ -165,20 +165,18 @@ def checked(q, k, v, mask: Mask) -> Mask:
         )
     if not (q.dtype == k.dtype == v.dtype):
         raise UsageError(f"q, k and v share one type; got {q.dtype}, {k.dtype} and {v.dtype}. Cast them with .astype.")
-    return mask.checked(q.shape[:2], k.shape[:2])
+    return checked(mask, q.shape[:2], k.shape[:2])
 
 
-def check_batch(q, mesh: Mesh) -> None:
+def check_batch(batch: int, mesh: Mesh) -> None:
     """Raises UsageError for a mesh that is not ours, or over whose data axis the batch cannot be split."""
     if mesh.axis_names != AXES:
         raise UsageError(
             f"attention needs a mesh with the axes {AXES}; got {mesh.axis_names}. Make it with rlring.make_mesh."
         )
     data = mesh.shape["data"]
-    if q.shape[0] % data:
-        raise UsageError(
-            f"the batch is split over mesh.data={data} devices; got B={q.shape[0]}. Use a multiple of {data}."
-        )
+    if batch % data:
+        raise UsageError(f"the batch is split over mesh.data={data} devices; got B={batch}. Use a multiple of {data}.")
 
 
 def _chosen(q, k, mesh: Mesh) -> str:

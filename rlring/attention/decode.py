@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from rlring.attention import one_block
-from rlring.attention.api import check_batch, checked
+from rlring.attention.api import check_arrays, check_batch
 from rlring.attention.blocks import pad
 from rlring.attention.mask import Mask
 from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
@@ -39,10 +39,13 @@ def decode_attention(
     Raises:
         UsageError: shapes that do not fit each other, or the mesh.
     """
-    mask = checked(q, k, v, mask)
+    mask = check_arrays(q, k, v, mask)
+    if mesh is not None:
+        check_batch(q.shape[0], mesh)
+    if q.size == 0 or k.size == 0:
+        return jnp.zeros_like(q)
     if mesh is None:
         return _on_shard(q, k, v, mask, axes=())
-    check_batch(q, mesh)
     return _on_mesh(q, k, v, mask, mesh=mesh)
 
 
@@ -80,8 +83,8 @@ def attend(
     flat = rows.reshape(rows.shape[0], -1, rows.shape[3])
     out, lse = one_block.attend(flat, k, v, mask)  # there are few queries
     if axes:
-        # softmax.merge() of all devices' parts at once.
-        top = lax.pmax(lse, axes)
+        # softmax.merge() of all devices' parts at once. The greatest cancels, and has no gradient.
+        top = lax.pmax(lax.stop_gradient(lse), axes)
         weight = jnp.exp(lse - finite_lse(top))
         total = lax.psum(weight, axes)
         out = lax.psum(out * weight[..., None], axes) / jnp.where(total == 0.0, 1.0, total)[..., None]

@@ -86,23 +86,6 @@ class Mask:
             seen &= is_within(q_position, k_position, self.window)
         return seen
 
-    def checked(self, queries: tuple[int, ...], keys: tuple[int, ...]) -> "Mask":
-        """Returns the mask in int32.
-
-        Raises:
-            UsageError: arrays that are not [B, T] of queries and [B, S] of keys, or whose type has numbers that int32
-                does not hold: floats, booleans, and int64 or uint32 (of NumPy only where there are such numbers).
-        """
-        names = ("q_position", "q_segment", "k_position", "k_segment")
-        mask = replace(self, **{name: _as_int32(name, getattr(self, name)) for name in names})
-        shapes = tuple(getattr(mask, name).shape for name in names)
-        if shapes != (queries, queries, keys, keys):
-            raise UsageError(
-                f"the mask needs q_position and q_segment {queries}, k_position and k_segment {keys}; got "
-                f"{shapes[0]}, {shapes[1]}, {shapes[2]}, {shapes[3]}. Broadcast positions over the batch."
-            )
-        return mask
-
     def block(self, q_start, q_size: int, k_start, k_size: int) -> "Mask":
         """Returns the mask of q_size queries from q_start and k_size keys from k_start; starts may be traced."""
         return replace(
@@ -169,6 +152,29 @@ class Mask:
         if self.window is not None:
             seen &= is_within(q.high_position, k.low_position, self.window)
         return seen.all(0)
+
+
+def checked(mask: Mask, queries: tuple[int, ...], keys: tuple[int, ...]) -> Mask:
+    """Returns the mask in int32.
+
+    Raises:
+        UsageError: no Mask; or arrays that are not [B, T] of queries and [B, S] of keys, or whose type has numbers that
+            int32 does not hold: floats, booleans, and int64 or uint32 (of NumPy only where there are such numbers).
+    """
+    if not isinstance(mask, Mask):
+        raise UsageError(
+            f"attention needs an rlring.Mask; got {mask if mask is None else type(mask).__name__}. Where every token "
+            "sees every token it is Mask.full(position), where none sees a later one Mask.causal(position)."
+        )
+    names = ("q_position", "q_segment", "k_position", "k_segment")
+    mask = replace(mask, **{name: _as_int32(name, getattr(mask, name)) for name in names})
+    shapes = tuple(getattr(mask, name).shape for name in names)
+    if shapes != (queries, queries, keys, keys):
+        raise UsageError(
+            f"the mask needs q_position and q_segment {queries}, k_position and k_segment {keys}; got "
+            f"{shapes[0]}, {shapes[1]}, {shapes[2]}, {shapes[3]}. Broadcast positions over the batch."
+        )
+    return mask
 
 
 def is_within(q_position: Int32[Array, "..."], k_position: Int32[Array, "..."], window: int) -> Bool[Array, "..."]:

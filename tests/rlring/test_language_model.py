@@ -78,6 +78,22 @@ def test_the_same_losses(reference, mesh, fsdp, remat, accumulate):
     np.testing.assert_allclose(losses(model, mesh, accumulate=accumulate), reference, rtol=1e-5)
 
 
+@pytest.mark.parametrize("length", [0, 13])
+def test_lengths_that_a_mesh_does_not_divide(length):
+    """Of one step, and of the losses alone, which takes tokens that were not padded."""
+    model = config(layers=1)
+    text = np.random.default_rng(0).integers(0, VOCABULARY, (4, length + 1), dtype=np.int32)
+
+    def loss(mesh):
+        init, step = Training(model, mesh=mesh).jitted()
+        return float(step(init(), *laid_out(text, mesh=mesh))[1])
+
+    assert loss(make_mesh(**MESHES[-1])) == pytest.approx(loss(None), rel=1e-6)
+    network = LanguageModel(model, rngs=nnx.Rngs(0))
+    one, many = (network.loss(text[:, :-1], text[:, 1:], mesh=mesh) for mesh in (None, make_mesh(ring=4)))
+    np.testing.assert_allclose(many, one, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_same_losses_with_a_tied_head(reference):
     found = [losses(config(is_tied=True, fsdp=True), mesh) for mesh in (None, MESHES[-1])]

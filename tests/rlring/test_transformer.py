@@ -1,7 +1,10 @@
 """The Transformer: sharding changes nothing, and decoding step by step equals one full pass."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -90,6 +93,42 @@ def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat
         assert abs(got - want) < 1e-6
         for leaf, want_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
             assert relative(leaf, want_leaf) < 2e-5
+
+
+@pytest.mark.parametrize("length", [0, 13])
+def test_lengths_that_a_mesh_does_not_divide(length):
+    """Features, gradients, and the cache that begins with such a prompt."""
+    model, x, position = make("hybrid", layers=1), *tokens(length=length)
+    mesh = make_mesh(ring=2, ulysses=2)
+
+    def run(x, mesh):
+        features = model(x, Mask.causal(position), mesh=mesh)
+        _, cache = model.prefill(x, Mask.causal(position), capacity=16, mesh=mesh)
+        new = jnp.full_like(position, length, shape=(2, 1))
+        decoded, _ = model.decode(jnp.ones((2, 1, 32)), new, jnp.zeros_like(new), cache, mesh=mesh)
+        return jnp.sum(jnp.sin(features)) + jnp.sum(jnp.sin(decoded)), (features, decoded)
+
+    one, many = (jax.jit(jax.grad(partial(run, mesh=m), has_aux=True))(x) for m in (None, mesh))
+    for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_what_does_not_fit_is_refused():
+    model, x, position = make(), *tokens(length=4)
+    for run in (model, partial(model.prefill, capacity=8)):
+        with pytest.raises(UsageError, match=r"needs an rlring.Mask; got None. Where every token sees .* Mask.full"):
+            run(x, None)
+        with pytest.raises(UsageError, match=r"the mask needs q_position and q_segment \(2, 4\)"):
+            run(x, Mask.causal(position[:, :3]))
+        with pytest.raises(UsageError, match=r"the batch is split over mesh.data=4 devices; got B=2"):
+            run(x, Mask.causal(position), mesh=make_mesh(data=4))
+    cache = model.empty_cache(2, capacity=8)
+    with pytest.raises(UsageError, match=r"the mask's q_position is an array .* int32 holds; got float32"):
+        model.decode(x, position.astype(jnp.float32), position, cache)
+    with pytest.raises(UsageError, match=r"the batch is split over mesh.data=4 devices; got B=2"):
+        model.empty_cache(2, capacity=8, mesh=make_mesh(data=4))
+    with pytest.raises(UsageError, match=r"a cache holds at least one token; got capacity=0"):
+        model.empty_cache(2, capacity=0)
 
 
 def test_heads_that_do_not_divide_are_refused():

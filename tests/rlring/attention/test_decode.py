@@ -1,6 +1,7 @@
 """decode.py: a few queries against a cache equal the last rows of the whole, however the cache is split."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,22 @@ def test_empty_cache_gives_zero(mesh):
     now = replace(mask, q_position=mask.q_position[:, :1], q_segment=mask.q_segment[:, :1] * 0)
     out = decode_attention(q[:, :1], k, v, now, mesh=make_mesh(**mesh) if mesh else None)
     np.testing.assert_array_equal(out, np.zeros((2, 1, 4, 8)))
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:4], ids=str)
+def test_gradients_on_a_mesh(mesh):
+    """Also of a row that sees nothing."""
+    q, k, v, mask = cache(window=9)
+    few = slice(7, 10)
+    segment = mask.q_segment[:, few].at[0, 1].set(-1)
+    now = replace(mask, q_position=mask.q_position[:, few], q_segment=segment)
+
+    def gradients(attend):
+        return jax.jit(jax.grad(lambda q, k, v: (attend(q, k, v, now) ** 2).sum(), argnums=(0, 1, 2)))(q[:, few], k, v)
+
+    expected = gradients(partial(attention, config=AttentionConfig("dense")))
+    for got, want in zip(gradients(partial(decode_attention, mesh=make_mesh(**mesh))), expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-6)
 
 
 def test_refusals():

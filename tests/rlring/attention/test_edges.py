@@ -1,6 +1,7 @@
 """Masks at their edges, in any scheme: single tokens, other types, the ends of int32, and what is no mask."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -121,3 +122,20 @@ def test_positions_at_the_ends_of_int32(scheme, is_causal):
         mask = Mask(*(x.astype(np.int32) for x in (position, position, segment, segment)), is_causal, window)
         expected = jnp.einsum("bnts,bsnh->btnh", weights, v)
         np.testing.assert_allclose(run(scheme, q, k, v, mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["dense", "blockwise", *MESHES])
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_nothing_to_attend_to(scheme, batch, queries, keys):
+    q, k, v = (x[:batch] for x in inputs(queries, keys))
+    mask = Mask(zeros(queries)[:batch], zeros(keys)[:batch], zeros(queries)[:batch], zeros(keys)[:batch])
+    mesh = make_mesh(**MESHES[scheme]) if scheme in MESHES else None
+    for attend in (partial(attention, config=AttentionConfig(scheme)), decode_attention):
+
+        def loss(q, k, v, attend=attend):
+            out = attend(q, k, v, mask, mesh=mesh)
+            return out.sum(), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        for got, like in zip((out, *gradients), (q, q, k, v), strict=True):
+            np.testing.assert_array_equal(got, np.zeros(like.shape))
