@@ -1,29 +1,66 @@
 """Going on with a run: whether a config may, and what the run keeps from its beginning (docs/identity.md)."""
 
+import json
 from pathlib import Path
 
+import jax
+
 from agents.checkpoint import Checkpoints, Meta
-from agents.cli import ConfigError
+from agents.cli import ConfigError, Diverged
 from agents.config import Config, load
 from agents.identity import differing, lengthened, run_settings
 from agents.results import merged, say_note
+from data.atomic_file import write_text
+
+DIVERGED = "diverged.json"  # in the folder of a run whose numbers ended
 
 
-def check_folder(folder: Path, config: Config, *, resume: bool) -> None:
-    """ConfigError when the folder of a run is there and must not be written by this one."""
+def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
+    """Returns whether a run that diverged stands where this one, of other settings, starts over (`set_aside`).
+
+    ConfigError when another run is there, which must not be written by this one.
+    """
     if not (folder / "config.json").exists():
-        return
+        return False
+    changed = differing_settings(folder, config)
+    if changed and (folder / DIVERGED).exists():
+        return True
+    if not resume and (folder / DIVERGED).exists():
+        raise ConfigError(
+            f"{folder} holds a run with these settings, which diverged. Lower optimizer.learning_rate or raise "
+            "optimizer.warmup to start over, or add --resume to try again from its last checkpoint."
+        )
     if not resume:
         raise ConfigError(
             f"{folder} already holds a run. Add --resume to continue it, choose another with name=..., "
             "or delete the folder."
         )
-    changed = differing_settings(folder, config)
     if changed:
         raise ConfigError(
             f"{folder} was trained with other settings: {', '.join(changed[:4])}. "
             "Resume with the same config, or choose another name."
         )
+    return False
+
+
+def diverged(folder: Path, what: str, *, update: int, saved: int) -> Diverged:
+    """Marks the run as one that diverged, and returns the error that tells so."""
+    if jax.process_index() == 0:
+        write_text(folder / DIVERGED, json.dumps({"update": update, "what": what}) + "\n")
+    last = f"its last good checkpoint is of update {saved}" if saved else "it has no checkpoint yet"
+    return Diverged(
+        f"{what} is not a number after update {update} of {folder}. Lower optimizer.learning_rate or raise "
+        f"optimizer.warmup, and run the same command again: the run starts over ({last})."
+    )
+
+
+def set_aside(folder: Path) -> None:
+    """Frees the folder of a run that diverged: it is kept under another name."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.diverged-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    say_note(f"{folder} had diverged; it is kept as {aside}, and the run starts over.")
 
 
 def differing_settings(folder: Path, config: Config) -> list[str]:

@@ -21,7 +21,7 @@ from agents.batches import batches
 from agents.checkpoint import Checkpoints, Meta, read_metrics, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, load
-from agents.continuation import check_folder, continued, newest, note_changes
+from agents.continuation import DIVERGED, check_folder, continued, diverged, newest, note_changes, set_aside
 from agents.datasets import open_stores
 from agents.identity import records
 from agents.kinds import make_agent
@@ -42,16 +42,19 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
 
     Batches, losses and weights are functions of the config alone, so a run that was killed and resumed logs the very
     losses of one that was not, and one of several processes those of one process; on another mesh they differ by
-    rounding. Raises ConfigError when the folder holds another run, FloatingPointError at the first loss that is no
-    number.
+    rounding. Raises ConfigError when the folder holds another run, Diverged (a
+    FloatingPointError) at the first loss or weight that is no number.
     """
     folder = RUNS / config.name
-    check_folder(folder, config, resume=resume)
+    starts_over = check_folder(folder, config, resume=resume)
     check_wandb(config.wandb)
     request_cpu_devices(-(-config.mesh.devices // processes()))
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
     check_processes(mesh)
     is_first = jax.process_index() == 0
+    if starts_over and is_first:
+        set_aside(folder)
+    wait_for_all("a free folder")
     first, before = newest(folder)
     if first > config.train.updates:
         raise ConfigError(
@@ -116,6 +119,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
                     break
         if done < config.train.updates:
             raise KeyboardInterrupt
+    (folder / DIVERGED).unlink(missing_ok=True)
     return folder
 
 
@@ -162,12 +166,9 @@ def peak_bytes() -> int:
 
 
 def _refuse_nan(values: dict[str, float], done: int, folder: Path, saved: int) -> None:
-    if not all(math.isfinite(value) for value in values.values()):
-        bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-        raise FloatingPointError(
-            f"{bad} is not a number after update {done} of {folder}. Lower optimizer.learning_rate or raise "
-            f"optimizer.warmup; the last good checkpoint is of update {saved}."
-        )
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise diverged(folder, ", ".join(bad), update=done, saved=saved)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -198,10 +199,7 @@ def main(argv: Sequence[str]) -> int:
             )
         elif arguments.processes is not None or arguments.process is not None:
             raise UsageError("--processes and --process go with --cluster HOST:PORT. Add it, or leave them out.")
-        try:
-            folder = train(config, resume=arguments.resume)
-        except FloatingPointError as error:
-            raise ConfigError(str(error)) from None
+        folder = train(config, resume=arguments.resume)
         lines = read_metrics(folder / "metrics.jsonl") if jax.process_index() == 0 else []
         if lines:
             last = lines[-1]

@@ -64,8 +64,9 @@ def make_update(
         else:
             metrics, gradients = accumulated(params, batch)
         changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        metrics = metrics | {"gradient/global_norm": optax.global_norm(gradients)}
-        return (optax.apply_updates(params, changes), optimizer_state), metrics
+        params = optax.apply_updates(params, changes)
+        norms = {"gradient/global_norm": optax.global_norm(gradients), "weights/global_norm": optax.global_norm(params)}
+        return (params, optimizer_state), metrics | norms
 
     if mesh is None or sharding is None:
         return jax.jit(update, donate_argnums=0)

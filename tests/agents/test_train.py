@@ -264,6 +264,26 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, dataset, tmp_path):
         train(tiny(f'data.stores=["{broken}"]'), progress=False)
 
 
+def test_what_is_advised_after_a_run_diverged_works(write_config, capsys):
+    """Weights that are no numbers are never kept as a checkpoint, and other settings start the run over."""
+    wild = [str(write_config), "optimizer.learning_rate=1e30", "optimizer.warmup=0", "train.checkpoint_every=1"]
+    assert main(wild) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: weights/global_norm is not a number after update 1 of runs/tiny. Lower optimizer.")
+    with Checkpoints(Path("runs/tiny")) as checkpoints:
+        assert checkpoints.latest() is None
+    assert main(wild) == 2
+    assert "runs/tiny holds a run with these settings, which diverged. Lower" in capsys.readouterr().err
+    assert main([*wild, "--resume"]) == 2
+    assert "is not a number after update 1" in capsys.readouterr().err
+    assert main([*wild, "optimizer.learning_rate=1e-3"]) == 0
+    assert "runs/tiny had diverged; it is kept as runs/tiny.diverged-1" in capsys.readouterr().err
+    assert not Path("runs/tiny/diverged.json").exists()
+    assert Path("runs/tiny.diverged-1/diverged.json").exists()
+    assert main([*wild, "--resume"]) == 2  # a run that is whole is not touched
+    assert "runs/tiny was trained with other settings: optimizer.learning_rate" in capsys.readouterr().err
+
+
 def test_the_command_line_answers_with_one_line(write_config, capsys):
     assert main([str(write_config), "train.updats=1"]) == 2
     error = capsys.readouterr().err
