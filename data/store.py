@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from data.errors import DataError
-from data.store_file import Stamp, open_store
+from data.store_file import Stamp, check_unchanged, open_store
 from data.trajectory import Trajectory
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -189,6 +189,7 @@ class TrajectoryStore:
                 file.close()
                 raise DataError(f"{self.path} was replaced by another store while in use; open it again")
             self._file, self._owner = file, os.getpid()
+        check_unchanged(self._file, self.path, self._stamp)
         return self._file[field]
 
     def __getstate__(self) -> dict[str, object]:

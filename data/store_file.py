@@ -37,6 +37,12 @@ class Stamp(NamedTuple):
     size: int
     modified_ns: int
 
+    @classmethod
+    def of(cls, file: h5py.File | Path) -> "Stamp":
+        """Returns the stamp of an open file, which another may have replaced at its path, or of the one at a path."""
+        status = file.stat() if isinstance(file, Path) else os.fstat(file.id.get_vfd_handle())
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
 
 def seal(file: BinaryIO) -> None:
     """Writes the head of a file that is otherwise whole, and open for reading and writing."""
@@ -57,12 +63,21 @@ def open_store(path: Path, *, verified: Stamp | None = None) -> tuple[h5py.File,
             f"no store at {path}: it {what}; build one with "
             f"`python -m data.build --exorl FOLDER --task TASK --out {path}`"
         )
-    status = path.stat()
-    stamp = Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    stamp = Stamp.of(path)
     if stamp != verified:
         _verify(path, stamp)
     # No locks: a store is never changed, only replaced as a whole, and some network file systems have none.
-    return h5py.File(path, "r", locking=False), stamp
+    file = h5py.File(path, "r", locking=False)
+    check_unchanged(file, path, stamp)
+    return file, stamp
+
+
+def check_unchanged(file: h5py.File, path: Path, stamp: Stamp) -> None:
+    """DataError when an open file was written to since: where it was cut off, the HDF5 library would read zeros."""
+    if Stamp.of(file) != stamp:
+        raise DataError(
+            f"{path} was changed while in use; open it again, or build it again with `python -m data.build`"
+        )
 
 
 def check_own(path: Path) -> None:

@@ -270,3 +270,22 @@ def test_a_replaced_store_is_noticed(tmp_path):
     write(tmp_path / "s.h5", [2, 2])
     with pytest.raises(DataError, match="was replaced by another store while in use; open it again"):
         store.column("reward")
+
+
+def test_a_store_cut_off_while_in_use_is_noticed(tmp_path):
+    """HDF5 reads zeros where an open file has ended."""
+    store = write(tmp_path / "s.h5", [1000] * 20)
+    store.rows("reward", slice(0, 3))
+    os.truncate(store.path, 3000)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"s.h5 was changed while in use; open it again"):
+            store.column("observation")
+    with pytest.raises(DataError, match=r"s.h5 is damaged or cut off"):
+        TrajectoryStore.open(store.path)
+
+
+def test_a_store_deleted_while_in_use_is_still_read(tmp_path):
+    store = write(tmp_path / "s.h5")
+    store.rows("reward", slice(0, 3))
+    store.path.unlink()
+    assert len(store.column("reward")) == 9
