@@ -10,6 +10,7 @@ from agents.config_file import merge as merge
 from agents.config_file import parse_override as parse_override
 from agents.config_file import validate as validate
 from agents.section import Count, Fraction, Positive, Return, RunName, Section, Seed, Share, Size, Text, Whole
+from rlring import AttentionConfig, SparsePattern, TransformerConfig
 
 
 class CollectConfig(Section):
@@ -126,6 +127,13 @@ class AttentionSection(Section):
             )
         return self
 
+    def made(self, *, sharded: bool) -> AttentionConfig:
+        """Returns the library's own: on one device a ring is blockwise attention."""
+        own = self.model_dump(exclude={"scheme", "sparse"})
+        if self.sparse is not None:
+            return AttentionConfig(scheme="sparse", sparse=SparsePattern(**self.sparse.model_dump()), **own)
+        return AttentionConfig(scheme=self.scheme if sharded else "blockwise", **own)
+
 
 class MeshConfig(Section):
     """Devices along each mesh axis; their product is the number of devices used."""
@@ -220,6 +228,14 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def model_can_be_made(self) -> "Config":
+        if self.agent.kind != "bc":
+            TransformerConfig(
+                **self.model.shape(rope_fraction=0.0), attention=self.attention.made(sharded=self.mesh.devices > 1)
+            )
+        return self
 
     @model_validator(mode="after")
     def scheme_fits_mesh(self) -> "Config":

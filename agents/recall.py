@@ -32,7 +32,7 @@ from agents.config_file import dump, load
 from agents.optimizer import schedule
 from agents.section import Count, RunName, Section, Seed
 from data.atomic_file import write_text
-from rlring import AttentionConfig, TransformerConfig, make_mesh, request_cpu_devices
+from rlring import TransformerConfig, make_mesh, request_cpu_devices
 from rlring.language_model import NO_TARGET, LanguageModel, LanguageModelConfig, Training, laid_out, positions
 
 RUNS = Path("runs")
@@ -108,9 +108,8 @@ def _text(random: np.random.Generator, lines: int) -> np.ndarray:
 def training(config: RecallConfig) -> Training:
     """Returns the model of a config, its optimizer, and the mesh that it is trained on."""
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
-    attention = config.attention.model_dump(exclude={"sparse", "scheme"})
-    scheme = config.attention.scheme if mesh is not None else "blockwise"
-    shape = TransformerConfig(**config.model.shape(rope_fraction=1.0), attention=AttentionConfig(scheme, **attention))
+    attention = config.attention.made(sharded=mesh is not None)
+    shape = TransformerConfig(**config.model.shape(rope_fraction=1.0), attention=attention)
     own = config.optimizer
     rate = schedule(own, config.train.updates)
     optimizer = optax.chain(

@@ -15,7 +15,7 @@ from agents.config import Config
 from agents.gaussian import Gaussian, GaussianHead, action_loss
 from agents.tokens import ROPE_FRACTION, TOKENS_PER_MOMENT, Moments, Tokenizer
 from data import ChainBatch
-from rlring import AttentionConfig, KVCache, Mask, SparsePattern, Transformer, TransformerConfig, zigzag_order
+from rlring import AttentionConfig, KVCache, Mask, Transformer, TransformerConfig, zigzag_order
 from rlring.sharding import SMALLEST_SPLIT, STACKED, gathered
 
 SHORTEST_ZIGZAG = 256  # tokens a device; below, zigzag was measured slower than the natural order (1.35x)
@@ -61,15 +61,7 @@ class ReturnConditionedAgent:
         self.action_size = action_size
         self.observation_size = len(scales.observation_mean)
         self.shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
-        sharded, sparse = mesh is not None and mesh.size > 1, config.attention.sparse
-        attention = AttentionConfig(
-            # A ring on one device is blockwise attention.
-            scheme=config.attention.scheme if sharded or sparse else "blockwise",
-            block_q=config.attention.block_q,
-            block_k=config.attention.block_k,
-            kernel=config.attention.kernel,
-            sparse=None if sparse is None else SparsePattern(**sparse.model_dump()),
-        )
+        attention = config.attention.made(sharded=mesh is not None and mesh.size > 1)
 
         def network(key: Array) -> Network:
             return Network(config, scales, action_size, episode_steps, attention, rngs=nnx.Rngs(key))

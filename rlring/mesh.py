@@ -19,6 +19,7 @@ SEQUENCE_AXES = ("ring", "ulysses")  # ulysses innermost: it wants the fast link
 # over the whole side: with the mesh that JAX makes, no hop of a ring was hidden there (compiled with libtpu 0.0.52).
 _STRAIGHT_ONLY = ("TPU v5 lite", "TPU v5e")
 
+MOST_CPU_DEVICES = 4096  # 2,048 start in seconds, 32,768 not within minutes
 _CPU_FLAGS = {
     # A virtual CPU device that is busy with a long hop looks stuck to XLA, which aborts the process after 40 s.
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
@@ -146,8 +147,13 @@ def request_cpu_devices(count: int) -> None:
     nothing. What the user put into XLA_FLAGS stays. A no-op once JAX is up with enough devices.
 
     Raises:
-        UsageError: JAX is up already and sees fewer devices.
+        UsageError: JAX is up already and sees fewer devices, or no process could start so many.
     """
+    if count > MOST_CPU_DEVICES:
+        raise UsageError(
+            f"{count} devices of one process were asked for; at most {MOST_CPU_DEVICES} virtual CPU devices start in "
+            "reasonable time. Use a smaller mesh, or more processes."
+        )
     try:
         jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
     except RuntimeError as backend_is_up:

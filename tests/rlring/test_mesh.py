@@ -84,3 +84,8 @@ def test_request_keeps_the_users_flags():
     assert flags.count(flag) == 1
     assert [f for f in flags if "terminate_timeout" in f] == [flag]
     assert "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300" in flags
+
+
+def test_more_virtual_devices_than_ever_start_are_refused():
+    with pytest.raises(UsageError, match=r"1048576 devices of one process were asked for; at most 4096"):
+        request_cpu_devices(2**20)
