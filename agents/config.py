@@ -10,6 +10,7 @@ from agents.config_file import merge as merge
 from agents.config_file import parse_override as parse_override
 from agents.config_file import validate as validate
 from agents.section import Count, Fraction, Positive, Return, RunName, Section, Seed, Share, Size, Text, Whole
+from data.tasks import goal_task
 from rlring import AttentionConfig, SparsePattern, TransformerConfig
 
 
@@ -238,6 +239,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def foreign_needs_a_goal(self) -> "Config":
+        if self.evaluate.foreign and not any(goal_task(task) for task in self.data.tasks):
+            raise ValueError(
+                f"evaluate.foreign takes contexts of another goal, and {', '.join(self.data.tasks)} hides none; "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def scheme_fits_mesh(self) -> "Config":
         """Checked here and not only by the library, so that nothing is collected for a run that cannot start."""
         scheme, mesh = self.attention.scheme, self.mesh
@@ -285,13 +295,31 @@ class SweepConfig(Section):
     baseline: bool = True
     """Draw the oracle, where the task has one."""
 
-    def configs(self) -> list[Config]:
-        """Returns the training runs, an agent after the other, a seed after the other."""
-        configs = []
+    @model_validator(mode="after")
+    def names_and_seeds_are_the_sweeps_own(self) -> "SweepConfig":
+        for place, settings in {
+            "shared": self.shared,
+            **{f"runs.{name}": own for name, own in self.runs.items()},
+        }.items():
+            for key, instead in (("seed", "seeds=[...]"), ("name", "name"), ("series", "name")):
+                if key in settings:
+                    raise ValueError(f"{place}.{key} would be that of every run; a sweep has {instead} for it")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} names one twice; it would be trained once and count twice")
+        if "oracle" in self.runs:
+            raise ValueError("runs.oracle: the plot draws its ceiling under this name; choose another")
+        return self
+
+    def arms(self) -> list[tuple[str, Config]]:
+        """Returns the training runs with the name of their agent, an agent after the other, a seed after the other."""
+        arms = []
         for agent, own in self.runs.items():
             for seed in self.seeds:
                 settings = merge(merge({}, self.shared), own)
-                settings["name"] = f"{self.name}/{agent}-{seed}"
-                settings.setdefault("seed", seed)
-                configs.append(validate(Config, settings, source=f"runs.{agent}"))
-        return configs
+                settings |= {"name": f"{self.name}/{agent}-{seed}", "series": f"{self.name}/{agent}", "seed": seed}
+                arms.append((agent, validate(Config, settings, source=f"runs.{agent}")))
+        return arms
+
+    def configs(self) -> list[Config]:
+        """Returns the training runs alone."""
+        return [config for _, config in self.arms()]

@@ -8,7 +8,7 @@ import jax
 from agents.checkpoint import Checkpoints, Meta
 from agents.cli import ConfigError, Diverged
 from agents.config import Config, load
-from agents.identity import differing, lengthened, run_settings
+from agents.identity import differing_runs, lengthened
 from agents.results import merged, say_note
 from data.atomic_file import write_text
 
@@ -65,7 +65,7 @@ def set_aside(folder: Path) -> None:
 
 def differing_settings(folder: Path, config: Config) -> list[str]:
     """Returns, in words, the settings that belong to a run and that this config changes."""
-    return differing(run_settings(load(Config, folder / "config.json")), run_settings(config))
+    return differing_runs(load(Config, folder / "config.json"), config)
 
 
 def newest(folder: Path) -> tuple[int, Meta | None]:
@@ -80,14 +80,13 @@ def newest(folder: Path) -> tuple[int, Meta | None]:
 def continued(meta: Meta, before: Meta | None, config: Config) -> Meta:
     """Returns `meta` with what a run keeps from its beginning: its scales and targets, all versions that it was trained
     with and all totals that it was trained towards."""
-    decays = config.optimizer.schedule != "constant"
     if before is None:
-        return meta._replace(updates=[config.train.updates])
+        return meta._replace(updates=lengthened([], config))
     return meta._replace(
         scales=before.scales,
         targets=before.targets,
         versions=merged([before.versions, meta.versions]),
-        updates=lengthened(before.updates, config.train.updates, decays=decays),
+        updates=lengthened(before.updates, config),
     )
 
 

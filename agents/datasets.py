@@ -16,16 +16,9 @@ def open_stores(config: DataConfig, *, owner: Path | None = None, kept: Stores |
     kept: the stores that the run `owner` learnt from. What stands in their place must be the same, and nothing is
     written over; ConfigError when it is not.
     """
-    kept = kept or {}
-    check_existing(config, owner or Path(), kept)
-    there = all(task in kept and Path(path).exists() for task, path in zip(config.tasks, config.stores, strict=True))
-    if config.collect is not None and not there:
-        prepare(config)
-    stores = []
-    for task, path in zip(config.tasks, config.stores, strict=True):
-        check_there(config, task, path, f"; {owner} learnt from {kept[task]['path']}" if task in kept else "")
-        stores.append(TrajectoryStore.open(path, task=task))
-    check_stores(owner or Path(), kept, stores)
+    prepare(config, owner=owner, kept=kept)
+    stores = [TrajectoryStore.open(path, task=task) for task, path in zip(config.tasks, config.stores, strict=True)]
+    check_stores(owner or Path(), kept or {}, stores)
     sizes = {(store.observation_size, store.action_size) for store in stores}
     if len(sizes) > 1:
         raise ConfigError(
@@ -40,21 +33,25 @@ def check_existing(config: DataConfig, owner: Path, kept: Stores) -> None:
     check_stores(owner, kept, [TrajectoryStore.open(path, task) for task, path in places if Path(path).exists()])
 
 
-def prepare(config: DataConfig) -> None:
+def prepare(config: DataConfig, *, owner: Path | None = None, kept: Stores | None = None) -> None:
     """Collects the episodes and builds the stores that are not there yet, where the config says how. DataError when a
-    store is missing and the config does not."""
+    store is missing and the config does not; `kept` as for `open_stores`."""
     from data.build import build
     from data.collect import collect
 
-    recipe = config.collect
+    kept = kept or {}
+    check_existing(config, owner or Path(), kept)
+    recipe, places = config.collect, list(zip(config.tasks, config.stores, strict=True))
     if recipe is None:
-        for task, path in zip(config.tasks, config.stores, strict=True):
-            check_there(config, task, path)
+        for task, path in places:
+            check_there(config, task, path, f"; {owner} learnt from {kept[task]['path']}" if task in kept else "")
+        return
+    if all(task in kept and Path(path).exists() for task, path in places):
         return
     task = goal_task(config.tasks[0])
     collected_on = config.tasks[0] if task is None else task.collected_on
     collect(collected_on, recipe.policy, recipe.episodes, recipe.seed, Path(config.episodes), workers=recipe.workers)
-    for task, path in zip(config.tasks, config.stores, strict=True):
+    for task, path in places:
         build(Path(config.episodes), task, Path(path), workers=recipe.workers)
 
 

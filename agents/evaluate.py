@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,28 +18,18 @@ from agents.agent import Agent, Memory, Now, Params
 from agents.checkpoint import Checkpoints, Meta, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, load
+from agents.datasets import check_existing
+from agents.episodes import Condition, conditions, is_complete
+from agents.goals import foreign_goals, group_id, held_out_goals
+from agents.identity import Settings, check_trained, notable, result_settings, settings_id
 from agents.kinds import make_agent
 from agents.prompts import context_tokens, laid_out
 from agents.results import Result, append_results, read_results
 from agents.statistics import summarize, write_summary
-from agents.worlds import evaluate_worlds, is_map
+from agents.worlds import evaluate_worlds
 from data import ChainBatch, ChainSampler, DataError, TrajectoryStore
 from data.dmc import EnvironmentBatch
-from data.tasks import goal_task
 from rlring import make_mesh, request_cpu_devices
-
-GROUPS_OF_A_SEED = 1_000_000
-
-
-class Condition(NamedTuple):
-    """One context under which an agent is evaluated."""
-
-    task: str
-    mode: str
-    trajectories: int
-    context: str
-    """own, foreign (of another goal), or none."""
-    episodes: int
 
 
 class Loaded(NamedTuple):
@@ -51,16 +41,39 @@ class Loaded(NamedTuple):
     meta: Meta
     step: int
 
+    @property
+    def settings(self) -> Settings:
+        """What its results are made with."""
+        return result_settings(self.config, self.meta.stores, self.meta.updates)
+
+
+class Evaluation(NamedTuple):
+    """new: how many episodes were played. results: all of these settings and this checkpoint, those of before too."""
+
+    new: int
+    results: list[Result]
+
 
 def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> int:
     """Appends a line an episode to `<folder>/results.jsonl` and returns how many were new. Conditions that are there
-    already, of the same checkpoint and seed, are not run again; a half-written one is.
+    already, of the same checkpoint and settings, are not run again; a half-written one is.
     """
+    return evaluation(folder, overrides, progress=progress).new
+
+
+def evaluation(folder: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> Evaluation:
+    """`evaluate`, and what it measured with these settings so far."""
     loaded = load_agent(folder, overrides)
-    config = loaded.config
+    config, made_with = loaded.config, settings_id(loaded.settings)
+    check_existing(config.data, folder, loaded.meta.stores)
     path = folder / "results.jsonl"
-    before = read_results(path) if path.exists() else []
-    todo = [condition for condition in conditions(config) if not is_complete(before, condition, loaded)]
+
+    def measured() -> list[Result]:
+        found = read_results(path) if path.exists() else []
+        return [r for r in found if (r.settings_id, r.checkpoint_step) == (made_with, loaded.step)]
+
+    before = measured()
+    todo = [condition for condition in conditions(config) if not is_complete(before, condition, config)]
     bar = tqdm(total=len(todo), desc=f"{config.name}: evaluate", unit="context", disable=not (progress and todo))
     new = 0
     act, start = jax.jit(loaded.agent.act, donate_argnums=1), jax.jit(loaded.agent.start, static_argnums=2)
@@ -74,9 +87,8 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = Tr
         bar.update()
     bar.close()
     made = partial(Result, **common(loaded))
-    return new + evaluate_worlds(
-        loaded, path, before, made, first_group=group_id(config.evaluate.seed, 0), progress=progress
-    )
+    new += evaluate_worlds(loaded, path, before, made, first_group=group_id(config.evaluate.seed, 0), progress=progress)
+    return Evaluation(new, measured() if new else before)
 
 
 def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -92,28 +104,13 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.latest()
         meta = checkpoints.meta(step)
+        check_trained(folder, meta.config, config)
         agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
         like = jax.eval_shape(agent.init, jax.random.key(0))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
         # The state of training is (weights, optimizer state).
         params = checkpoints.restore(like, sharding, part="0.", step=step)
         return Loaded(config, agent, params, meta, step)
-
-
-def conditions(config: Config) -> Iterator[Condition]:
-    """Yields every context that a config asks for."""
-    own = config.evaluate
-    for task in config.data.tasks:
-        if is_map(task):
-            continue  # `agents.worlds`
-        if "prompted" in own.modes:
-            for trajectories in own.contexts:
-                context = "own" if trajectories else "none"
-                yield Condition(task, "prompted", trajectories, context, own.episodes)
-                if own.foreign and trajectories and goal_task(task) is not None:
-                    yield Condition(task, "prompted", trajectories, "foreign", own.episodes)
-        if "self" in own.modes:
-            yield Condition(task, "self", 0, "none", own.self_episodes)
 
 
 def run_condition(loaded: Loaded, condition: Condition, environments: EnvironmentBatch, start, act) -> list[Result]:
@@ -177,19 +174,13 @@ def common(loaded: Loaded) -> dict[str, Any]:
         "agent": loaded.config.agent.kind,
         "seed": loaded.config.seed,
         "checkpoint_step": loaded.step,
-        "versions": loaded.meta.versions,
+        "versions": versions(),
+        "trained_with": loaded.meta.versions,
+        "run": loaded.config.name,
+        "series": loaded.config.series or loaded.config.name,
+        "settings_id": settings_id(loaded.settings),
+        "settings": notable(loaded.settings),
     }
-
-
-def held_out_goals(task: str, seed: int, groups: int) -> np.ndarray | None:
-    """Returns the goals of evaluation, drawn as the environment draws them; None for tasks that hide none.
-
-    Training never sees them: its goals are where trajectories happened to end.
-    """
-    hidden = goal_task(task)
-    if hidden is None:
-        return None
-    return np.stack([hidden.sample_goal(np.random.default_rng((seed, group))) for group in range(groups)])
 
 
 def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, target: float) -> ChainBatch:
@@ -206,7 +197,9 @@ def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, 
         split="held_out",
         held_out=config.data.held_out,
     )
-    told = np.roll(goals, 1, axis=0) if condition.context == "foreign" else goals
+    told = goals
+    if condition.context == "foreign" and goals is not None:
+        told = foreign_goals(condition.task, config.evaluate.seed, goals)
     trajectories = condition.trajectories if agent.context else 0
     prompt = sampler.prompt(config.evaluate.seed, config.evaluate.groups, trajectories, told, target)
     if not agent.context:
@@ -224,63 +217,6 @@ def last_of(values: np.ndarray, prompt: ChainBatch) -> np.ndarray:
     return np.where((position.max(axis=1) >= 0).reshape(-1, *[1] * (own.ndim - 1)), own, 0).astype(np.float32)
 
 
-def group_id(seed: int, index: int) -> int:
-    """Returns the number by which results know a goal (or start): of two evaluation seeds no two groups are the
-    same."""
-    return seed * GROUPS_OF_A_SEED + index
-
-
-def is_complete(results: Sequence[Result], condition: Condition, loaded: Loaded) -> bool:
-    """Whether every episode of every group of a condition is among the results, of this checkpoint."""
-    own = loaded.config.evaluate
-    wanted = {
-        (group_id(own.seed, index), episode) for index in range(own.groups) for episode in range(condition.episodes)
-    }
-    return wanted <= {
-        (result.group, result.episode_index)
-        for result in results
-        if (result.task, result.mode, result.context_trajectories, result.context, result.checkpoint_step)
-        == (condition.task, condition.mode, condition.trajectories, condition.context, loaded.step)
-    }
-
-
-def evaluate_oracle(config: Config) -> list[Result]:
-    """Returns what the scripted controller that knows the goal earns on the groups of a config: the ceiling of a
-    plot."""
-    results = []
-    own = config.evaluate
-    for task in config.data.tasks:
-        hidden = goal_task(task)
-        if hidden is None:
-            continue
-        environments = EnvironmentBatch(task, own.groups)
-        goals = held_out_goals(task, own.seed, own.groups)
-        environments.reset([(own.seed, group, 0) for group in range(own.groups)], goals)
-        total = np.zeros(own.groups)
-        for _ in range(environments.episode_steps):
-            total += environments.step(hidden.oracle(environments.physics_states(), goals)).reward
-        results += [
-            Result(
-                experiment=config.name,
-                agent="oracle",
-                task=task,
-                seed=0,
-                context_trajectories=0,
-                context_tokens=0,
-                mode="prompted",
-                episode_index=0,
-                return_=float(total[index]),
-                steps=environments.episode_steps,
-                checkpoint_step=0,
-                versions=versions(),
-                group=group_id(own.seed, index),
-                context="none",
-            )
-            for index in range(own.groups)
-        ]
-    return results
-
-
 def _interval(row) -> str:
     return "(no interval)" if np.isnan(row.ci_low) else f"[{row.ci_low:.2f}, {row.ci_high:.2f}]"
 
@@ -292,12 +228,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     def body() -> None:
-        new = evaluate(arguments.run, arguments.overrides)
+        new, results = evaluation(arguments.run, arguments.overrides)
         path = arguments.run / "results.jsonl"
-        if not new:
-            print(f"nothing to do: {path} holds every episode already")
-            return
-        rows = summarize(read_results(path))
+        rows = summarize(results)
         write_summary(arguments.run / "summary.csv", rows)
         for row in rows:
             if row.statistic == "mean":
@@ -306,7 +239,8 @@ def main(argv: Sequence[str]) -> int:
                     f"interquartile mean {row.iqm:.2f} {_interval(row)}, mean {row.mean:.2f}, "
                     f"{row.episodes} episodes"
                 )
-        print(f"{new} episodes appended to {path}")
+        done = f"{new} episodes appended to {path}"
+        print(done if new else f"nothing to do: {path} holds every episode of checkpoint {results[0].checkpoint_step}")
 
     return run(body)
 

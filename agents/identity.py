@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.cli import ConfigError
-from agents.config import Section
+from agents.config import Config, Section
 from data import TrajectoryStore
 
 Settings = dict[str, Any]  # by dotted name, sections unfolded
@@ -27,7 +27,7 @@ FREE = (
     # The content hash of the stores says what was in them, wherever they stand and however they were made.
     "data.episodes",
     "data.stores",
-    "data.collect.*",
+    "data.collect.workers",
     # "sparse" computes something else, and then there is an attention.sparse, which counts.
     "attention.scheme",
     "attention.kernel",
@@ -37,7 +37,7 @@ FREE = (
     "model.remat",
     "model.feed_forward_tile",
     "train.accumulate",
-    "train.updates",  # what it means for the learning rate is kept in the checkpoint: `lengthened`
+    "train.updates",  # what that means for a run is kept in its checkpoints: `lengthened`
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -48,6 +48,7 @@ FREE = (
 # What an evaluation may change besides: which episodes it plays, each with the numbers that it has alone.
 FREE_OF_A_RESULT = (
     *FREE,
+    "data.collect.*",
     "seed",  # of training: a field of its own, over which is averaged
     "evaluate.mesh.*",
     "evaluate.contexts",
@@ -56,6 +57,9 @@ FREE_OF_A_RESULT = (
     "evaluate.modes",
     "evaluate.self_episodes",
     "evaluate.foreign",
+    "evaluate.places",
+    "evaluate.seen",
+    "evaluate.memory_gib",
 )
 FREE_OF_A_RUN = (*FREE, "evaluate.*")
 # Of the rest, evaluation may change all but these: which episodes were trained on, and with which luck.
@@ -80,12 +84,34 @@ def run_settings(config: Section) -> Settings:
     return _without(flat(config.model_dump(mode="json")), FREE_OF_A_RUN)
 
 
-def result_settings(config: Section, stores: Stores, updates: Sequence[int]) -> Settings:
-    """Returns what a result was made with: settings, the content of the stores its run learnt from, and the totals of
-    `updates` that the run was trained towards, where there was more than one (`lengthened`)."""
+def differing_runs(before: Section, now: Section) -> list[str]:
+    """Returns, in words, the settings that belong to a run and are not the same. How the data is collected is compared
+    where both say it."""
+    was, own = run_settings(before), run_settings(now)
+    recipe = {name for name in was.keys() | own.keys() if name.startswith("data.collect")}
+    compared = recipe if not recipe & was.keys() & own.keys() else set()
+    return differing(*(_without(settings, compared) for settings in (was, own)))
+
+
+def result_settings(config: Config, stores: Stores, updates: Sequence[int]) -> Settings:
+    """Returns what a result was made with: settings, the tasks and the content of the stores that its run learnt from,
+    and the totals of `updates` that the run was trained towards, where there was more than one (`lengthened`)."""
     settings = _without(flat(config.model_dump(mode="json")), FREE_OF_A_RESULT)
-    settings["data.stores"] = [short(str(store["content_hash"])) for store in stores.values()]
+    if stores:  # a run of an older version does not know them
+        settings["data.tasks"] = list(stores)
+        settings["data.stores"] = [short(str(store["content_hash"])) for store in stores.values()]
     return settings | ({"train.updates": list(updates)} if len(updates) > 1 else {})
+
+
+def check_trained(owner: Path, trained: Mapping[str, Any], config: Config) -> None:
+    """ConfigError when an evaluation says other than its run of which episodes were trained on, with which seed."""
+    was, now = flat(trained), flat(config.model_dump(mode="json"))
+    changed = differing(*({name: one.get(name) for name in FIXED_BY_TRAINING} for one in (was or now, now)))
+    if changed:
+        raise ConfigError(
+            f"{owner} was trained with other settings: {', '.join(changed)}. Leave them as they were: they say what "
+            "the agent has seen."
+        )
 
 
 def differing(before: Settings, now: Settings) -> list[str]:
@@ -106,19 +132,63 @@ def settings_id(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def notable(settings: Settings) -> Settings:
+    """Returns the settings that are not the default."""
+    known = defaults(Config)
+    return {name: value for name, value in settings.items() if name not in known or known[name] != value}
+
+
+def defaults(kind: type[Section]) -> Settings:
+    """Returns the default of every setting that has one, by dotted name."""
+    found: Settings = {}
+    for name, field in kind.model_fields.items():
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            found |= flat({name: value.model_dump(mode="json") if isinstance(value, Section) else value})
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= {f"{name}.{key}": value for key, value in defaults(field.annotation).items()}
+    return found
+
+
+def differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns, by id, in words what tells these (notable) settings apart; nothing where there is one."""
+    if len(settings) == 1:
+        return dict.fromkeys(settings, "")
+    known, names = defaults(Config), {name for one in settings.values() for name in one}
+
+    def value(one: Mapping[str, Any], name: str) -> str:
+        return _written(one.get(name, known.get(name)))
+
+    telling = sorted(name for name in names if len({value(one, name) for one in settings.values()}) > 1)
+    told = {key: ", ".join(f"{name}={value(one, name)}" for name in telling) for key, one in settings.items()}
+    told |= {key: "settings not recorded" for key in settings if not key}
+    twice = {key for key in settings if list(told.values()).count(told[key]) > 1}  # defaults of another version
+    return {key: f"{told[key]}, settings {key}".removeprefix(", ") if key in twice else told[key] for key in settings}
+
+
 def short(content_hash: str) -> str:
     """Returns the beginning of a hash, enough for people."""
     return content_hash[:12]
 
 
-def lengthened(totals: Sequence[int], updates: int, *, decays: bool) -> list[int]:
-    """Returns the totals that a run was trained towards, now that it is `updates`.
+def lengthened(totals: Sequence[int], config: Config) -> list[int]:
+    """Returns the totals that a run was trained towards, now that it is `config.train.updates`.
 
-    A learning rate that decays depends on the total, so a run of 1,000 updates lengthened to 2,000 is no run of 2,000
-    from the start, and remembers both. A constant one just goes on.
+    A learning rate that decays and chains that grow depend on the total, so a run of 1,000 updates lengthened to 2,000
+    is no run of 2,000 from the start, and remembers both. A constant rate on chains of one length just goes on.
     """
-    kept = totals if decays and totals and totals[-1] != updates else totals[:-1]
-    return [*kept, updates]
+    depends = config.optimizer.schedule != "constant" or bool(config.chain.grow)
+    updates = config.train.updates
+    return [*totals, updates] if depends and updates not in totals[-1:] else [*totals[:-1], updates]
+
+
+def check_total(owner: Path, done: int, updates: int) -> None:
+    """ConfigError when a run has gone further than it is asked to."""
+    if done > updates:
+        raise ConfigError(
+            f"{owner} has {done} updates already, more than train.updates={updates}. Ask for more, or choose another "
+            "name."
+        )
 
 
 def records(stores: Sequence[TrajectoryStore]) -> dict[str, dict[str, Any]]:

@@ -103,11 +103,11 @@ def episodes_of_mode(results: Sequence[Result], mode: str) -> list[Result]:
         return shown + flat
     played: dict[tuple[object, ...], int] = {}
     for result in shown:
-        group = (result.task, result.experiment, result.agent, result.seed, result.group)
+        group = (*result.player, result.group)
         played[group] = max(result.episode_index + 1, played.get(group, 0))
     grown = []
     for result in shown:
-        last = played[result.task, result.experiment, result.agent, result.seed, result.group]
+        last = played[*result.player, result.group]
         for count in range(result.episode_index + 1, last + 1):
             grown.append(replace(result, context="own", context_trajectories=count))
     return grown + flat

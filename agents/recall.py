@@ -29,6 +29,7 @@ from agents.checkpoint import read_metrics
 from agents.cli import ConfigError, run
 from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from agents.config_file import dump, load
+from agents.identity import check_total, differing_runs
 from agents.optimizer import schedule
 from agents.section import Count, RunName, Section, Seed
 from data.atomic_file import write_text
@@ -121,8 +122,11 @@ def training(config: RecallConfig) -> Training:
 def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
     """Trains, or goes on training, and returns the share of new texts in which each question is answered right."""
     folder = RUNS / config.name
-    if (folder / "config.json").exists() and (folder / "config.json").read_text() != dump(config):
-        raise ConfigError(f"{folder} holds a run with other settings; choose another name, or delete the folder.")
+    if (folder / "config.json").exists():
+        changed = differing_runs(load(RecallConfig, folder / "config.json"), config)
+        if changed:
+            told = ", ".join(changed[:4])
+            raise ConfigError(f"{folder} holds a run with other settings: {told}; choose another name.")
     request_cpu_devices(config.mesh.devices)
     whole = training(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +135,7 @@ def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
     options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints)
     with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as checkpoints:
         state, first = init(config.seed), checkpoints.latest_step() or 0
+        check_total(folder, first, config.train.updates)
         if first:
             state = checkpoints.restore(first, args=ocp.args.StandardRestore(state))
         log = folder / "metrics.jsonl"

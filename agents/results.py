@@ -5,8 +5,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from agents.cli import ConfigError
 from data.atomic_file import atomic_file
@@ -28,6 +29,10 @@ class Result:
     context_trajectories, context_tokens: how much is given before the first episode of the group.
     places: of the world, where the task is a map; 0 elsewhere.
     episode_index: place of the episode within its group, from 0; it sees the episodes before it, in both modes.
+    run: the training run that played. series: what it is a seed of; seeds of one series are averaged, series never.
+    settings_id, settings: what the episode was made with (`agents.identity`): equal for equal settings, and those that
+        are not the default, by dotted name. Results of other settings are never pooled. Lines of before have none.
+    versions: of the packages that played; trained_with: of those that trained.
     """
 
     experiment: str
@@ -45,8 +50,18 @@ class Result:
     checkpoint_step: int
     versions: Mapping[str, str]
     places: int = 0
+    run: str = ""
+    series: str = ""
+    settings_id: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    trained_with: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Lines of before: of a sweep's run "<sweep>/<agent>-<seed>" the series was all but the seed.
+        of_sweep = self.experiment.removesuffix(f"-{self.seed}") if "/" in str(self.experiment) else self.experiment
+        for name, value in (("run", self.experiment), ("series", of_sweep)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
         for name in ("experiment", "agent", "task"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"a result's {name} must be a name; got {getattr(self, name)!r}")
@@ -65,8 +80,15 @@ class Result:
             )
         if not isinstance(self.return_, int | float) or not math.isfinite(self.return_):
             raise ConfigError(f"a result's return must be a finite number; got {self.return_!r}")
-        if not isinstance(self.versions, Mapping):
-            raise ConfigError(f"a result's versions must map names to versions; got {self.versions!r}")
+        for name in ("versions", "settings", "trained_with"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"a result's {name} must map names to values; got {value!r}")
+
+    @property
+    def player(self) -> tuple[str | int, ...]:
+        """Names who played and how: the run, as whose agent it counts, and the settings."""
+        return self.experiment, self.series, self.run, self.agent, self.task, self.seed, self.settings_id
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -74,10 +96,7 @@ class Result:
         the later counts.
         """
         return (
-            self.experiment,
-            self.agent,
-            self.task,
-            self.seed,
+            *self.player,
             self.mode,
             self.context,
             self.context_trajectories,
@@ -86,13 +105,6 @@ class Result:
             self.episode_index,
             self.checkpoint_step,
         )
-
-    @property
-    def series(self) -> str:
-        """Names what is drawn as one curve of an agent: the experiment; of a sweep's run "<sweep>/<agent>-<seed>", all
-        but the seed. Seeds of one series are averaged, series never.
-        """
-        return self.experiment.removesuffix(f"-{self.seed}") if "/" in self.experiment else self.experiment
 
     @property
     def context_free(self) -> bool:
@@ -104,7 +116,8 @@ _COUNTS = (
     *("seed", "context_trajectories", "context_tokens", "places", "group", "episode_index", "steps"),
     "checkpoint_step",
 )
-_JSON_KEYS = {field.name: field.name.rstrip("_") for field in fields(Result)}  # `return` is a word of Python's
+_JSON_KEYS = {one.name: one.name.rstrip("_") for one in fields(Result)}  # `return` is a word of Python's
+_NEW = {"places", "run", "series", "settings_id", "settings", "trained_with"}  # which lines of before lack
 
 
 def say_note(text: str) -> None:
@@ -117,7 +130,8 @@ def to_json(result: Result) -> str:
     values = {key: getattr(result, name) for name, key in _JSON_KEYS.items()}
     if not result.places:
         del values["places"]
-    return json.dumps(values | {"versions": dict(result.versions)}, allow_nan=False)
+    plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return json.dumps(plain, allow_nan=False)
 
 
 def from_json(line: str) -> Result:
@@ -130,11 +144,10 @@ def from_json(line: str) -> Result:
         raise ConfigError(f"not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"not a JSON object, but {type(values).__name__}")
-    values.setdefault("places", 0)
-    missing = [key for key in _JSON_KEYS.values() if key not in values]
+    missing = [key for key in _JSON_KEYS.values() if key not in values and key not in _NEW]
     if missing:
         raise ConfigError(f"lacks {', '.join(missing)}")
-    return Result(**{name: values[key] for name, key in _JSON_KEYS.items()})
+    return Result(**{name: values[key] for name, key in _JSON_KEYS.items() if key in values})
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:
@@ -167,23 +180,25 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
 def read_results(*paths: Path, say: Callable[[str], object] = say_note) -> list[Result]:
     """Returns the episodes of all files; a path is a results.jsonl or a run folder that holds one.
 
-    Of one (experiment, agent, task, seed) only the newest checkpoint's episodes are returned, and of an episode written
-    twice only the later line; `say` is told what was left out, torn last lines too. ConfigError: no such file, or a
-    broken line that is not torn.
+    Of one run, task and settings only the newest checkpoint's episodes are returned, and of an episode written twice
+    only the later line; `say` is told what was left out, torn last lines too. ConfigError: no such file, a broken line
+    that is not torn, or two runs of one name that nothing tells apart.
     """
-    read = [result for path in dict.fromkeys(paths) for result in _read_file(path, say)]
-    distinct = {result.key: result for result in read}
-    if len(distinct) < len(read):
-        say(f"{len(read) - len(distinct)} episodes were written twice; the later line counts")
-    newest: dict[tuple[str, str, str, int], int] = {}
+    distinct: dict[tuple[str | int, ...], Result] = {}
+    places: dict[tuple[str | int, ...], Path] = {}
+    count = 0
+    for path in dict.fromkeys(paths):
+        read = _read_file(path, say)
+        count += len(read)
+        for key, result in {result.key: result for result in read}.items():
+            _refuse_namesake(result, distinct.get(key), path, places.get(key, path))
+            distinct[key], places[key] = result, path
+    if len(distinct) < count:
+        say(f"{count - len(distinct)} episodes were written twice; the later line counts")
+    newest: dict[tuple[object, ...], int] = {}
     for result in distinct.values():
-        run = (result.experiment, result.agent, result.task, result.seed)
-        newest[run] = max(result.checkpoint_step, newest.get(run, 0))
-    current = [
-        result
-        for result in distinct.values()
-        if result.checkpoint_step == newest[result.experiment, result.agent, result.task, result.seed]
-    ]
+        newest[_line(result)] = max(result.checkpoint_step, newest.get(_line(result), 0))
+    current = [result for result in distinct.values() if result.checkpoint_step == newest[_line(result)]]
     if len(current) < len(distinct):
         say(f"{len(distinct) - len(current)} episodes of older checkpoints do not count")
     return current
@@ -201,6 +216,22 @@ def merged(versions: Iterable[Mapping[str, str]]) -> dict[str, str]:
         for name, version in one.items():
             found.setdefault(name, set()).update(str(version).split(", "))
     return {name: ", ".join(sorted(found[name])) for name in sorted(found)}
+
+
+def _line(result: Result) -> tuple[object, ...]:
+    """Returns what the checkpoints of one run share, also when it was lengthened in between."""
+    settings = {name: value for name, value in result.settings.items() if name != "train.updates"}
+    return *result.player[:-1], result.settings_id != "", json.dumps(settings, sort_keys=True)
+
+
+def _refuse_namesake(result: Result, other: Result | None, path: Path, place: Path) -> None:
+    """Of two folders with the same run, one may be a copy of the other; with other numbers it is another run."""
+    if other is None or place == path or other.return_ == result.return_:
+        return
+    raise ConfigError(
+        f"{place} and {path} hold two runs named {result.run!r} with the same settings and other returns; they would "
+        "count as one. Draw them apart, or train one under another name."
+    )
 
 
 def _is_result(line: bytes) -> bool:

@@ -5,9 +5,10 @@ maximum gains by luck alone.
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from agents.bootstrap import (
     maximum_weights,
 )
 from agents.cli import ConfigError
+from agents.identity import differences
 from agents.prediction import Line, line
 from agents.results import ORACLE, Result
 from data.atomic_file import atomic_file
@@ -75,8 +77,9 @@ def summarize(
 
     The foreign-context control of an agent appears as "<agent> (foreign context)". An agent that occurs in several
     experiments appears once for each, as "<agent> [<experiment>]": they are never averaged; the seeds of one sweep are
-    (`Result.series`). The oracle, which depends on the task alone, appears once. ConfigError for a statistic that is
-    none of STATISTICS.
+    (`Result.series`). Nor are results of other settings, which appear as "<agent> [evaluate.target=8.0]", by what
+    differs. The oracle, which depends on the task alone, appears once. ConfigError for a statistic that is none of
+    STATISTICS.
     """
     rows, lines = [], _lines(results)
     for (task, mode, agent, trajectories), members in sorted(cells(results).items()):
@@ -138,6 +141,9 @@ def summary_notes(results: Sequence[Result], rows: Sequence[SummaryRow]) -> list
         for (_, _, agent, _), members in cells(results).items()
         if len({len(returns) for returns in _returns(members).values()}) > 1
     }
+    goals = {result.settings_id for result in results if result.agent == ORACLE}
+    if len(goals) > 1:
+        notes.append("The oracle is of the goals of several evaluation seeds together.")
     if unfinished:
         agents = ", ".join(sorted(unfinished))
         notes.append(f"Some goals have fewer episodes than others (was the evaluation finished?): {agents}.")
@@ -205,14 +211,10 @@ def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESA
 
 def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Result]]:
     """Returns the episodes behind each (task, mode, agent as the summary calls it, context_trajectories)."""
-    series: dict[tuple[str, str], set[str]] = {}
-    for result in results:
-        series.setdefault((result.task, result.agent), set()).add(result.series)
+    names = _names(results)
     found: dict[tuple[str, str, str, int], dict[tuple[int, int, int], Result]] = {}
     for result in results:
-        agent = result.agent
-        if agent != ORACLE and len(series[result.task, agent]) > 1:
-            agent = f"{agent} [{result.series}]"
+        agent = names[result.task, result.agent, result.series, result.settings_id]
         if result.places:
             agent = f"{agent}, {result.places:,} places"
         if result.context == "foreign":
@@ -223,22 +225,46 @@ def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Res
     return {key: list(episodes.values()) for key, episodes in found.items()}
 
 
-def _lines(results: Sequence[Result]) -> dict[tuple[str, str, str], Line | None]:
+def _lines(results: Sequence[Result]) -> dict[tuple[str, str, str, str], Line | None]:
     """Returns the line of each agent on each map."""
-    own: dict[tuple[str, str, str], list[Result]] = {}
+    own: dict[tuple[str, str, str, str], list[Result]] = {}
     for result in results:
         if result.places:
             own.setdefault(_player(result), []).append(result)
     return {key: line(members) for key, members in own.items()}
 
 
-def _predicted(lines: dict[tuple[str, str, str], Line | None], member: Result) -> float:
+def _predicted(lines: dict[tuple[str, str, str, str], Line | None], member: Result) -> float:
     found = lines.get(_player(member)) if member.context != "foreign" else None
     return math.nan if found is None else found.at(member.context_trajectories, member.places)
 
 
-def _player(result: Result) -> tuple[str, str, str]:
-    return result.task, result.agent, result.series
+def _player(result: Result) -> tuple[str, str, str, str]:
+    return result.task, result.agent, result.series, result.settings_id
+
+
+def named(results: Sequence[Result]) -> list[Result]:
+    """Returns the results with their agents called as the summary calls them, series and settings included."""
+    names = _names(results)
+    return [
+        replace(result, agent=names[result.task, result.agent, result.series, result.settings_id]) for result in results
+    ]
+
+
+def _names(results: Sequence[Result]) -> dict[tuple[str, str, str, str], str]:
+    """Returns what each (task, agent, series, settings) is called, so that only what may be averaged shares a name."""
+    series: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
+    for result in results:
+        of_agent = series.setdefault((result.task, result.agent), {})
+        of_agent.setdefault(result.series, {})[result.settings_id] = result.settings
+    names = {}
+    for (task, agent), of_agent in series.items():
+        for one, settings in of_agent.items():
+            for key, told in differences(settings).items():
+                parts = [one] * (len(of_agent) > 1) + [told] * (told != "")
+                is_plain = agent == ORACLE or not parts
+                names[task, agent, one, key] = agent if is_plain else f"{agent} [{'; '.join(parts)}]"
+    return names
 
 
 def _returns(results: Sequence[Result]) -> dict[tuple[int, int], list[float]]:

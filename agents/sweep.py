@@ -6,6 +6,7 @@ the same command.
 
 import argparse
 import csv
+import json
 import shlex
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from agents.checkpoint import Checkpoints
 from agents.cli import run
 from agents.config import Config, SweepConfig, dump, load
-from agents.results import Result, read_results, write_results
+from agents.results import Result, write_results
 from data.atomic_file import write_text
 from data.tasks import goal_task
 
@@ -27,13 +28,17 @@ DONE = "sweep.json"
 def sweep(config: SweepConfig, source: Path) -> Path | None:
     """Runs what is missing of a sweep and returns its folder; None when nothing was."""
     # Imported late: a dry run, and a bad config, answer at once.
-    from agents.datasets import prepare
-    from agents.evaluate import GROUPS_OF_A_SEED, evaluate, evaluate_oracle
+    from agents.continuation import check_folder, newest
+    from agents.datasets import check_existing, prepare
+    from agents.episodes import asked_for
+    from agents.evaluate import evaluation
+    from agents.oracle import evaluate_oracle
     from agents.train import RUNS, train
     from rlring import request_cpu_devices
 
     folder = RUNS / config.name
-    runs = config.configs()
+    arms = config.arms()
+    runs = [one for _, one in arms]
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -43,28 +48,33 @@ def sweep(config: SweepConfig, source: Path) -> Path | None:
         return None
     # JAX starts once, with what the largest mesh of any run needs.
     request_cpu_devices(max(max(one.mesh.devices, one.evaluate.mesh.devices) for one in runs))
-    for data in {one.data.model_dump_json(): one.data for one in runs}.values():
+    kept: dict[str, dict[str, dict]] = {}
+    for one in runs:  # before anything is built anew
+        starts_over = check_folder(RUNS / one.name, one, resume=True)
+        _, meta = (0, None) if starts_over else newest(RUNS / one.name)
+        if meta is not None:
+            check_existing(one.data, RUNS / one.name, meta.stores)
+            kept.setdefault(one.data.model_dump_json(), {}).update(meta.stores)
+    for key, data in {one.data.model_dump_json(): one.data for one in runs}.items():
         say(f"episodes {data.episodes}, stores {', '.join(data.stores)}")
-        prepare(data)
+        prepare(data, owner=folder, kept=kept.get(key))
     for one in runs:
         if not is_trained(one):
             say(f"train {one.name}: {one.agent.kind}, {one.mesh.devices} devices")
             train(one, resume=True)
     gathered = []
-    for one in runs:
+    for agent, one in arms:
         say(f"evaluate {one.name}")
         write_text(RUNS / one.name / "config.json", dump(one))  # what is evaluated may have changed since training
-        evaluate(RUNS / one.name)
-        agent = Path(one.name).name.rpartition("-")[0]
-        found = read_results(RUNS / one.name)
-        found = [result for result in found if result.group // GROUPS_OF_A_SEED == one.evaluate.seed]
-        gathered += [replace(result, agent=agent, experiment=config.name) for result in found]
+        found = asked_for(evaluation(RUNS / one.name).results, one)
+        gathered += [replace(result, agent=agent, experiment=config.name, series=config.name) for result in found]
     if config.baseline:
-        gathered += [replace(result, experiment=config.name) for result in evaluate_oracle(runs[0])]
+        oracle = evaluate_oracle(runs[0])
+        gathered += [replace(result, experiment=config.name, series=config.name) for result in oracle]
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder / RESULTS, gathered)
     draw(config, source, folder, gathered)
-    write_text(folder / DONE, fingerprint(config))
+    write_text(folder / DONE, json.dumps({"config": dump(config), "stores": _stores(config)}, indent=2) + "\n")
     say(f"wrote {folder / PLOT}, {folder / SUMMARY} and {folder / REPORT}")
     return folder
 
@@ -111,16 +121,21 @@ def is_trained(config: Config) -> bool:
         return checkpoints.latest() == config.train.updates
 
 
-def fingerprint(config: SweepConfig) -> str:
-    """Returns what a finished sweep leaves behind: it is done as long as this stays the same."""
-    return dump(config)
+def _stores(config: SweepConfig) -> dict[str, str]:
+    """Returns the content of every store that is there, by its path."""
+    from data import TrajectoryStore
+
+    paths = {path for one in config.configs() for path in one.data.stores}
+    return {path: TrajectoryStore.open(path).content_hash for path in sorted(paths) if Path(path).exists()}
 
 
 def is_done(folder: Path, config: SweepConfig) -> bool:
-    """Whether the sweep ran to its end with these settings and nothing it made has been deleted."""
-    done = folder / DONE
-    made = (SUMMARY, PLOT, REPORT, RESULTS)
-    return done.exists() and done.read_text() == fingerprint(config) and all((folder / name).exists() for name in made)
+    """Whether the sweep ran to its end with these settings, of the stores that are there no other has taken the place,
+    and nothing it made has been deleted."""
+    if not all((folder / name).exists() for name in (DONE, SUMMARY, PLOT, REPORT, RESULTS)):
+        return False
+    done = json.loads((folder / DONE).read_text())
+    return done.get("config") == dump(config) and _stores(config).items() <= done["stores"].items()
 
 
 def asked(config: Config) -> str:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from agents.agent import Sampler, Scales
 from agents.batches import batches
 from agents.checkpoint import Checkpoints, Meta, read_metrics, versions
-from agents.cli import ConfigError, run
+from agents.cli import run
 from agents.config import Config, load
 from agents.continuation import DIVERGED, check_folder, continued, diverged, newest, note_changes, set_aside
 from agents.datasets import open_stores
-from agents.identity import records
+from agents.identity import check_total, records
 from agents.kinds import make_agent
 from agents.metrics import check_wandb, claim, metrics_log
 from agents.optimizer import make_optimizer, schedule
@@ -56,11 +56,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
         set_aside(folder)
     wait_for_all("a free folder")
     first, before = newest(folder)
-    if first > config.train.updates:
-        raise ConfigError(
-            f"{folder} has {first} updates already, more than train.updates={config.train.updates}. Ask for more, or "
-            "choose another name."
-        )
+    check_total(folder, first, config.train.updates)
     kept = before.stores if before is not None else {}
     if is_first:
         stores = open_stores(config.data, owner=folder, kept=kept)

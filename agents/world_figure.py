@@ -14,7 +14,7 @@ from agents.figure import FAINT, GRID, INK, image, short_number
 from agents.plot import FOREIGN, GREY, Drawn
 from agents.prediction import line
 from agents.results import ORACLE, Result
-from agents.statistics import SummaryRow, summarize, summary_notes
+from agents.statistics import SummaryRow, named, summarize, summary_notes
 from data.atomic_file import atomic_file
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def plot_worlds(
     """
     from matplotlib.figure import Figure  # slow to import
 
-    shown = [result for result in results if result.places or result.agent == ORACLE]
+    shown = named([result for result in results if result.places or result.agent == ORACLE])
     rows = summarize(shown, statistics=["mean"], resamples=resamples)
     agents = sorted({result.agent for result in shown if result.agent != ORACLE})
     if not agents:

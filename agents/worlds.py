@@ -126,6 +126,7 @@ class _Player:
         memory = self.start(self.loaded.params, laid_out(agent, prompt) if sees else prompt, sampler.longest)
         kinds = {"own" if history.seen else "none": (piece.worlds, asked)}
         if own.foreign and history.seen:
+            _refuse_one_world(self.loaded.config)
             others = (piece.worlds + 1) % _worlds(self.loaded.config)
             kinds["foreign"] = (others, sampler.history(own.seed, others, history.places, 0, own.queries)[1])
         results = []
@@ -210,6 +211,14 @@ def _worlds(config: Config) -> int:
             "use a multiple"
         )
     return own.groups // own.queries
+
+
+def _refuse_one_world(config: Config) -> None:
+    if _worlds(config) == 1:
+        raise ConfigError(
+            "evaluate.foreign asks about another world than the one seen, and there is one only; raise evaluate.groups "
+            f"to {2 * config.evaluate.queries}, or leave evaluate.foreign out"
+        )
 
 
 def _pieces(loaded: "Loaded", before: Sequence[Result], first_group: int) -> Iterator[Piece]:

@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
+from data.errors import DataError
 from data.tasks.dark import PointMassDark, ReacherDark
 from data.tasks.map import PointMassMap, ReacherMap
 
@@ -58,3 +59,20 @@ def goal_task(name: str) -> GoalTask | None:
 def goal_task_names() -> tuple[str, ...]:
     """Returns the names of the tasks that hide a goal."""
     return tuple(_GOAL_TASKS)
+
+
+FOREIGN_RADII = 2.0
+_TRIES = 1000
+
+
+def foreign_goal(task: GoalTask, goal: Float[np.ndarray, " G"], rng: np.random.Generator) -> Float[np.ndarray, " G"]:
+    """Returns another goal of the task, drawn as the environment draws it but more than FOREIGN_RADII radii away, so
+    that no state is paid for both, float64. DataError when there is none so far away."""
+    for _ in range(_TRIES):
+        other = task.sample_goal(rng)
+        if np.linalg.norm(other - goal) > FOREIGN_RADII * task.radius:
+            return other
+    raise DataError(
+        f"{task.name} has no goal more than {FOREIGN_RADII:g} radii ({FOREIGN_RADII * task.radius:g} m) from {goal}; "
+        "without a foreign goal there is no foreign context: leave evaluate.foreign out"
+    )

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 
 from agents.agent import Now
+from agents.checkpoint import versions
 from agents.cli import ConfigError
-from agents.evaluate import evaluate, evaluate_oracle, held_out_goals, last_of, load_agent, main
+from agents.evaluate import evaluate, last_of, load_agent, main
+from agents.goals import foreign_goals, held_out_goals
+from agents.oracle import evaluate_oracle
 from agents.results import read_results
-from data import ChainSampler, TrajectoryStore
+from agents.statistics import summarize
+from data import ChainSampler, DataError, TrajectoryStore
+from data.build import build
+from data.tasks import foreign_goal, goal_task
+from data.tasks.dark import PointMassDark
 
 
 def returns(folder):
@@ -134,3 +141,97 @@ def test_refusals(trained, tmp_path, capsys):
     assert "2 trajectories (32 tokens): interquartile mean" in capsys.readouterr().out
     assert main([str(folder)]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+ONE = ["evaluate.contexts=[2]"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("evaluate.target=3.0", "evaluate.target=3.0"),
+        ("evaluate.sample=false", "evaluate.sample=false"),
+        ("evaluate.seed=1", "evaluate.seed=1"),
+        ("chain.sort=descending", "chain.sort=descending"),
+    ],
+)
+def test_other_settings_are_evaluated_anew_and_never_pooled(trained, setting, told):
+    folder = trained()
+    assert evaluate(folder, ONE, progress=False) == 3
+    assert evaluate(folder, [*ONE, setting], progress=False) == 3
+    assert evaluate(folder, [*ONE, setting], progress=False) == 0
+    assert (
+        evaluate(folder, [*ONE, "evaluate.mesh.ring=2", "attention.kernel=auto", "train.workers=1"], progress=False)
+        == 0
+    )
+    results = read_results(folder)
+    assert len(results) == 6
+    assert len({result.settings_id for result in results}) == 2
+    key, value = told.split("=")
+    assert str(results[3].settings[key]).lower() == value
+    rows = summarize(results, statistics=["mean"], resamples=10)
+    assert [row.episodes for row in rows] == [3, 3]
+    assert f"agentic_transformer [{told}]" in {row.agent for row in rows}
+
+
+def test_the_best_checkpoint_is_reported_where_it_is_asked_for(trained, capsys):
+    folder = trained(
+        "train.checkpoint_every=2", "train.keep_checkpoints=1", "train.keep_best=1", "optimizer.learning_rate=3.0"
+    )
+    evaluate(folder, ONE, progress=False)
+    best = [*ONE, "evaluate.checkpoint=best"]
+    step = load_agent(folder, best).step
+    assert main([str(folder), *best]) == 0
+    assert "3 episodes appended" in capsys.readouterr().out
+    asked = [result for result in read_results(folder) if result.settings.get("evaluate.checkpoint") == "best"]
+    assert {result.checkpoint_step for result in asked} == {step}
+    line = (folder / "summary.csv").read_text().splitlines()[1].split(",")
+    assert float(line[11]) == pytest.approx(np.mean([result.return_ for result in asked]), rel=1e-5)
+    assert main([str(folder), *best]) == 0
+    assert f"nothing to do: runs/tiny/results.jsonl holds every episode of checkpoint {step}" in capsys.readouterr().out
+
+
+def test_results_say_who_played_and_with_which_versions(trained, monkeypatch):
+    folder = trained()
+    now = versions()
+    monkeypatch.setattr("agents.evaluate.versions", lambda: now | {"numpy": "9.9"})
+    assert evaluate(folder, ONE, progress=False) == 3
+    first = read_results(folder)[0]
+    assert first.versions["numpy"] == "9.9"
+    assert first.trained_with == now
+    assert (first.run, first.agent, first.seed) == (first.series, "agentic_transformer", 0)
+    monkeypatch.setattr("agents.evaluate.versions", lambda: now)
+    assert evaluate(folder, ONE, progress=False) == 0  # other versions block nothing
+
+
+def test_another_store_and_another_split_are_refused(trained, dataset, tmp_path, capsys):
+    folder = trained()
+    grown = tmp_path / "grown.h5"
+    build(dataset[0], "point_mass-dark", grown, workers=1, limit_steps=120 * 16, progress=False)
+    with pytest.raises(
+        ConfigError, match=r"runs/tiny learnt point_mass-dark from another store: .*; data.stores now means"
+    ):
+        evaluate(folder, [f'data.stores=["{grown}"]'], progress=False)
+    with pytest.raises(ConfigError, match=r"trained with other settings: data.held_out=0.5 \(was 0.2\). Leave"):
+        evaluate(folder, ["data.held_out=0.5"], progress=False)
+    with pytest.raises(ConfigError, match=r"trained with other settings: seed=4 \(was 0\). Leave them"):
+        evaluate(folder, ["seed=4"], progress=False)
+    assert not (folder / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("task", ["point_mass-dark", "reacher-dark"])
+@pytest.mark.parametrize("groups", [1, 256])
+def test_foreign_goals_are_apart_whatever_the_groups(task, groups):
+    own = held_out_goals(task, 0, groups)
+    foreign = foreign_goals(task, 0, own)
+    assert (np.linalg.norm(foreign - own, axis=1) > 2 * goal_task(task).radius).all()
+    np.testing.assert_array_equal(foreign[0], foreign_goals(task, 0, own[:1])[0])
+
+
+def test_foreign_goals_that_cannot_be_are_refused(tiny):
+    with pytest.raises(DataError, match=r"has no goal more than 2 radii \(20 m\) from .*leave evaluate.foreign out"):
+        foreign_goal(PointMassDark(radius=10.0), np.zeros(2), np.random.default_rng(0))
+    with pytest.raises(
+        ConfigError, match=r"evaluate.foreign takes contexts of another goal, and walker-walk hides none"
+    ):
+        tiny('data.tasks=["walker-walk"]', "evaluate.foreign=true")

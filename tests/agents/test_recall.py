@@ -96,7 +96,9 @@ def test_errors_are_one_line(path, capsys, override, message):
 def test_another_config_does_not_touch_the_run(path, capsys):
     assert main([str(path)]) == 0
     assert main([str(path), "model.width=32"]) == 2
-    assert "runs/tiny holds a run with other settings" in capsys.readouterr().err
+    assert "runs/tiny holds a run with other settings: model.width=32 (was " in capsys.readouterr().err
+    assert main([str(path), "train.log_every=1", "train.updates=1"]) == 2
+    assert "updates already, more than train.updates=1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

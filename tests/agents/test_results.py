@@ -53,6 +53,11 @@ def test_a_line_has_the_published_keys():
         "steps",
         "checkpoint_step",
         "versions",
+        "run",
+        "series",
+        "settings_id",
+        "settings",
+        "trained_with",
     }
 
 
@@ -67,6 +72,9 @@ def test_a_line_returns_what_was_written(return_: float, agent: str, group: int,
     line = to_json(written)
     assert "\n" not in line
     assert from_json(line) == written
+    new = {"run", "series", "settings_id", "settings", "trained_with"}
+    before = json.dumps({key: value for key, value in json.loads(line).items() if key not in new})
+    assert from_json(before) == written
 
 
 def test_a_line_of_a_later_version_may_hold_more():
@@ -86,6 +94,7 @@ def test_a_line_of_a_later_version_may_hold_more():
         ({"return_": float("nan")}, "return must be a finite number; got nan"),
         ({"return_": "5"}, "return must be a finite number; got '5'"),
         ({"versions": ["jax"]}, "versions must map"),
+        ({"settings": "x"}, "settings must map"),
     ],
 )
 def test_a_result_that_cannot_be_is_refused(changes, message):
@@ -200,7 +209,7 @@ def test_writing_replaces(tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.jsonl"]
 
 
-def test_seeds_of_a_sweep_are_one_series():
+def test_lines_of_before_name_no_series_and_their_seeds_are_one():
     assert result(experiment="dark/at-0", seed=0).series == result(experiment="dark/at-1", seed=1).series == "dark/at"
     assert result(experiment="dark/at-1", seed=0).series == "dark/at-1"
     assert result(experiment="table-5", seed=5).series == result(experiment="table-5", seed=0).series == "table-5"
@@ -223,3 +232,28 @@ def test_context_free(changes, free: bool):
 def test_merged_versions_lists_every_version():
     results = [result(versions={"jax": "0.12.0"}), result(versions={"jax": "0.10.2", "mujoco": "3.17.0"})]
     assert merged_versions(results) == {"jax": "0.10.2, 0.12.0", "mujoco": "3.17.0"}
+
+
+def test_the_best_checkpoint_stands_beside_a_newer_one_and_a_lengthened_run_in_place_of_itself(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    made = {"series": "s", "settings_id": "a"}
+    newest, best = result(**made), result(settings_id="b", settings={"evaluate.checkpoint": "best"}, checkpoint_step=50)
+    longer = result(settings_id="c", settings={"train.updates": [100, 200]}, checkpoint_step=200, series="s")
+    write_results(path, [newest, best])
+    assert read_results(path, say=print) == [newest, best]
+    append_results(path, [longer])
+    assert read_results(path, say=lambda note: None) == [best, longer]
+
+
+def test_two_runs_of_one_name_are_not_taken_for_one(tmp_path: Path):
+    a, b = tmp_path / "a" / "results.jsonl", tmp_path / "b" / "results.jsonl"
+    append_results(a, [result()])
+    append_results(b, [result()])
+    assert len(read_results(a, b, say=lambda note: None)) == 1  # a copy
+    append_results(b, [result(group=4, settings_id="other", return_=1.0)])
+    assert len(read_results(a, b, say=lambda note: None)) == 2  # other settings
+    append_results(b, [result(return_=1.0)])
+    with pytest.raises(
+        ConfigError, match=r"a/results.jsonl and .*b/results.jsonl hold two runs named 'dark/at-0'.*other name"
+    ):
+        read_results(a, b)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from agents.results import read_results
 from agents.sweep import main
+from data.build import build
 
 SWEEP = """
 name = "small"
@@ -94,3 +96,63 @@ def test_mistakes_are_one_line(sweep, capsys):
     assert main(["smal.toml"]) == 2
     assert "Did you mean small.toml?" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+ARMS = (
+    SWEEP[: SWEEP.index("[runs.AT]")]
+    + """
+[runs."wide/bc"]
+agent = { kind = "bc" }
+model = { width = 32 }
+[runs."narrow/bc"]
+agent = { kind = "bc" }
+"""
+)
+
+
+def test_a_sweep_reports_what_it_asks_for_of_every_arm_and_of_no_other_store(sweep, capsys):
+    Path(sweep).write_text(ARMS)
+    assert main([sweep, "shared.evaluate.contexts=[0]"]) == 0
+    summary, store = Path("runs/small/summary.csv"), Path("stores/pm.h5").read_bytes()
+    assert {line.split(",")[0] for line in summary.read_text().splitlines()[1:]} == {"wide/bc", "narrow/bc", "oracle"}
+    # Other settings of evaluation, on another mesh and with other logging: nothing is trained, no number is of before.
+    other = [
+        "shared.evaluate.contexts=[0]",
+        "shared.evaluate.sample=false",
+        "shared.train.log_every=3",
+        "shared.mesh.data=2",
+    ]
+    capsys.readouterr()
+    assert main([sweep, *other]) == 0
+    error = capsys.readouterr().err
+    assert "train small" not in error
+    results = [result for result in read_results(Path("runs/small")) if result.agent != "oracle"]
+    assert [result.settings["evaluate.sample"] for result in results] == [False] * 12
+    assert {(result.run, result.series) for result in results} == {
+        ("small/wide/bc-0", "small"),
+        ("small/narrow/bc-0", "small"),
+    }
+    # More episodes are another store, and the one that the runs learnt from stays as it is.
+    assert main([sweep, *other, "shared.data.collect.episodes=140"]) == 2
+    assert "was trained with other settings: data.collect.episodes=140 (was 120)" in capsys.readouterr().err
+    assert Path("stores/pm.h5").read_bytes() == store
+    build(Path("datasets/pm"), "point_mass-dark", Path("stores/pm.h5"), workers=1, limit_steps=60 * 16, progress=False)
+    assert main([sweep, *other]) == 2  # though it was finished
+    assert "bc-0 learnt point_mass-dark from another store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("shared.seed=7", "error: small.toml: shared.seed would be that of every run; a sweep has seeds=[...] for it."),
+        ("runs.DT.name=x", "error: small.toml: runs.DT.name would be that of every run; a sweep has name for it."),
+        ("seeds=[1, 1]", "error: small.toml: seeds=[1, 1] names one twice; it would be trained once and count twice."),
+        (
+            'runs.oracle.agent.kind="bc"',
+            "error: small.toml: runs.oracle: the plot draws its ceiling under this name; choose another.",
+        ),
+    ],
+)
+def test_a_sweep_that_would_mix_its_runs_is_refused(sweep, capsys, override, message):
+    assert main([sweep, override]) == 2
+    assert capsys.readouterr().err == message + "\n"

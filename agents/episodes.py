@@ -1,0 +1,87 @@
+"""Which episodes an evaluation asks for, and which of them are there."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from agents.config import Config
+from agents.goals import group_id
+from agents.results import Result
+from agents.worlds import histories, is_map
+from data.tasks import goal_task
+
+
+class Condition(NamedTuple):
+    """One context under which an agent is evaluated."""
+
+    task: str
+    mode: str
+    trajectories: int
+    context: str
+    """own, foreign (of another goal), or none."""
+    episodes: int
+
+
+class Episode(NamedTuple):
+    """What names an episode among those of one run, checkpoint and settings."""
+
+    task: str
+    mode: str
+    places: int
+    trajectories: int
+    context: str
+    group: int
+    index: int
+
+
+def conditions(config: Config) -> Iterator[Condition]:
+    """Yields every context that a config asks for."""
+    own = config.evaluate
+    for task in config.data.tasks:
+        if is_map(task):
+            continue  # `agents.worlds`
+        if "prompted" in own.modes:
+            for trajectories in own.contexts:
+                context = "own" if trajectories else "none"
+                yield Condition(task, "prompted", trajectories, context, own.episodes)
+                if own.foreign and trajectories and goal_task(task) is not None:
+                    yield Condition(task, "prompted", trajectories, "foreign", own.episodes)
+        if "self" in own.modes:
+            yield Condition(task, "self", 0, "none", own.self_episodes)
+
+
+def episodes_of(condition: Condition, config: Config) -> set[Episode]:
+    """Returns every episode of every group of a condition."""
+    task, mode, trajectories, context, episodes = condition
+    groups = (group_id(config.evaluate.seed, index) for index in range(config.evaluate.groups))
+    return {Episode(task, mode, 0, trajectories, context, group, i) for group in groups for i in range(episodes)}
+
+
+def episode_of(result: Result) -> Episode:
+    """Returns which episode a result is of."""
+    return Episode(
+        result.task,
+        result.mode,
+        result.places,
+        result.context_trajectories,
+        result.context,
+        result.group,
+        result.episode_index,
+    )
+
+
+def is_complete(results: Sequence[Result], condition: Condition, config: Config) -> bool:
+    """Whether every episode of a condition is among the results."""
+    return episodes_of(condition, config) <= set(map(episode_of, results))
+
+
+def asked_for(results: Sequence[Result], config: Config) -> list[Result]:
+    """Returns the results that a config asks for: not those of other contexts, groups or episodes, which may be there
+    too."""
+    own, wanted = config.evaluate, set[Episode]()
+    for condition in conditions(config):
+        wanted |= episodes_of(condition, config)
+    for task, places, seen in histories(config):
+        for context in ["none"] if not seen else ["own", "foreign"] if own.foreign else ["own"]:
+            groups = (group_id(own.seed, index) for index in range(own.groups))
+            wanted |= {Episode(task, "prompted", places, seen, context, group, 0) for group in groups}
+    return [result for result in results if episode_of(result) in wanted]

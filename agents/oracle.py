@@ -1,0 +1,53 @@
+"""The ceiling of a plot: the scripted controller that is told the goal."""
+
+import numpy as np
+
+from agents.checkpoint import versions
+from agents.config import Config
+from agents.goals import group_id, held_out_goals
+from agents.identity import settings_id
+from agents.results import ORACLE, Result
+from data.dmc import EnvironmentBatch
+from data.tasks import goal_task
+
+
+def evaluate_oracle(config: Config) -> list[Result]:
+    """Returns what the scripted controller that knows the goal earns on the groups of a config: the ceiling of a
+    plot."""
+    results = []
+    own = config.evaluate
+    settings = {"evaluate.seed": own.seed}  # of the goals: it depends on nothing else
+    for task in config.data.tasks:
+        hidden = goal_task(task)
+        if hidden is None:
+            continue
+        environments = EnvironmentBatch(task, own.groups)
+        goals = held_out_goals(task, own.seed, own.groups)
+        environments.reset([(own.seed, group, 0) for group in range(own.groups)], goals)
+        total = np.zeros(own.groups)
+        for _ in range(environments.episode_steps):
+            total += environments.step(hidden.oracle(environments.physics_states(), goals)).reward
+        results += [
+            Result(
+                experiment=config.name,
+                agent=ORACLE,
+                task=task,
+                seed=0,
+                context_trajectories=0,
+                context_tokens=0,
+                mode="prompted",
+                episode_index=0,
+                return_=float(total[index]),
+                steps=environments.episode_steps,
+                checkpoint_step=0,
+                versions=versions(),
+                run=config.name,
+                series=config.name,
+                settings_id=settings_id(settings),
+                settings=settings,
+                group=group_id(own.seed, index),
+                context="none",
+            )
+            for index in range(own.groups)
+        ]
+    return results
