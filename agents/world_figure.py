@@ -43,7 +43,8 @@ def plot_worlds(
 
     shown = named([result for result in results if result.places or result.agent == ORACLE])
     rows = summarize(shown, statistics=["mean"], resamples=resamples)
-    agents = sorted({result.agent for result in shown if result.agent != ORACLE})
+    # Who sees no history is a level in everybody's panel, as is the oracle, and has no panel of its own.
+    agents = sorted({result.agent for result in shown if result.context_trajectories})
     if not agents:
         raise ConfigError("there is nothing to draw: none of these results is of a map, such as 'point_mass-map'.")
     of_visit = max(result.context_tokens / (result.context_trajectories or 1) for result in shown)
@@ -60,7 +61,7 @@ def plot_worlds(
         left = 0.7 + index * (WIDTH + MARGIN)
         box = (left / width, 1.35 / height, WIDTH / width, HEIGHT / height)
         axes = figure.add_axes(box)
-        own = [result for result in shown if result.agent in (agent, ORACLE)]
+        own = [result for result in shown if result.agent == agent or result.agent not in agents]
         _draw(axes, own, rows, agent, trained_tokens)
         axes.set_ylim(0, top * 1.08)
         if len(agents) > 1:
@@ -95,11 +96,14 @@ def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], a
         for row in rows:
             if row.agent == f"{agent}, {size:,} places{FOREIGN}" and row.context_trajectories == size:
                 axes.plot([place[row.context_tokens]], [row.mean], "x", color=colour, markersize=7, zorder=4)
-    for row in rows:
-        if row.agent == ORACLE:
-            axes.axhline(row.mean, color=GREY, linewidth=1.3, linestyle=(0, (7, 3)))
-            axes.annotate("oracle: is told the goal", (first, row.mean), (0, 4), textcoords="offset points",
-                          fontsize=8.5, color=GREY)  # fmt: skip
+                if size == sizes[-1]:
+                    _name(axes, place[row.context_tokens], row.mean, "history of\nanother world", FAINT, bold=False)
+    for name in sorted({result.agent for result in results} - {agent}):
+        level = float(np.mean([result.return_ for result in results if result.agent == name]))
+        axes.axhline(level, color=GREY, linewidth=1.3, linestyle=(0, (7, 3)) if name == ORACLE else (0, (1, 1.5)))
+        text = "oracle: is told the goal" if name == ORACLE else f"{name}: sees no history"
+        axes.annotate(text, (last + 0.35, level), (0, 4), textcoords="offset points", ha="right", fontsize=8.5,
+                      color=GREY)  # fmt: skip
     if trained is not None and math.log2(trained) <= last:
         axes.axvspan(first - 0.4, math.log2(trained), color="#F3F3F0", zorder=0)
         axes.annotate("as long as in training", (math.log2(trained), 0), (-4, 5), textcoords="offset points",

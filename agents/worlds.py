@@ -51,11 +51,13 @@ def is_map(task: str) -> bool:
     return hidden is not None and hidden.sign_size > 0
 
 
-def histories(config: Config) -> Iterator[History]:
-    """Yields every history that a config asks for, the cheapest first."""
+def histories(config: Config, *, context: bool = True) -> Iterator[History]:
+    """Yields every history that a config asks for, the cheapest first; only the empty ones to who has no use for them
+    (`Agent.context`)."""
     own = config.evaluate
+    seen = own.seen if context else [0.0]
     for task in filter(is_map, config.data.tasks):
-        every = (History(task, places, round(share * places)) for places in own.places for share in own.seen)
+        every = (History(task, places, round(share * places)) for places in own.places for share in seen)
         yield from dict.fromkeys(every)
 
 
@@ -119,11 +121,10 @@ class _Player:
         """Returns the results of a piece: every query of every world that misses some, and the foreign ones."""
         own, agent, history = self.own, self.loaded.agent, piece.history
         sampler = self.samplers[history.task]
-        sees = agent.context
-        seen = history.seen if sees else 0
-        prompt, asked = sampler.history(own.seed, piece.worlds, history.places, seen, own.queries)
+        prompt, asked = sampler.history(own.seed, piece.worlds, history.places, history.seen, own.queries)
         tokens = context_tokens(agent, prompt)
-        memory = self.start(self.loaded.params, laid_out(agent, prompt) if sees else prompt, sampler.longest)
+        laid = laid_out(agent, prompt) if agent.context else prompt
+        memory = self.start(self.loaded.params, laid, sampler.longest)
         kinds = {"own" if history.seen else "none": (piece.worlds, asked)}
         if own.foreign and history.seen:
             _refuse_one_world(self.loaded.config)
@@ -236,7 +237,7 @@ def _pieces(loaded: "Loaded", before: Sequence[Result], first_group: int) -> Ite
             for group in range(of * own.queries, (of + 1) * own.queries)
         )
 
-    for history in histories(loaded.config):
+    for history in histories(loaded.config, context=loaded.agent.context):
         rows = _limit(loaded, history) // own.queries
         size = max(1, min(len(worlds), rows, PREFILLED // max(1, history.seen * loaded.meta.episode_steps)))
         for first in range(0, len(worlds), size):  # the same pieces however much of them is there: as is their noise

@@ -48,8 +48,9 @@ class Queries(NamedTuple):
 
 
 class WorldSampler:
-    """Draws chains of `trajectories` visits (an even number) from a store; every draw is a pure function of its
-    arguments, and of `split` alone episodes are drawn (see `ChainSampler`). Pickle-safe.
+    """Draws chains of `trajectories` visits (an even number, or one query alone) from a store.
+
+    Every draw is a pure function of its arguments, and of episodes of `split` alone (see `ChainSampler`). Pickle-safe.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class WorldSampler:
         if task is None or not task.sign_size:
             raise DataError(f"{store.path}: task {store.task!r} has no places; use a map, such as 'point_mass-map'")
         growth = growth or Growth()
-        odd = [length for length in (*growth.lengths, trajectories) if length % 2 or length < 2]
+        odd = [length for length in (*growth.lengths, trajectories) if (length % 2 and length > 1) or length < 1]
         if odd:
-            raise DataError(f"chains of a map visit every place twice: trajectories must be even; got {odd[0]}")
+            raise DataError(f"chains of a map visit every place twice: trajectories must be even, or 1; got {odd[0]}")
         growth.check(trajectories)
         self.store, self.task, self.trajectories = store, task, trajectories
         self.seed, self.split, self.growth = seed, split, growth
@@ -94,7 +95,8 @@ class WorldSampler:
         column = np.flatnonzero((places >= 0) & (places < self.moments))
         numbers, own = np.unique(places[column] // span, return_inverse=True)
         generators = [generator_of(self.seed, VISITS, step, row, chain) for row in indices for chain in numbers]
-        visits = self._rests().pairs(generators, length)
+        visits = self._rests().pairs(generators, max(2, length))
+        visits = Visits(*(field[:, -length:] for field in visits))  # of a chain of one, the query
         chain = (np.arange(len(indices))[:, None] * len(numbers) + own).ravel()
         at = np.repeat(np.arange(len(indices)), len(column)), np.tile(column, len(indices))
         place = np.tile(places[column] % span, len(indices))

@@ -75,6 +75,7 @@ def test_the_summary_says_what_was_predicted(tmp_path):
 
 def test_the_picture(tmp_path):
     seeds = [result for seed in (0, 1) for result in perfect(seed=seed)]
+    seeds += [result for places in (64, 256) for result in visits(places, 0, 1.8, agent="DT")]
     results = seeds + visits(64, 64, 1.0, context="foreign") + perfect(agent="AT, window of 4 tokens")
     drawn = plot_worlds(results, tmp_path / "map.png", "A title", trained=64, resamples=50)
     assert drawn.path.stat().st_size > 20_000

@@ -47,6 +47,15 @@ def test_every_place_is_visited_twice_and_the_second_visit_is_the_query(store):
         assert (paid[:, -2:] == 1).all()  # they stay where they are paid
 
 
+def test_a_chain_of_one_is_a_query_alone(store):
+    batch = WorldSampler(store, trajectories=1, seed=0).sample(0, 6)
+    assert batch.observation.shape == (6, 16, 36)
+    assert batch.last.all()
+    assert (batch.reward[:, -2:] == 1).all()
+    pair = WorldSampler(store, trajectories=2, seed=0).sample(0, 6)
+    np.testing.assert_array_equal(batch.observation, pair.observation[:, 16:])
+
+
 def test_a_visit_begins_anew_and_no_return_is_asked_for(store):
     batch = WorldSampler(store, trajectories=4, seed=0).sample(0, 2)
     begins = batch.step == 0
@@ -121,7 +130,7 @@ def test_episodes_collected_on_a_map_serve_as_well(store, tmp_path):
 def test_refusals(store, dark):
     with pytest.raises(DataError, match=r"'point_mass-dark' has no places; use a map, such as 'point_mass-map'"):
         WorldSampler(dark, trajectories=2, seed=0)
-    with pytest.raises(DataError, match=r"visit every place twice: trajectories must be even; got 3"):
+    with pytest.raises(DataError, match=r"visit every place twice: trajectories must be even, or 1; got 3"):
         WorldSampler(store, trajectories=3, seed=0)
     with pytest.raises(DataError, match=r"of 8 trajectories grows through its divisors, the smallest first; got \[6\]"):
         WorldSampler(store, trajectories=8, seed=0, growth=Growth((6,), 5))
