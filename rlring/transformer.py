@@ -210,12 +210,14 @@ class Transformer(nnx.Module):
         written."""
         cache.check(position.shape[1])
         now = checked(Mask.causal(position, segment, window), x.shape[:2], x.shape[:2])
-        graph, blocks = nnx.split(self.blocks)
         x, held = x.astype(self.config.compute_type), []
+        if x.size == 0:
+            return x, cache
+        graph, blocks = nnx.split(self.blocks)
         for layer in range(self.config.layers):  # no scan: XLA copies what a scan takes in turn, here the cache
-            # The index, of which x adds nothing, makes the layer's weights wait for x: else XLA takes those of all
-            # layers out of the stack at once, a copy of the model.
-            index = layer + jnp.isnan(x[0, 0, 0]).astype(jnp.int32)
+            # The index, to which a sign's bit adds half of it, nothing, makes the layer's weights wait for x: else XLA
+            # takes those of all layers out of the stack at once, a copy of the model. A barrier does not (jax 0.10).
+            index = layer + (jnp.signbit(x[0, 0, 0]).astype(jnp.int32) >> 1)
             block = nnx.merge(graph, at(blocks, index))
             q, k, v = block.project(x, now.q_position)
             attended, key_value = cache.attend(layer, q, k, v, now, mesh=mesh)

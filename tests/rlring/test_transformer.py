@@ -58,6 +58,34 @@ def test_prefill_then_decode_equals_one_full_pass(window, ring):
         assert relative(features, full[:, new]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_takes_the_weights_out_of_the_stack_layer_by_layer(dtype):
+    model = make(width=128, layers=8, compute_type=dtype)
+    graph, params = nnx.split(model)
+
+    def decode(params, x, position, cache):
+        return nnx.merge(graph, params).decode(x, position, jnp.zeros_like(position), cache)
+
+    arrays = params, jnp.ones((1, 1, 128)), jnp.zeros((1, 1), jnp.int32), model.empty_cache(1, capacity=8)
+    memory = jax.jit(decode, donate_argnums=3).lower(*arrays).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < sum(x.nbytes for x in jax.tree.leaves(params)) / 4
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_row_that_is_not_a_number_spoils_no_other(bad):
+    model, (x, position) = make(), tokens(length=6)
+    decode = jax.jit(model.decode)
+    for row in (0, 1):
+        cache = spoiled = model.empty_cache(2, capacity=6)
+        for t in range(3):
+            new = slice(t, t + 1)
+            arrays = position[:, new], jnp.zeros((2, 1), jnp.int32)
+            features, cache = decode(x[:, new], *arrays, cache)
+            got, spoiled = decode(x[:, new].at[row].set(bad), *arrays, spoiled)
+            np.testing.assert_array_equal(got[1 - row], features[1 - row])
+            assert np.isnan(got[row]).all()
+
+
 def test_a_window_bounds_the_cache():
     """A cache little longer than the window, written round and round, gives what the full pass gives."""
     model, window = make(), 7
@@ -123,6 +151,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(UsageError, match=r"the batch is split over mesh.data=4 devices; got B=2"):
             run(x, Mask.causal(position), mesh=make_mesh(data=4))
     cache = model.empty_cache(2, capacity=8)
+    assert model.decode(x[:, :0], position[:, :0], position[:, :0], cache)[1] is cache
     with pytest.raises(UsageError, match=r"the mask's q_position is an array .* int32 holds; got float32"):
         model.decode(x, position.astype(jnp.float32), position, cache)
     with pytest.raises(UsageError, match=r"the batch is split over mesh.data=4 devices; got B=2"):
