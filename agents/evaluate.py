@@ -28,7 +28,7 @@ from agents.results import Result, append_results, read_results
 from agents.statistics import summarize, write_summary
 from agents.worlds import evaluate_worlds
 from data import ChainBatch, ChainSampler, DataError, TrajectoryStore
-from data.dmc import EnvironmentBatch
+from data.environment_batch import EnvironmentBatch
 from rlring import make_mesh, request_cpu_devices
 
 

@@ -7,7 +7,7 @@ from agents.config import Config
 from agents.goals import group_id, held_out_goals
 from agents.identity import settings_id
 from agents.results import ORACLE, Result
-from data.dmc import EnvironmentBatch
+from data.environment_batch import EnvironmentBatch
 from data.tasks import goal_task
 
 

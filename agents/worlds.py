@@ -18,7 +18,7 @@ from agents.config import Config
 from agents.prompts import context_tokens, laid_out
 from agents.results import Result, append_results
 from data import TrajectoryStore, WorldSampler
-from data.dmc import EnvironmentBatch
+from data.environment_batch import EnvironmentBatch
 from data.tasks import goal_task
 from data.worlds import Queries
 

@@ -1,20 +1,19 @@
 """dm_control's tasks as gymnasium environments: flat float32 observations, actions in [-1, 1], physics state beside.
 
 The environments pay the very same rewards as dm_control's own (`tests/data/test_dmc.py` holds it), and an episode is a
-function of its seed alone. `EnvironmentBatch` steps many of them in lock step; it is bitwise the same as single ones,
-which is why both are in this one (long) file.
+function of its seed alone.
 """
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import gymnasium
 import mujoco
 import numpy as np
 from dm_control.rl import control
-from jaxtyping import Bool, Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64
 
 from data import drawn
 from data.actions import ROUNDING
@@ -250,82 +249,6 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
 
     def _info(self, discount: float) -> dict[str, Any]:
         return {"physics": self._physics.get_state(), "discount": discount}
-
-
-class BatchStep(NamedTuple):
-    """What one action in every environment of a batch gave; a row per environment."""
-
-    observation: Float32[np.ndarray, "B O"]
-    reward: Float64[np.ndarray, " B"]
-    terminated: Bool[np.ndarray, " B"]
-    truncated: Bool[np.ndarray, " B"]
-
-
-class EnvironmentBatch:
-    """Environments of one task stepped in lock step, bitwise the same as that many single ones.
-
-    It loads the task once and clones it, because loading is what takes long. A row whose episode is over rests until
-    the next reset: it is paid 0 and keeps its last observation and flags, so that rows may end at different times.
-    """
-
-    def __init__(self, task: str, count: int, *, episode_steps: int | None = None) -> None:
-        """DataError when there is no such task, or count is below 1."""
-        if count < 1:
-            raise DataError(f"a batch needs at least one environment; got count={count}")
-        first = Environment(task, episode_steps=episode_steps)
-        self.environments = [first, *(first.clone() for _ in range(count - 1))]
-        self.episode_steps = first.episode_steps
-        self.observation_size = first.observation_space.shape[0]
-        self.action_size = first.action_space.shape[0]
-        self._observation = np.zeros((count, self.observation_size), np.float32)
-        self._terminated = np.ones(count, bool)
-        self._truncated = np.ones(count, bool)
-
-    def __len__(self) -> int:
-        return len(self.environments)
-
-    @property
-    def over(self) -> Bool[np.ndarray, " B"]:
-        """Which rows rest until the next reset."""
-        return self._terminated | self._truncated
-
-    def reset(
-        self,
-        seeds: Sequence[int | Sequence[int]],
-        goals: Float[np.ndarray, "B G"] | None = None,
-        signs: Float[np.ndarray, "B S"] | None = None,
-    ) -> Float32[np.ndarray, "B O"]:
-        """Returns the first observations of new episodes, a seed (a goal, a sign) per row; fewer leave the rest
-        over."""
-        count = len(self)
-        if len(seeds) > count or (goals is not None and len(goals) != len(seeds)):
-            raise DataError(
-                f"a batch of {count} takes up to {count} seeds, with a goal for each or none at all; "
-                f"got {len(seeds)} seeds and {None if goals is None else len(goals)} goals"
-            )
-        self._terminated[:] = self._truncated[:] = True
-        self._observation[:] = 0.0
-        for row, seed in enumerate(seeds):
-            options = {name: given[row] for name, given in (("goal", goals), ("sign", signs)) if given is not None}
-            self._observation[row], _ = self.environments[row].reset(seed=seed, options=options)
-        self._terminated[: len(seeds)] = self._truncated[: len(seeds)] = False
-        return self._observation.copy()
-
-    def step(self, actions: Float[np.ndarray, "B A"]) -> BatchStep:
-        """Returns what every row's action gave. Rows whose episode is over ignore theirs."""
-        if np.shape(actions) != (len(self), self.action_size):
-            raise DataError(
-                f"actions of this batch have shape {(len(self), self.action_size)}; got {np.shape(actions)}"
-            )
-        reward = np.zeros(len(self))
-        for row in np.flatnonzero(~self.over):
-            taken = self.environments[row].step(actions[row])
-            self._observation[row], reward[row], self._terminated[row], self._truncated[row], _ = taken
-        return BatchStep(self._observation.copy(), reward, self._terminated.copy(), self._truncated.copy())
-
-    def physics_states(self) -> Float64[np.ndarray, "B P"]:
-        """Returns every row's MuJoCo state."""
-        return np.stack([environment.physics_state() for environment in self.environments])
 
 
 def make(task: str, **options: Any) -> Environment:

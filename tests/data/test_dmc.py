@@ -7,7 +7,8 @@ from dm_control import suite
 from gymnasium.utils.env_checker import check_env
 
 from data import dmc
-from data.dmc import Environment, EnvironmentBatch, make
+from data.dmc import Environment, make
+from data.environment_batch import EnvironmentBatch
 from data.errors import DataError
 
 # Every domain of the suite's benchmark once, and what is special: no limits (lqr), asymmetric ranges (quadruped), RK4.

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data.dmc import EnvironmentBatch, make
+from data.dmc import make
+from data.environment_batch import EnvironmentBatch
 from data.policies import controller
 from data.tasks import goal_task, goal_task_names
 
