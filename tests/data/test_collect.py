@@ -1,5 +1,6 @@
 """collect: episodes are functions of their seed, whatever the workers, and interrupted work goes on where it was."""
 
+import fcntl
 import json
 import os
 import signal
@@ -91,7 +92,7 @@ def test_the_same_episodes_whatever_the_workers_and_the_interruptions(tmp_path, 
 def test_interrupted_it_ends_at_once_and_leaves_whole_files(tmp_path, signal_):
     """At once: not after the episodes that a worker was given, which would take minutes here."""
     out = tmp_path / "episodes"
-    arguments = "--task pendulum-swingup --policy uniform --episodes 10000 --episode-steps 20000 --workers 2 --out"
+    arguments = "--task pendulum-swingup --policy uniform --episodes 10000 --episode-steps 8000 --workers 2 --out"
     process = subprocess.Popen(
         [sys.executable, "-m", "data.collect", *arguments.split(), out],
         cwd=ROOT,
@@ -103,18 +104,29 @@ def test_interrupted_it_ends_at_once_and_leaves_whole_files(tmp_path, signal_):
     while not list(out.glob("*.npz")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    with pytest.raises(DataError, match=r"another process collects into .*episodes right now"):
-        collect("pendulum-swingup", "uniform", 10000, 0, out, episode_steps=20000)
     # A terminal sends it to every process, who kills one knows its number.
     (os.killpg if signal_ == signal.SIGINT else os.kill)(process.pid, signal_)
-    _, error = process.communicate(timeout=30)  # closed when the last worker is gone
+    try:
+        _, error = process.communicate(timeout=30)  # closed when the last worker is gone
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert "Traceback" not in error
     if signal_ == signal.SIGINT:
         assert process.returncode == 130
         assert error.splitlines()[-1].startswith("interrupted; ")
         assert not list(out.glob(".*"))
     for path in list_episodes(out):
-        assert read_episode(path).length == 20000
+        assert read_episode(path).length == 8000
+
+
+def test_two_do_not_collect_into_one_folder(tmp_path):
+    collect("point_mass-dark", "uniform", 1, 0, tmp_path, progress=False)
+    with open(tmp_path / "collect.json") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=rf"another process collects into {tmp_path} right now; wait for it"):
+            collect("point_mass-dark", "uniform", 2, 0, tmp_path, progress=False)
+    collect("point_mass-dark", "uniform", 2, 0, tmp_path, progress=False)
 
 
 def test_foreign_files_in_the_folder_stay(tmp_path):
