@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlring.attention import Mask, SparsePattern
 from rlring.attention.api import check_batch
@@ -29,8 +29,10 @@ KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]  # of tokens 
 class DenseSlots:
     """Which tokens the slots of a dense layer hold: the last that were written; all such layers hold the same.
 
-    Past the last slot writing starts again at the first, which is exact as long as the attention window is no longer
-    than what the slots still hold: that is how a window bounds the memory.
+    Past the last slot writing starts again at the first, which is exact as long as nobody sees what was there: that is
+    how a window bounds the memory, at window + T - 1 slots for steps of T tokens. Exact where the tokens of a row come
+    in order, one segment after the other. Where a token takes the place of one that can still be seen, what sees either
+    becomes NaN: what is wrong is seen. Tokens that are nowhere take nobody's place.
     """
 
     position: Int[Array, "B S"]
@@ -76,8 +78,11 @@ class DenseSlots:
 
     def after(self, now: Mask, shard: Int[Array, ""] | int) -> "DenseSlots":
         """Returns the slots once the new tokens are in them."""
+        held, is_there = self._held(now, shard), now.k_segment >= 0
+        position = jnp.where(is_there, now.k_position, held.k_position)
+        segment = jnp.where(is_there, now.k_segment, held.k_segment)
         position, segment = (
-            self._write(x, new, shard, 1) for x, new in ((self.position, now.k_position), (self.segment, now.k_segment))
+            self._write(x, new, shard, 1) for x, new in ((self.position, position), (self.segment, segment))
         )
         return replace(self, position=position, segment=segment, written=self.written + now.k_position.shape[1])
 
@@ -85,14 +90,34 @@ class DenseSlots:
         self, x: Float[Array, "B K S H"], new: Float[Array, "B T K H"], now: Mask, shard: Int[Array, ""] | int
     ) -> Float[Array, "B K S H"]:
         """Returns the keys or values with those of new tokens written."""
-        return self._write(x, jnp.moveaxis(new, 1, 2).astype(x.dtype), shard, 2)
+        # Seen by whoever would have seen what it takes the place of.
+        is_lost = (self._held(now, shard).visible() & now.visible()).any(1)
+        new = jnp.where(is_lost[..., None, None], jnp.nan, new).astype(x.dtype)
+        held = jnp.take(x, self._slot(new.shape[1], shard), 2, mode="clip")
+        is_there = (now.k_segment >= 0)[:, None, :, None]
+        return self._write(x, jnp.where(is_there, jnp.moveaxis(new, 1, 2), held), shard, 2)
+
+    def is_lost(self, now: Mask, shard: Int[Array, ""] | int) -> Bool[Array, "B T"]:
+        """Returns which of the new tokens see what others of them take the place of."""
+        return self._held(now, shard).visible().any(2)
+
+    def _held(self, now: Mask, shard) -> Mask:
+        """Returns what the new tokens see of what was in the slots that they are given."""
+        slot = self._slot(now.k_position.shape[1], shard)
+        position, segment = (jnp.take(x, slot, 1, mode="fill", fill_value=-1) for x in (self.position, self.segment))
+        return replace(now, k_position=position, k_segment=segment)
+
+    def _slot(self, tokens: int, shard) -> Int[Array, "T"]:
+        """Returns the slots that new tokens are given, one past the last for those of other devices."""
+        own = self.position.shape[1]
+        slot = (self.written + jnp.arange(tokens, dtype=jnp.int32)) % self.capacity - shard * own
+        return jnp.where(slot < 0, own, slot)
 
     def _write(self, x: Array, new: Array, shard, dimension: int) -> Array:
-        own, tokens = x.shape[dimension], new.shape[dimension]
-        slot = (self.written + jnp.arange(tokens, dtype=jnp.int32)) % self.capacity - shard * own
-        # Those of other devices go past the last and are dropped. So does one more that is nothing: a single one would
-        # become the update of a slice, which XLA computes twice, to return it and to read it.
-        slot = jnp.append(jnp.where(slot < 0, own, slot), own)
+        tokens = new.shape[dimension]
+        # Those of other devices are dropped. So is one more that is nothing: a single one would become the update of a
+        # slice, which XLA computes twice, to return it and to read it.
+        slot = jnp.append(self._slot(tokens, shard), x.shape[dimension])
         return x.at[(slice(None),) * dimension + (slot,)].set(pad(new, dimension, tokens + 1), mode="drop")
 
 
@@ -105,7 +130,8 @@ class KVCache:
     """The keys and values of every layer, and which tokens they are of.
 
     Dense layers hold the last `capacity` tokens (DenseSlots), sparse layers what their heads can still see
-    (SparseSlots). Writing returns a new cache (XLA reuses the memory when the old one is donated).
+    (SparseSlots). A token that would see what they no longer hold becomes NaN. Writing returns a new cache (XLA reuses
+    the memory when the old one is donated).
     """
 
     key: tuple[Float[Array, "B K S H"], ...]  # of each layer
@@ -193,7 +219,8 @@ class KVCache:
             key, value = (slots.put(x, new, now, shard) for x, new in zip(held, (k, v), strict=True))
             rows = (x.reshape(-1, *x.shape[2:]).astype(q.dtype) for x in (key, value))
             axes = () if mesh is None else slots.spec(mesh)[2] or ()
-            return attend(q, *rows, slots.after(now, shard).mask(now), axes), (key, value)
+            out = attend(q, *rows, slots.after(now, shard).mask(now), axes, slots.is_lost(now, shard))
+            return out, (key, value)
 
         slots, held = self._slots(self.is_sparse[layer]), (self.key[layer], self.value[layer])
         return _on_shards(attend_here, slots, held, (q, k, v), now, mesh, returns=("tokens", "held"))

@@ -100,13 +100,24 @@ class SparseSlots:
     ) -> Float[Array, "B K S H"]:
         """Returns the keys or values with those of new tokens written."""
         given = self._given(now, shard)
-        position, segment = (
-            _picked(x, jnp.minimum(given.slot, x.shape[2] - 1), -1)[..., None] for x in (self.position, self.segment)
-        )
+        position, segment = (x[..., None] for x in self._held(given.slot))
         seen_by = given.position[:, :, None], given.segment[:, :, None]  # any of the new tokens
         is_lost = self._is_lost(position, segment, given.slot[..., None], *seen_by).any(-1)
         new = jnp.tile(jnp.moveaxis(new, 1, 2), (1, 1, 2, 1))
         return _put(x, _marked(new, is_lost).astype(x.dtype), given.slot)
+
+    def is_lost(self, now: Mask, shard: Int[Array, ""] | int) -> Bool[Array, "B T"]:
+        """Returns which of the new tokens see what others of them take the place of."""
+        slot = self._given(now, shard).slot[..., None]
+        position, segment = (x[..., None] for x in self._held(slot[..., 0]))
+        q_position, q_segment = (x[:, None, None] for x in (now.q_position, now.q_segment))
+        is_seen = self._is_lost(position, segment, slot, q_position, q_segment) & (position <= q_position)
+        return (is_seen & (slot < self.position.shape[2])).any((1, 2))
+
+    def _held(self, slot: Int[Array, "B K U"]) -> tuple[Int[Array, "B K U"], Int[Array, "B K U"]]:
+        """Returns position and segment of what stands in slots; of one past the last, of the last."""
+        slot = jnp.minimum(slot, self.position.shape[2] - 1)
+        return _picked(self.position, slot, -1), _picked(self.segment, slot, -1)
 
     def _heads(self, shard) -> Int[Array, "K"]:
         heads = self.position.shape[1]

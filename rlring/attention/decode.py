@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rlring.attention import one_block
 from rlring.attention.api import check_arrays, check_batch
@@ -74,14 +74,18 @@ def attend(
     v: Float[Array, "R S H"],
     mask: Mask,
     axes: tuple[str, ...] = (),
+    is_lost: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns attention of a few queries over these rows of keys and those of all other devices of the mesh axes.
 
-    The mask has B rows, or R.
+    The mask has B rows, or R. Queries for which a key is lost on any device are NaN.
     """
     rows = rows_of_queries(q, k.shape[0] // q.shape[0])
     flat = rows.reshape(rows.shape[0], -1, rows.shape[3])
     out, lse = one_block.attend(flat, k, v, mask)  # there are few queries
+    if is_lost is not None:
+        out = jnp.where(is_lost[:, None, None, :, None], jnp.nan, out.reshape(q.shape[0], -1, *rows.shape[1:]))
+        out = out.reshape(flat.shape)
     if axes:
         # softmax.merge() of all devices' parts at once. The greatest cancels, and has no gradient.
         top = lax.pmax(lax.stop_gradient(lse), axes)

@@ -200,7 +200,47 @@ def test_what_would_be_wrong_is_seen():
         assert np.isnan(after(prefill(x[:, :32], wrong[:, :32]), [64])).all()
     # A step whose tokens are of two segments, and the second takes what the first one sees.
     features, _ = decode(x[:, :2], jnp.array([[32, 0]] * 2), jnp.array([[0, 1]] * 2), right)
-    assert np.isnan(features[:, 1]).all()
+    assert np.isnan(features).all()
+
+
+@pytest.mark.parametrize("mesh", [None, {"ring": 4}, {"data": 2, "ulysses": 2}], ids=str)
+@pytest.mark.parametrize(("step", "window"), [(1, None), (4, None), (4, 16), (4, 14), (4, 13)])
+def test_a_dense_cache_forgets_nothing_in_silence(step, window, mesh):
+    """In 16 slots: every token that does not see what the slots held no longer is right, the others are NaN."""
+    model, mesh = make(None, layers=1), make_mesh(**mesh) if mesh else None
+    x, position = tokens(32)
+    segment = jnp.zeros_like(position)
+    full = model(x, Mask.causal(position, segment, window))
+    decode = jax.jit(lambda x, p, s, c: model.decode(x, p, s, c, window=window, mesh=mesh))
+    cache, found = model.empty_cache(2, capacity=16, mesh=mesh), []
+    for start in range(0, 32, step):
+        new = slice(start, start + step)
+        features, cache = decode(x[:, new], position[:, new], segment[:, new], cache)
+        found.append(features)
+    got, place = jnp.concatenate(found, 1), jnp.arange(32)
+    held = place // step * step + step - 16  # the first token still there
+    is_right = held <= jnp.maximum(0, place - (window or 32) + 1)
+    np.testing.assert_allclose(got[:, is_right], full[:, is_right], atol=1e-5)
+    assert np.isnan(got[:, ~is_right]).all()
+    assert is_right.all() == (window == 13)
+
+
+def test_a_row_that_waits_loses_nothing():
+    """While another one goes on past the last slot."""
+    model = make(None, layers=1)
+    x, position = tokens(24)
+    decode = jax.jit(model.decode)
+    cache = alone = model.empty_cache(2, capacity=8)
+    for t in range(16):
+        waits = 4 <= t < 14
+        segment = jnp.array([[t // 8], [-1 if waits else 0]])
+        features, cache = decode(x[:, t : t + 1], position[:, t : t + 1] % 8, segment, cache)
+        assert np.isfinite(features).all()
+        if not waits:
+            expected, alone = decode(
+                x[:, t : t + 1], position[:, t : t + 1] % 8, segment[1:] * jnp.ones((2, 1), int), alone
+            )
+            np.testing.assert_allclose(features[1], expected[1], atol=1e-6)
 
 
 def test_dense_steps_may_cross_the_end():
