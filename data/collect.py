@@ -3,7 +3,8 @@
     python -m data.collect --task point_mass-dark --policy waypoints --episodes 6000 --seed 0 --out datasets/dark
 
 Episode `i` is a function of (task, policy, seed, i) and of the versions of the simulator, whatever the workers and
-however often the work was interrupted: the same command again keeps the whole episodes and makes the missing ones.
+however often the work was interrupted: the same command again keeps the whole episodes and makes the missing ones, with
+other versions too, which collect.json then names.
 """
 
 import json
@@ -59,6 +60,8 @@ def collect(
     _claim(out, _description(task, policy, seed, environment.episode_steps))
     with _alone(out):
         missing = _missing(out, episodes)
+        if missing:
+            _note_versions(out)
         if workers == 1:
             written = (_write_chunk(environment, policy, seed, out, [index]) for index in missing)
         else:
@@ -122,8 +125,26 @@ def _check(task: str, policy: str, episodes: int, seed: int, workers: int, episo
 
 
 def _description(task: str, policy: str, seed: int, episode_steps: int) -> dict[str, object]:
-    versions = {package: version(package) for package in ("dm_control", "mujoco", "numpy")}
-    return {"task": task, "policy": policy, "seed": seed, "episode_steps": episode_steps, "versions": versions}
+    return {"task": task, "policy": policy, "seed": seed, "episode_steps": episode_steps, "versions": _versions()}
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("dm_control", "mujoco", "numpy")}
+
+
+def _note_versions(out: Path) -> None:
+    """Adds to collect.json the versions that make the missing episodes, and tells where they are others than before:
+    that is no reason not to go on."""
+    path = out / "collect.json"
+    present = json.loads(path.read_text())
+    before, now = present.get("versions") or {}, _versions()
+    other = {name: before.get(name) for name in now if now[name] not in str(before.get(name)).split(", ")}
+    if not other:
+        return
+    told = ", ".join(f"{name} {was} ({now[name]} now)" for name, was in other.items())
+    print(f"note: the episodes in {out} so far were made with {told}; collect.json keeps both", file=sys.stderr)
+    both = {name: f"{was}, {now[name]}" if was else now[name] for name, was in other.items()}
+    write_text(path, json.dumps({**present, "versions": {**before, **both}}, indent=2) + "\n")
 
 
 def _claim(out: Path, description: dict[str, object]) -> None:
@@ -144,7 +165,7 @@ def _claim(out: Path, description: dict[str, object]) -> None:
     if not isinstance(present, dict):
         raise DataError(f"{path} is not what data.collect writes; choose another --out, or delete that folder")
     for key, value in description.items():
-        if present.get(key) != value:
+        if key != "versions" and present.get(key) != value:
             raise DataError(
                 f"{out} holds episodes of {key} {present.get(key)!r}, and this run is of {key} {value!r}. "
                 "Choose another --out, or delete that folder"

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 # The second half of every random key: which use the numbers are for, so that no two uses ever share them.
-SAMPLE, PROMPT, TARGET, SPLIT, CUT, VISITS, WORLD = range(7)
+SAMPLE, PROMPT, TARGET, _SPLIT_BEFORE, CUT, VISITS, WORLD = range(7)
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def generator_of(seed: int, use: int, step: int, row: int, chain: int = 0) -> np.random.Generator:
@@ -21,8 +22,13 @@ def row_indices(rows: int | Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def split_episodes(episodes: int, held_out: float) -> dict[str, np.ndarray]:
-    """Returns the episodes of each split, ascending."""
-    # Of no seed: what one run holds out, no other run may train on.
-    shuffled = generator_of(0, SPLIT, 0, 0).permutation(episodes)
-    count = max(1, round(episodes * held_out)) if held_out > 0 else 0
-    return {"train": np.sort(shuffled[count:]), "held_out": np.sort(shuffled[:count]), "all": np.arange(episodes)}
+    """Returns the episodes of each split, ascending; within two episodes `held_out` is their share.
+
+    Which split an episode is in depends on its place in the store alone: of no seed, because what one run holds out no
+    other may train on, and not on how many episodes there are, so that a store that grows moves none. A larger share
+    holds out the episodes of a smaller one too.
+    """
+    every = np.arange(episodes)
+    # Multiples of the golden section spread evenly however many there are, within any regular part of them too.
+    is_out = every * GOLDEN % 1 < held_out
+    return {"train": every[~is_out], "held_out": every[is_out], "all": every}

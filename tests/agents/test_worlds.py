@@ -92,3 +92,9 @@ def test_the_command_says_what_it_takes(trained, map_settings, capsys):
     assert "14 histories to read, 2 queries each; keys and values take up to 0.00 GiB" in err
     assert "agentic_transformer, 4 places" in (folder / "summary.csv").read_text()
     assert "4 trajectories (64 tokens)" in out
+
+
+def test_another_world_is_never_the_own(trained, map_settings, capsys):
+    folder = trained(*map_settings)
+    assert main([str(folder), *MAP, "evaluate.groups=2"]) == 2
+    assert "evaluate.foreign asks about another world than the one seen" in capsys.readouterr().err

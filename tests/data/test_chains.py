@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from data import ChainSampler, DataError, GoalSampling, Trajectory
 from data.column import BLOCK
+from data.draws import split_episodes
 from data.store_writer import write_store
 from data.tasks import goal_task
 
@@ -210,6 +211,19 @@ def test_split(even):
     other_seed = ChainSampler(even, trajectories=3, seed=99, split="held_out")
     np.testing.assert_array_equal(other_seed.pool, samplers["held_out"].pool)
     assert len(ChainSampler(even, trajectories=3, seed=0, held_out=0).pool) == 60
+
+
+@pytest.mark.parametrize("held_out", [0.01, 0.1, 0.5, 0.9])
+def test_a_store_that_grows_moves_no_episode(held_out):
+    whole = split_episodes(1000, held_out)
+    for episodes in (1, 60, 120, 999):
+        split = split_episodes(episodes, held_out)
+        for name, members in whole.items():
+            np.testing.assert_array_equal(split[name], members[members < episodes])
+        assert abs(len(split["held_out"]) - held_out * episodes) <= 2
+        assert len(split["held_out"]) >= 1
+        assert set(split["held_out"]) <= set(split_episodes(episodes, min(0.99, held_out * 2))["held_out"])
+    assert not len(split_episodes(1000, 0.0)["held_out"])
 
 
 def test_take_reorders_and_pads(ragged):

@@ -222,11 +222,6 @@ def test_errors(tmp_path):
     collect("point_mass-dark", "uniform", 1, 0, out, progress=False)
     with pytest.raises(DataError, match="holds episodes of seed 0, and this run is of seed 1"):
         collect("point_mass-dark", "uniform", 1, 1, out)
-    note = json.loads((out / "collect.json").read_text())
-    note["versions"]["mujoco"] = "2.0"
-    (out / "collect.json").write_text(json.dumps(note))
-    with pytest.raises(DataError, match="holds episodes of versions"):
-        collect("point_mass-dark", "uniform", 1, 0, out)
     (out / "collect.json").write_text("{")
     with pytest.raises(DataError, match=r"collect.json is damaged"):
         collect("point_mass-dark", "uniform", 1, 0, out)
@@ -236,6 +231,25 @@ def test_errors(tmp_path):
     (out / "collect.json").unlink()
     with pytest.raises(DataError, match=r"no collect.json that says of what"):
         collect("point_mass-dark", "uniform", 1, 0, out)
+
+
+def test_other_versions_are_noted_and_block_nothing(tmp_path, capsys):
+    out = tmp_path / "episodes"
+    collect("point_mass-dark", "uniform", 1, 0, out, progress=False)
+    note = json.loads((out / "collect.json").read_text())
+    now = note["versions"]["numpy"]
+    (out / "collect.json").write_text(json.dumps({**note, "versions": {**note["versions"], "numpy": "1.0"}}))
+    collect("point_mass-dark", "uniform", 1, 0, out, progress=False)  # nothing is missing
+    assert capsys.readouterr().err == ""
+    for episodes in (2, 3):
+        collect("point_mass-dark", "uniform", episodes, 0, out, progress=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"note: the episodes in {out} so far were made with numpy 1.0 ({now} now); collect.json keeps both"
+    ]
+    kept = json.loads((out / "collect.json").read_text())
+    assert kept == {**note, "versions": {**note["versions"], "numpy": f"1.0, {now}"}}
+    assert len(list(out.glob("*.npz"))) == 3
 
 
 def test_data_packages_leave_jax_alone():
