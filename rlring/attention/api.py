@@ -140,7 +140,8 @@ def _with_kernel(config: AttentionConfig, platform: str, scheme: Callable, *axes
 
     def run(q, k, v, mask: Mask):
         fitting = blocks.within_halves(q.shape[1], k.shape[1]) if axes else blocks
-        kernel = make_kernel(config.kernel, fitting, platform=platform, dtype=q.dtype, head_size=q.shape[3])
+        of_arrays = {"dtype": q.dtype, "head_size": q.shape[3], "window": mask.window}
+        kernel = make_kernel(config.kernel, fitting, platform=platform, **of_arrays)
         return scheme(q, k, v, mask, *axes, kernel)
 
     return run

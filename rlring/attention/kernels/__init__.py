@@ -7,6 +7,7 @@ from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import BlockwiseKernel
 from rlring.attention.kernels.cudnn import CudnnTile, unavailable
 from rlring.attention.kernels.rectangles import RectangleKernel
+from rlring.attention.kernels.refusal import Refusal
 from rlring.attention.kernels.splash import DTYPES, SplashKernel
 from rlring.attention.local import Kernel
 from rlring.errors import UsageError
@@ -21,28 +22,37 @@ def platform_of(device: jax.Device) -> str:
     return "old tpu" if is_old else device.platform
 
 
-def make_kernel(name: str, blocks: Blocks, *, platform: str, dtype: jnp.dtype, head_size: int) -> Kernel:
-    """Returns the kernel of this name for arrays of this type and head size on a platform: "cpu", "gpu", "tpu", or
-    "old tpu", before v4.
+def make_kernel(
+    name: str, blocks: Blocks, *, platform: str, dtype: jnp.dtype, head_size: int, window: int | None = None
+) -> Kernel:
+    """Returns the kernel of this name for arrays of this type and head size, and a mask with this window, on a
+    platform: "cpu", "gpu", "tpu", or "old tpu", before v4.
 
         jax      plain JAX: every device, type and mask
         splash   TPU from v4 on, float32 and bfloat16: every mask
-        cudnn    NVIDIA from Ampere on, bfloat16 and float16: masks that are whole rectangles or the causal triangle,
-                 as the hops of a ring over one causal sequence are; other masks are computed as by "jax"
-        auto     splash on a TPU that takes the type, cudnn on a GPU where it is available, else jax
+        cudnn    NVIDIA from Ampere on, bfloat16 and float16: masks without a window that are whole rectangles or the
+                 causal triangle, as the hops of a ring are over one causal sequence, in its order or in zigzag. Whether
+                 a hop is one is known when it runs: what sees a hop that is none (packed sequences, striped or shuffled tokens,
+                 padding among the keys that are seen) is NaN, out and gradients
+        auto     splash on a TPU that takes the type, cudnn on a GPU where it is available, and jax for the masks and
+                 hops that cudnn lacks; else jax
 
     Raises:
-        UsageError: there is no such kernel, or it cannot run here. Nothing but "auto" chooses another one.
+        UsageError: there is no such kernel, it cannot run here, or it knows no windows. Nothing but "auto" chooses
+            another one.
     """
     if name not in KERNELS:
         raise UsageError(f"there is no attention kernel {name!r}. Choose one of {', '.join(KERNELS)}.")
     plain = BlockwiseKernel(blocks)
     if name == "jax":
         return plain
-    kernels = {"splash": SplashKernel(blocks), "cudnn": RectangleKernel(CudnnTile(), plain)}
+    other = plain if name == "auto" else Refusal()
+    kernels = {"splash": SplashKernel(blocks), "cudnn": RectangleKernel(CudnnTile(), other)}
     reasons = {"splash": _no_splash(platform, dtype), "cudnn": _no_cudnn(platform, dtype, head_size)}
     if name == "auto":
         return next((kernels[kernel] for kernel, reason in reasons.items() if reason is None), plain)
+    if name == "cudnn" and window is not None and not reasons[name]:
+        reasons[name] = f"it knows no window; got window={window}. Use None for no window"
     if reasons[name]:
         raise UsageError(f"attention kernel {name!r} cannot run: {reasons[name]}. Or use kernel 'auto' or 'jax'.")
     return kernels[name]

@@ -1,15 +1,21 @@
 """make_kernel: the rule by which a kernel is chosen, and that nothing named is replaced."""
 
+from functools import partial
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from rlring import UsageError
+from rlring import Mask, UsageError
 from rlring.attention import kernels
 from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import BlockwiseKernel
 from rlring.attention.kernels import KERNELS, make_kernel
 from rlring.attention.kernels.rectangles import RectangleKernel
 from rlring.attention.kernels.splash import SplashKernel
+from rlring.attention.local import local_attention
 
 BLOCKS = Blocks(512, 512, 2**20)
 
@@ -56,3 +62,35 @@ def test_every_name_makes_a_kernel_that_can_be_hashed(monkeypatch):
 def test_a_named_kernel_that_cannot_run(name, platform, dtype, message):
     with pytest.raises(UsageError, match=message):
         make(name, platform, dtype)
+
+
+class Uncalled(NamedTuple):
+    """A tile that compiles on a CPU, for a mask that has no shape of a tile's."""
+
+    def forward(self, q, k, v, *, is_causal):
+        return jnp.zeros_like(q), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+
+    def backward(self, q, k, v, out, lse, d_out, *, is_causal):
+        return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
+
+
+def test_only_auto_computes_in_plain_jax_what_cudnn_lacks(monkeypatch):
+    """A window is refused; another mask is known when it runs, and then nothing passes for the kernel's work."""
+    monkeypatch.setattr(kernels, "unavailable", lambda dtype, size: None)
+    make = partial(make_kernel, blocks=BLOCKS, platform="gpu", dtype=jnp.dtype(jnp.bfloat16), head_size=64)
+    with pytest.raises(UsageError, match=r"'cudnn' cannot run: it knows no window; got window=8. .* use kernel 'auto'"):
+        make("cudnn", window=8)
+    q, k, v = (jax.random.normal(jax.random.key(n), (1, 64, 2, 64), jnp.bfloat16) for n in range(3))
+    position = jnp.arange(64, dtype=jnp.int32)[None]
+    packed = Mask.causal(position % 32, position // 32)
+
+    def run(kernel):
+        def loss(q, k, v):
+            out = local_attention(q, k, v, packed, kernel).astype(jnp.float32)
+            return (out**2).sum(), out
+
+        kernel = kernel._replace(tile=Uncalled())
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v))
+
+    assert all(np.isfinite(x).all() for x in run(make("auto", window=8)))
+    assert all(np.isnan(x).all() for x in run(make("cudnn")))
