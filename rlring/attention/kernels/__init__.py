@@ -32,8 +32,8 @@ def make_kernel(
         splash   TPU from v4 on, float32 and bfloat16: every mask
         cudnn    NVIDIA from Ampere on, bfloat16 and float16: masks without a window that are whole rectangles or the
                  causal triangle, as the hops of a ring are over one causal sequence, in its order or in zigzag. Whether
-                 a hop is one is known when it runs: what sees a hop that is none (packed sequences, striped or shuffled tokens,
-                 padding among the keys that are seen) is NaN, out and gradients
+                 a hop is one is known when it runs: what sees a hop that is none (packed sequences, striped or shuffled
+                 tokens, padding among the keys that are seen) is NaN, out and gradients
         auto     splash on a TPU that takes the type, cudnn on a GPU where it is available, and jax for the masks and
                  hops that cudnn lacks; else jax
 
