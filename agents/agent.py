@@ -50,6 +50,8 @@ class Agent(Protocol):
     context: bool
     """Whether it can use trajectories other than the one it is in."""
     tokens_per_moment: int
+    longest_episode: int | None
+    """Steps of the longest episode that it can be in; None: any."""
 
     def sampler(self, stores: list[TrajectoryStore]) -> Sampler:
         """Returns the source of its training batches."""

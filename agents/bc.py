@@ -39,6 +39,7 @@ class BehaviourCloning:
 
     context = False
     tokens_per_moment = 1
+    longest_episode = None
 
     def __init__(self, config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None):
         self.config = config

@@ -186,6 +186,8 @@ class EvaluateConfig(Section):
     """Episodes after each prompt, each seeing the ones before."""
     modes: list[Literal["prompted", "self"]] = Field(default=["prompted"], min_length=1)
     self_episodes: Count = 8
+    episode_steps: Count | None = None
+    """Steps of an episode. None: the task's own."""
     target: Literal["typical"] | Return = "typical"
     """Return asked for. typical: the 90th percentile of the best returns of the training chains."""
     mesh: MeshConfig = MeshConfig()

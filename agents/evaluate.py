@@ -1,30 +1,32 @@
 """Evaluates a trained agent in dm_control: python -m agents.evaluate runs/NAME [section.key=value ...]"""
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from agents.agent import Agent, Memory, Now, Params
+from agents import pause
+from agents.agent import Agent, Params
 from agents.checkpoint import Checkpoints, Meta, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, load
 from agents.datasets import check_existing
-from agents.episodes import Condition, conditions, is_complete
+from agents.episodes import Condition, conditions, episode_of, episodes_of, is_complete
 from agents.goals import foreign_goals, group_id, held_out_goals
 from agents.identity import Settings, check_trained, notable, result_settings, settings_id
 from agents.kinds import make_agent
 from agents.prompts import context_tokens, laid_out
 from agents.results import Result, append_results, read_results
+from agents.rollout import first_between, make_environments, play
 from agents.statistics import summarize, write_summary
 from agents.worlds import evaluate_worlds
 from data import ChainBatch, ChainSampler, DataError, TrajectoryStore
@@ -78,14 +80,15 @@ def evaluation(folder: Path, overrides: Sequence[str] = (), *, progress: bool = 
     new = 0
     act, start = jax.jit(loaded.agent.act, donate_argnums=1), jax.jit(loaded.agent.start, static_argnums=2)
     environments: dict[str, EnvironmentBatch] = {}
-    for condition in todo:
-        if condition.task not in environments:
-            environments[condition.task] = EnvironmentBatch(condition.task, config.evaluate.groups)
-        results = run_condition(loaded, condition, environments[condition.task], start, act)
-        append_results(path, results)
-        new += len(results)
-        bar.update()
-    bar.close()
+    with bar:
+        for condition in todo:
+            if condition.task not in environments:
+                environments[condition.task] = make_environments(loaded, condition.task, config.evaluate.groups)
+            for results in missing(loaded, condition, environments[condition.task], start, act, folder, before):
+                append_results(path, results)
+                new += len(results)
+            pause.forget(folder)
+            bar.update()
     made = partial(Result, **common(loaded))
     new += evaluate_worlds(loaded, path, before, made, first_group=group_id(config.evaluate.seed, 0), progress=progress)
     return Evaluation(new, measured() if new else before)
@@ -113,43 +116,35 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
         return Loaded(config, agent, params, meta, step)
 
 
-def run_condition(loaded: Loaded, condition: Condition, environments: EnvironmentBatch, start, act) -> list[Result]:
-    """Returns the results of every episode of every group, all groups in lock step.
+def missing(
+    loaded: Loaded,
+    condition: Condition,
+    environments: EnvironmentBatch,
+    start: Callable,
+    act: Callable,
+    folder: Path,
+    before: Sequence[Result],
+) -> Iterator[list[Result]]:
+    """Yields the results of a context that are not among those of `before`, as soon as all groups have played an
+    episode.
 
-    Groups (goals, starts, contexts) are functions of `evaluate.seed` alone, the same for every agent and every
-    context length.
+    What the next episode depends on is kept in `folder`, so that an evaluation that is killed goes on with the episode
+    that it was in, and ends as one that was not.
     """
     config, own = loaded.config, loaded.config.evaluate
-    groups = own.groups
-    goals = held_out_goals(condition.task, own.seed, groups)
+    goals = held_out_goals(condition.task, own.seed, own.groups)
     target = loaded.meta.targets[condition.task] if own.target == "typical" else float(own.target)
     prompt = make_prompt(loaded, condition, goals, target)
-    memory: Memory = start(loaded.params, prompt, condition.episodes * environments.episode_steps)
-    label = [ord(letter) for letter in f"{condition.mode}/{condition.trajectories}/{condition.context}"]
-    key = jax.random.key(int(np.random.SeedSequence([own.seed, config.seed, *label]).generate_state(1)[0]))
-    previous_action = jnp.asarray(last_of(prompt.action, prompt))
-    previous_reward = last_of(prompt.reward, prompt)
-
-    results = []
-    for episode in range(condition.episodes):
-        seeds = [(own.seed, group, episode) for group in range(groups)]
-        observation = environments.reset(seeds, goals)
-        return_to_go = np.full(groups, target, np.float32)
-        total, steps = np.zeros(groups), np.zeros(groups, int)
-        for step in range(environments.episode_steps):
-            running = ~environments.over
-            if not running.any():
-                break
-            now = Now(observation, previous_action, previous_reward, return_to_go, np.full(groups, step, np.int32))
-            key, sampling = jax.random.split(key)
-            action, memory = act(loaded.params, memory, now, sampling if own.sample else None)
-            taken = environments.step(np.asarray(action))
-            observation, reward = taken.observation, taken.reward.astype(np.float32)
-            return_to_go = return_to_go - reward
-            total += taken.reward
-            steps += running
-            previous_action, previous_reward = action, reward
-        results += [
+    memory = start(loaded.params, prompt, condition.episodes * environments.episode_steps)
+    state, first = first_between(loaded, condition, prompt, memory), 0
+    there = set(map(episode_of, before))
+    label = json.dumps([settings_id(loaded.settings), loaded.step, condition, config.model_dump_json(), versions()])
+    kept = pause.paused(folder, label, state)
+    if kept is not None and {e for e in episodes_of(condition, config) if e.index < kept[0]} <= there:
+        first, state = kept
+    for episode in range(first, condition.episodes):
+        returns, steps, state = play(loaded, condition, environments, act, state, episode=episode, target=target)
+        results = [
             Result(
                 **common(loaded),
                 task=condition.task,
@@ -157,14 +152,16 @@ def run_condition(loaded: Loaded, condition: Condition, environments: Environmen
                 context_tokens=context_tokens(loaded.agent, prompt),
                 mode=condition.mode,
                 episode_index=episode,
-                return_=float(total[group]),
+                return_=float(returns[group]),
                 steps=int(steps[group]),
                 group=group_id(own.seed, group),
                 context=condition.context,
             )
-            for group in range(groups)
+            for group in range(own.groups)
         ]
-    return results
+        yield [result for result in results if episode_of(result) not in there]
+        if episode + 1 < condition.episodes:
+            pause.pause(folder, label, episode + 1, state)
 
 
 def common(loaded: Loaded) -> dict[str, Any]:
@@ -205,16 +202,6 @@ def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, 
     if not agent.context:
         return prompt
     return laid_out(agent, prompt)
-
-
-def last_of(values: np.ndarray, prompt: ChainBatch) -> np.ndarray:
-    """Returns the entry of each row's last real moment, zeros where there is none: values [B, M, ...] -> [B, ...]."""
-    if not values.shape[1]:
-        return np.zeros((len(values), *values.shape[2:]), np.float32)
-    position = np.where(prompt.segment >= 0, prompt.position, -1)
-    last = position.argmax(axis=1)
-    own = values[np.arange(len(values)), last]
-    return np.where((position.max(axis=1) >= 0).reshape(-1, *[1] * (own.ndim - 1)), own, 0).astype(np.float32)
 
 
 def _interval(row) -> str:

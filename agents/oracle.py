@@ -16,12 +16,12 @@ def evaluate_oracle(config: Config) -> list[Result]:
     plot."""
     results = []
     own = config.evaluate
-    settings = {"evaluate.seed": own.seed}  # of the goals: it depends on nothing else
+    settings = {"evaluate.seed": own.seed, "evaluate.episode_steps": own.episode_steps}  # it depends on nothing else
     for task in config.data.tasks:
         hidden = goal_task(task)
         if hidden is None:
             continue
-        environments = EnvironmentBatch(task, own.groups)
+        environments = EnvironmentBatch(task, own.groups, episode_steps=own.episode_steps)
         goals = held_out_goals(task, own.seed, own.groups)
         environments.reset([(own.seed, group, 0) for group in range(own.groups)], goals)
         total = np.zeros(own.groups)

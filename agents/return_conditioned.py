@@ -59,6 +59,7 @@ class ReturnConditionedAgent:
         self.config = config
         self.mesh = mesh
         self.action_size = action_size
+        self.longest_episode: int | None = episode_steps  # each step of one has an embedding
         self.observation_size = len(scales.observation_mean)
         self.shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
         attention = config.attention.made(sharded=mesh is not None and mesh.size > 1)

@@ -17,6 +17,7 @@ from agents.cli import ConfigError
 from agents.config import Config
 from agents.prompts import context_tokens, laid_out
 from agents.results import Result, append_results
+from agents.rollout import check_action, make_environments
 from data import TrajectoryStore, WorldSampler
 from data.environment_batch import EnvironmentBatch
 from data.tasks import goal_task
@@ -170,7 +171,7 @@ class _Player:
         rows, own = groups.size, self.own
         key = history.task, rows
         if key not in self.environments:
-            self.environments[key] = EnvironmentBatch(*key)
+            self.environments[key] = make_environments(self.loaded, *key)
         environments = self.environments[key]
         seeds = [(own.seed, int(group), 0) for group in groups.ravel()]
         observation = environments.reset(seeds, *(values.reshape(rows, -1) for values in (goals, signs)))
@@ -185,6 +186,7 @@ class _Player:
             now = Now(observation, action, reward, asked_for, np.full(rows, step, np.int32))
             random, sampling = jax.random.split(random)
             action, memory = self.act(self.loaded.params, memory, now, sampling if own.sample else None)
+            check_action(self.loaded, action, running, step)
             taken = environments.step(np.asarray(action))
             observation, reward = taken.observation, taken.reward.astype(np.float32)
             total += taken.reward

@@ -1,0 +1,54 @@
+"""Where an interrupted evaluation goes on: what the next episode depends on, in one file beside the results.
+
+The file is an aid and no more. Where it is missing, damaged, of something else or too large for the disk, the episodes
+before are played again, and come out the same.
+"""
+
+import contextlib
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from agents.results import say_note
+from data.atomic_file import atomic_file
+
+FILE = "evaluating.npz"
+
+
+def pause(folder: Path, label: str, episode: int, state: Any) -> None:
+    """Writes what `episode` depends on, over what was there."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    needed = sum(leaf.nbytes for leaf in leaves) + 2**20
+    if 2 * needed > shutil.disk_usage(folder).free:
+        say_note(f"{folder / FILE} would take {needed / 2**20:,.0f} MiB: not kept, the disk has little room.")
+        return
+    arrays = {f"{index}": leaf.reshape(-1).view(np.uint8) for index, leaf in enumerate(leaves)}
+    with atomic_file(folder / FILE) as file:
+        np.savez(file, label=np.array(label), episode=np.array(episode), **arrays)
+
+
+def paused(folder: Path, label: str, like: Any) -> tuple[int, Any] | None:
+    """Returns an episode and what it depends on, laid out `like` that of the first; None where nothing is kept."""
+    found = None
+    with (
+        contextlib.suppress(FileNotFoundError, zipfile.BadZipFile, KeyError, EOFError, ValueError),
+        np.load(folder / FILE, allow_pickle=False) as file,
+    ):
+        if str(file["label"]) == label:
+            leaves = [_like(file[f"{index}"], leaf) for index, leaf in enumerate(jax.tree.leaves(like))]
+            found = int(file["episode"]), jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return found
+
+
+def forget(folder: Path) -> None:
+    """Deletes the file."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
+def _like(kept: np.ndarray, leaf: jax.Array) -> jax.Array:
+    value = kept.view(leaf.dtype).reshape(leaf.shape)
+    return jax.device_put(value, leaf.sharding) if leaf.committed else jax.numpy.asarray(value)

@@ -1,0 +1,117 @@
+"""An agent that acts: the episodes of one context, all groups in lock step."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from agents.agent import Memory, Now
+from agents.cli import ConfigError, Diverged
+from agents.goals import held_out_goals
+from data import ChainBatch
+from data.dmc import EnvironmentBatch
+
+if TYPE_CHECKING:
+    from agents.episodes import Condition
+    from agents.evaluate import Loaded
+
+
+class Between(NamedTuple):
+    """All that the next episode depends on. A pytree."""
+
+    memory: Memory
+    key: Array
+    """The data of a random key."""
+    previous_action: Array
+    previous_reward: Array
+
+
+class Played(NamedTuple):
+    """One episode of every group."""
+
+    returns: np.ndarray  # f64[G]
+    steps: np.ndarray  # i64[G]
+    after: Between
+
+
+def make_environments(loaded: "Loaded", task: str, rows: int) -> EnvironmentBatch:
+    """Returns the environments of an evaluation.
+
+    ConfigError when their episodes are longer than those that the agent learnt from, where it knows no later step.
+    """
+    asked, known = loaded.config.evaluate.episode_steps, loaded.agent.longest_episode
+    environments = EnvironmentBatch(task, rows, episode_steps=asked)
+    if known is not None and environments.episode_steps > known:
+        raise ConfigError(
+            f"{loaded.config.name} learnt from episodes of up to {known} steps, and those of {task} here have "
+            f"{environments.episode_steps}: of the later ones it knows nothing. Train it on whole episodes, or play "
+            f"as long as it learnt: evaluate.episode_steps={known}."
+        )
+    return environments
+
+
+def first_between(loaded: "Loaded", condition: "Condition", prompt: ChainBatch, memory: Memory) -> Between:
+    """Returns what the first episode depends on, a function of the seeds and the condition alone."""
+    label = [ord(letter) for letter in f"{condition.mode}/{condition.trajectories}/{condition.context}"]
+    seeds = [loaded.config.evaluate.seed, loaded.config.seed, *label]
+    key = jax.random.key(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
+    action, reward = (jnp.asarray(last_of(values, prompt)) for values in (prompt.action, prompt.reward))
+    return Between(memory, jax.random.key_data(key), action, reward)
+
+
+def play(
+    loaded: "Loaded",
+    condition: "Condition",
+    environments: EnvironmentBatch,
+    act: Callable,
+    before: Between,
+    *,
+    episode: int,
+    target: float,
+) -> Played:
+    """Returns one episode of every group, which are functions of `evaluate.seed` alone: the same for every agent and
+    every context length. The memory of `before` is used up."""
+    own, groups = loaded.config.evaluate, loaded.config.evaluate.groups
+    goals = held_out_goals(condition.task, own.seed, groups)
+    observation = environments.reset([(own.seed, group, episode) for group in range(groups)], goals)
+    memory, key, action, reward = before
+    key = jax.random.wrap_key_data(key)
+    return_to_go = np.full(groups, target, np.float32)
+    total, steps = np.zeros(groups), np.zeros(groups, int)
+    for step in range(environments.episode_steps):
+        running = ~environments.over
+        if not running.any():
+            break
+        now = Now(observation, action, reward, return_to_go, np.full(groups, step, np.int32))
+        key, sampling = jax.random.split(key)
+        action, memory = act(loaded.params, memory, now, sampling if own.sample else None)
+        check_action(loaded, action, running, step)
+        taken = environments.step(np.asarray(action))
+        observation, reward = taken.observation, taken.reward.astype(np.float32)
+        return_to_go = return_to_go - reward
+        total += taken.reward
+        steps += running
+    return Played(total, steps, Between(memory, jax.random.key_data(key), jnp.asarray(action), jnp.asarray(reward)))
+
+
+def check_action(loaded: "Loaded", action: Array, running: np.ndarray, step: int) -> None:
+    """Diverged when an agent acts NaN, which no environment can answer."""
+    if not np.isfinite(np.asarray(action)[running]).all():
+        raise Diverged(
+            f"{loaded.config.name}, checkpoint of update {loaded.step}, acts NaN in step {step} of an episode: its "
+            "weights, or what it is told (evaluate.target), are beyond all numbers. Play another checkpoint "
+            "(evaluate.checkpoint=best), or train it with a lower optimizer.learning_rate."
+        )
+
+
+def last_of(values: np.ndarray, prompt: ChainBatch) -> np.ndarray:
+    """Returns the entry of each row's last real moment, zeros where there is none: values [B, M, ...] -> [B, ...]."""
+    if not values.shape[1]:
+        return np.zeros((len(values), *values.shape[2:]), np.float32)
+    position = np.where(prompt.segment >= 0, prompt.position, -1)
+    last = position.argmax(axis=1)
+    own = values[np.arange(len(values)), last]
+    return np.where((position.max(axis=1) >= 0).reshape(-1, *[1] * (own.ndim - 1)), own, 0).astype(np.float32)
