@@ -34,10 +34,8 @@ def pause(folder: Path, label: str, episode: int, state: Any) -> None:
 def paused(folder: Path, label: str, like: Any) -> tuple[int, Any] | None:
     """Returns an episode and what it depends on, laid out `like` that of the first; None where nothing is kept."""
     found = None
-    with (
-        contextlib.suppress(FileNotFoundError, zipfile.BadZipFile, KeyError, EOFError, ValueError),
-        np.load(folder / FILE, allow_pickle=False) as file,
-    ):
+    damage = zipfile.BadZipFile, KeyError, EOFError, ValueError
+    with contextlib.suppress(FileNotFoundError, *damage), open(folder / FILE, "rb") as raw, np.load(raw) as file:
         if str(file["label"]) == label:
             leaves = [_like(file[f"{index}"], leaf) for index, leaf in enumerate(jax.tree.leaves(like))]
             found = int(file["episode"]), jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -10,28 +10,40 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from agents.checkpoint import Checkpoints
-from agents.cli import run
+from agents.cli import ConfigError, memory_errors, run
 from agents.config import Config, SweepConfig, dump, load
 from agents.results import Result, write_results
+from data import DataError, cli
 from data.atomic_file import write_text
 from data.tasks import goal_task
+from rlring.errors import UsageError
 
 SUMMARY, PLOT, REPORT, RESULTS = "summary.csv", "return_vs_context.png", "report.html", "results.jsonl"
 DONE = "sweep.json"
 
 
-def sweep(config: SweepConfig, source: Path) -> Path | None:
-    """Runs what is missing of a sweep and returns its folder; None when nothing was."""
+class Swept(NamedTuple):
+    """folder: of the sweep; None when there was nothing to do. failed: why, by the name of each run that did."""
+
+    folder: Path | None
+    failed: dict[str, str]
+
+
+def sweep(config: SweepConfig, source: Path) -> Swept:
+    """Runs what is missing of a sweep. A run that fails stops no other; the plot is then of those that did not."""
     # Imported late: a dry run, and a bad config, answer at once.
     from agents.continuation import check_folder, newest
     from agents.datasets import check_existing, prepare
     from agents.episodes import asked_for
     from agents.evaluate import evaluation
+    from agents.metrics import check_wandb
     from agents.oracle import evaluate_oracle
     from agents.train import RUNS, train
     from rlring import request_cpu_devices
@@ -40,47 +52,80 @@ def sweep(config: SweepConfig, source: Path) -> Path | None:
     arms = config.arms()
     runs = [one for _, one in arms]
     began = time.monotonic()
+    failed: dict[str, str] = {}
 
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:4.0f} s] {text}", file=sys.stderr, flush=True)
+    def say_time(text: str) -> None:
+        cli.say(f"[{time.monotonic() - began:4.0f} s] {text}")
 
     if is_done(folder, config):
-        return None
+        return Swept(None, failed)
     # JAX starts once, with what the largest mesh of any run needs.
     request_cpu_devices(max(max(one.mesh.devices, one.evaluate.mesh.devices) for one in runs))
     kept: dict[str, dict[str, dict]] = {}
     for one in runs:  # before anything is built anew
+        check_wandb(one.wandb)
         starts_over = check_folder(RUNS / one.name, one, resume=True)
         _, meta = (0, None) if starts_over else newest(RUNS / one.name)
         if meta is not None:
             check_existing(one.data, RUNS / one.name, meta.stores)
             kept.setdefault(one.data.model_dump_json(), {}).update(meta.stores)
     for key, data in {one.data.model_dump_json(): one.data for one in runs}.items():
-        say(f"episodes {data.episodes}, stores {', '.join(data.stores)}")
-        prepare(data, owner=folder, kept=kept.get(key))
+        say_time(f"episodes {data.episodes}, stores {', '.join(data.stores)}")
+        with going_on(failed, *(one.name for one in runs if one.data == data)):
+            prepare(data, owner=folder, kept=kept.get(key))
     for one in runs:
-        if not is_trained(one):
-            say(f"train {one.name}: {one.agent.kind}, {one.mesh.devices} devices")
-            train(one, resume=True)
+        with going_on(failed, one.name):
+            if one.name not in failed and not is_trained(one):
+                say_time(f"train {one.name}: {one.agent.kind}, {one.mesh.devices} devices")
+                train(one, resume=True)
     gathered = []
     for agent, one in arms:
-        say(f"evaluate {one.name}")
-        write_text(RUNS / one.name / "config.json", dump(one))  # what is evaluated may have changed since training
-        found = asked_for(evaluation(RUNS / one.name).results, one)
-        gathered += [replace(result, agent=agent, experiment=config.name, series=config.name) for result in found]
+        with going_on(failed, one.name):
+            if one.name not in failed:
+                say_time(f"evaluate {one.name}")
+                # What is evaluated may have changed since training.
+                write_text(RUNS / one.name / "config.json", dump(one))
+                found = asked_for(evaluation(RUNS / one.name).results, one)
+                gathered += [
+                    replace(result, agent=agent, experiment=config.name, series=config.name) for result in found
+                ]
+    if not gathered:
+        return Swept(folder, failed)
     if config.baseline:
         oracle = evaluate_oracle(runs[0])
         gathered += [replace(result, experiment=config.name, series=config.name) for result in oracle]
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder / RESULTS, gathered)
-    draw(config, source, folder, gathered)
-    write_text(folder / DONE, json.dumps({"config": dump(config), "stores": _stores(config)}, indent=2) + "\n")
-    say(f"wrote {folder / PLOT}, {folder / SUMMARY} and {folder / REPORT}")
-    return folder
+    draw(config, source, folder, gathered, without=list(failed))
+    if not failed:
+        write_text(folder / DONE, json.dumps({"config": dump(config), "stores": _stores(config)}, indent=2) + "\n")
+    say_time(f"wrote {folder / PLOT}, {folder / SUMMARY} and {folder / REPORT}")
+    return Swept(folder, failed)
 
 
-def draw(config: SweepConfig, source: Path, folder: Path, results: Sequence[Result]) -> None:
-    """Writes summary, plot and report of a sweep."""
+@contextmanager
+def going_on(failed: dict[str, str], *names: str) -> Iterator[None]:
+    """Notes, in place of raising it, why the runs of these names failed: what a command would answer with one line. A
+    full disk concerns all runs, and is raised."""
+    try:
+        with memory_errors():
+            yield
+    except (ConfigError, DataError, UsageError) as error:
+        why = str(error)
+    except OSError as error:
+        if error.errno in cli.DISK_FULL:
+            raise
+        why = cli.describe(error)
+    else:
+        return
+    failed.update(dict.fromkeys(names, why))
+    cli.say(f"failed: {', '.join(names)}: {why}")
+
+
+def draw(
+    config: SweepConfig, source: Path, folder: Path, results: Sequence[Result], *, without: Sequence[str] = ()
+) -> None:
+    """Writes summary, plot and report of a sweep, whose title tells which runs are missing."""
     from agents.plot import plot
     from agents.report import write_report
     from agents.statistics import summarize, write_summary
@@ -89,6 +134,8 @@ def draw(config: SweepConfig, source: Path, folder: Path, results: Sequence[Resu
     rows = summarize(results)
     write_summary(folder / SUMMARY, rows)
     title = config.title or config.name
+    if without:
+        title += f" (without {', '.join(without)}: failed)"
     if any(result.places for result in results):
         trained = max(one.chain.trajectories for one in config.configs())
         drawn, more = plot_worlds(results, folder / PLOT, title, trained=trained), []
@@ -166,6 +213,17 @@ def dry_run(config: SweepConfig) -> None:
     print(f"plot      {folder / PLOT}, {folder / SUMMARY}, {folder / REPORT}")
 
 
+def show(folder: Path) -> None:
+    """Prints the means of a sweep."""
+    for row in csv.DictReader((folder / SUMMARY).read_text().splitlines()):
+        if row["statistic"] == "mean":
+            print(
+                f"{row['agent']:24} {row['context_trajectories']:>4} trajectories: "
+                f"interquartile mean {float(row['iqm']):.2f} "
+                f"[{float(row['ci_low']):.2f}, {float(row['ci_high']):.2f}], mean {float(row['mean']):.2f}"
+            )
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m agents.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="TOML file of a sweep")
@@ -178,17 +236,18 @@ def main(argv: Sequence[str]) -> int:
         if arguments.dry_run:
             dry_run(config)
             return
-        folder = sweep(config, arguments.config)
+        folder, failed = sweep(config, arguments.config)
         if folder is None:
             print(f"nothing to do: runs/{config.name} is complete; see runs/{config.name}/{PLOT}")
-            return
-        for row in csv.DictReader((folder / SUMMARY).read_text().splitlines()):
-            if row["statistic"] == "mean":
-                print(
-                    f"{row['agent']:24} {row['context_trajectories']:>4} trajectories: "
-                    f"interquartile mean {float(row['iqm']):.2f} "
-                    f"[{float(row['ci_low']):.2f}, {float(row['ci_high']):.2f}], mean {float(row['mean']):.2f}"
-                )
+        elif (folder / SUMMARY).exists():
+            show(folder)
+        if failed:
+            for name, why in failed.items():
+                cli.say(f"failed: {name}: {why}")
+            raise ConfigError(
+                f"{len(failed)} of {len(config.configs())} runs failed, for the reasons above. Mend them, and run the "
+                "same command again: what is done is not done again."
+            )
 
     return run(body)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.errors import DataError
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,27 +38,28 @@ def run(body: Callable[[], object], *errors: type[Exception]) -> int:
     try:
         body()
     except (DataError, *errors) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     except OSError as error:
-        _say(f"error: {_describe(error)}")
+        say(f"error: {describe(error)}")
         return 2
     except KeyboardInterrupt:
-        _say("interrupted; the same command (training: with --resume) continues or starts over cleanly")
+        say("interrupted; the same command (training: with --resume) continues or starts over cleanly")
         return 130
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Prints a line of its own: progress bars, which end without one, are closed first."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print(text, file=sys.stderr)
 
 
-def _describe(error: OSError) -> str:
+def describe(error: OSError) -> str:
+    """Returns an error of the system in words."""
     where = f" {error.filename}" if error.filename else ""
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         return f"the disk is full: could not write{where} ({error.strerror}); free some space or choose another --out"
     if error.strerror:
         return f"{error.strerror}:{where}" if where else error.strerror

@@ -8,10 +8,11 @@ import pytest
 from agents.agent import Now
 from agents.checkpoint import versions
 from agents.cli import ConfigError
-from agents.evaluate import evaluate, last_of, load_agent, main
+from agents.evaluate import evaluate, load_agent, main
 from agents.goals import foreign_goals, held_out_goals
 from agents.oracle import evaluate_oracle
 from agents.results import read_results
+from agents.rollout import last_of
 from agents.statistics import summarize
 from data import ChainSampler, DataError, TrajectoryStore
 from data.build import build

@@ -1,0 +1,82 @@
+"""A sweep of which one run fails: the others go on, and the same command ends it once the reason is mended."""
+
+from pathlib import Path
+
+import pytest
+
+from agents.sweep import main
+from data.build import build
+from data.collect import collect
+
+SWEEP = """
+name = "small"
+[shared.data]
+tasks = ["point_mass-dark"]
+episodes = "datasets/pm"
+stores = ["stores/pm.h5"]
+[shared.train]
+updates = 4
+batch = 4
+[shared.evaluate]
+contexts = [0]
+groups = 3
+[shared.optimizer]
+warmup = 0
+[shared.model]
+width = 8
+layers = 1
+[runs.wild]
+agent = { kind = "bc" }
+optimizer = { learning_rate = 1e30 }
+[runs.tame]
+agent = { kind = "bc" }
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Published data: a store, and no word of how its episodes were made."""
+    monkeypatch.chdir(tmp_path)
+    collect("point_mass-dark", "waypoints", 40, 0, Path("datasets/pm"), progress=False)
+    build(Path("datasets/pm"), "point_mass-dark", Path("stores/pm.h5"), workers=1, progress=False)
+    Path("small.toml").write_text(SWEEP)
+    return "small.toml"
+
+
+def test_a_run_that_diverges_stops_no_other(sweep, capsys):
+    assert main([sweep]) == 2
+    printed = capsys.readouterr()
+    *_, why, last = printed.err.splitlines()
+    assert why.startswith(
+        "failed: small/wild-0: weights/global_norm is not a number after update 1 of runs/small/wild-0"
+    )
+    assert last.startswith(
+        "error: 1 of 2 runs failed, for the reasons above. Mend them, and run the same command again"
+    )
+    assert "Traceback" not in printed.err
+    assert "\ntame  " in printed.out
+    assert "(without small/wild-0: failed)" in Path("runs/small/report.html").read_text()
+    assert not Path("runs/small/sweep.json").exists()
+
+    assert main([sweep]) == 2  # tried again, and nothing else is
+    error = capsys.readouterr().err
+    assert "train small/wild-0" in error
+    assert "train small/tame-0" not in error
+
+    Path(sweep).write_text(SWEEP.replace("1e30", "1e-3"))
+    assert main([sweep]) == 0
+    printed = capsys.readouterr()
+    assert "runs/small/wild-0 had diverged; it is kept as runs/small/wild-0.diverged-1" in printed.err
+    assert "wild" in printed.out
+    assert "failed" not in Path("runs/small/report.html").read_text()
+    assert main([sweep]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_where_all_fail_nothing_is_drawn(sweep, capsys):
+    Path("stores/pm.h5").unlink()
+    assert main([sweep]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-2].startswith("failed: small/tame-0: no store at stores/pm.h5. Make it with: python -m")
+    assert "error: 2 of 2 runs failed" in error
+    assert not Path("runs").exists()
