@@ -5,7 +5,6 @@ DecisionTransformerModel where torch and transformers are installed: same width,
 and about as many weights. acting: the time of a step against the length of what is remembered.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -27,7 +26,7 @@ from agents.cli import run
 from agents.learners import LAYERS, WIDTH, hugging_face, ours
 from data.atomic_file import write_text
 from rlring import Mask, Transformer, TransformerConfig, make_mesh, request_cpu_devices
-from rlring.cli import count, version
+from rlring.cli import Parser, check_json, count, version
 
 SHAPES = ((20, 64), (256, 8), (1024, 2))  # window in steps, rows of a batch
 HISTORIES = (1024, 16 * 1024, 128 * 1024, 512 * 1024)  # tokens
@@ -175,7 +174,7 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agents.bench", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m agents.bench", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("learning", "acting"))
     parser.add_argument("--devices", type=count, default=8, help="acting: over which the cache is split")
     parser.add_argument("--rounds", type=count, default=5)
@@ -183,6 +182,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     def body() -> None:
+        check_json(arguments.json)
         if arguments.what == "learning":
             rows = measure_learning(arguments.rounds)
             print(learning_table(rows))

@@ -1,6 +1,5 @@
 """Evaluates a trained agent in dm_control: python -m agents.evaluate runs/NAME [section.key=value ...]"""
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from agents.worlds import evaluate_worlds
 from data import ChainBatch, ChainSampler, DataError, TrajectoryStore
 from data.environment_batch import EnvironmentBatch
 from rlring import make_mesh, request_cpu_devices
+from rlring.cli import Parser
 
 
 class Loaded(NamedTuple):
@@ -209,7 +209,7 @@ def _interval(row) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agents.evaluate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m agents.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as evaluate.groups=64")
     arguments = parser.parse_args(argv)

@@ -4,7 +4,6 @@ Compiles the update that `agents.train` would run, on chains of the config's own
 missing), with the compiler of the cluster and without the cluster: rlring.plan for an agent.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -24,7 +23,7 @@ from agents.train import describe
 from agents.update import make_update, new_state
 from data import ChainBatch
 from rlring import TransformerConfig, make_mesh
-from rlring.cli import check_json
+from rlring.cli import Parser, check_json
 from rlring.language_model import LanguageModelConfig
 from rlring.plan import Plan, compiled_plan, publish, reported
 from rlring.sharding import TOKENS, state_sharding
@@ -84,7 +83,7 @@ def plan(config: Config, topology: str) -> Plan:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agents.plan", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m agents.plan", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--topology", required=True, metavar="T", help=f"such as {', '.join(EXAMPLES)}")

@@ -1,6 +1,5 @@
 """Draws return against context: python -m agents.plot runs/A runs/B --out return_vs_context.png [--statistic last]"""
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from agents.figure import Curve, Point, compose, image
 from agents.results import MODES, ORACLE, Result, read_results
 from agents.statistics import STATISTICS, SummaryRow, cells, maximum_null, summarize, summary_notes
 from data.atomic_file import atomic_file
+from rlring.cli import Parser
 
 AGGREGATES = {"iqm": "interquartile mean", "mean": "mean"}
 FOREIGN = " (foreign context)"
@@ -235,7 +235,7 @@ def _span(values: Iterable[int]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agents.plot", description="Draws return against context.")
+    parser = Parser(prog="python -m agents.plot", description="Draws return against context.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or their results.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="the plot: .png, .svg or .pdf")
     parser.add_argument("--title", default="")

@@ -9,7 +9,6 @@ Only the answers are learnt and counted. Early questions have few lines to choos
 the later ones. Running the command again continues an interrupted run.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -29,11 +28,13 @@ from agents.checkpoint import read_metrics
 from agents.cli import ConfigError, run
 from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from agents.config_file import dump, load
+from agents.continuation import DIVERGED, diverged, set_aside
 from agents.identity import check_total, differing_runs
 from agents.optimizer import schedule
 from agents.section import Count, RunName, Section, Seed
 from data.atomic_file import write_text
 from rlring import TransformerConfig, make_mesh, request_cpu_devices
+from rlring.cli import Parser
 from rlring.language_model import NO_TARGET, LanguageModel, LanguageModelConfig, Training, laid_out, positions
 
 RUNS = Path("runs")
@@ -124,7 +125,9 @@ def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
     folder = RUNS / config.name
     if (folder / "config.json").exists():
         changed = differing_runs(load(RecallConfig, folder / "config.json"), config)
-        if changed:
+        if changed and (folder / DIVERGED).exists():
+            set_aside(folder)
+        elif changed:
             told = ", ".join(changed[:4])
             raise ConfigError(f"{folder} holds a run with other settings: {told}; choose another name.")
     request_cpu_devices(config.mesh.devices)
@@ -141,19 +144,26 @@ def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
         log = folder / "metrics.jsonl"
         write_text(log, "".join(json.dumps(entry) + "\n" for entry in read_metrics(log, up_to=first)))
         bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not progress)
+        saved = first
         with bar, log.open("a") as file:
             for update in range(first, config.train.updates):
                 made = texts(config, update, config.train.batch)
                 state, loss = step(state, *arranged(made, whole))
                 done = update + 1
-                if done % config.train.log_every == 0 or done == config.train.updates:
-                    _refuse_nan(float(loss), done, folder)
+                ends = done == config.train.updates
+                saves = ends or done % config.train.checkpoint_every == 0
+                if saves or done % config.train.log_every == 0:
+                    _refuse_nan(float(loss), done, folder, saved)
+                if ends or done % config.train.log_every == 0:
                     file.write(json.dumps({"step": done, "loss": float(loss)}) + "\n")
                     file.flush()
                     bar.set_postfix_str(f"loss {float(loss):.3f}")
                 bar.update()
-                if done % config.train.checkpoint_every == 0 or done == config.train.updates:
+                if saves:
+                    _refuse_nan(float(optax.global_norm(state.weights)), done, folder, saved)
+                    saved = done
                     checkpoints.save(done, args=ocp.args.StandardSave(state))
+    (folder / DIVERGED).unlink(missing_ok=True)
     return accuracy(config, whole, state.weights)
 
 
@@ -188,13 +198,13 @@ def accuracy(config: RecallConfig, whole: Training, weights: nnx.State) -> np.nd
     return right / (tests * config.train.batch)
 
 
-def _refuse_nan(loss: float, done: int, folder: Path) -> None:
-    if not np.isfinite(loss):
-        raise ConfigError(f"loss is not a number after update {done} of {folder}. Lower optimizer.learning_rate.")
+def _refuse_nan(value: float, done: int, folder: Path, saved: int) -> None:
+    if not np.isfinite(value):
+        raise diverged(folder, "the loss, or a weight,", update=done, saved=saved)
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agents.recall", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m agents.recall", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(argv)

@@ -4,7 +4,6 @@ collect -> build -> train -> evaluate -> plot. Every stage skips what is done, s
 the same command.
 """
 
-import argparse
 import csv
 import json
 import shlex
@@ -23,6 +22,7 @@ from agents.results import Result, write_results
 from data import DataError, cli
 from data.atomic_file import write_text
 from data.tasks import goal_task
+from rlring.cli import Parser
 from rlring.errors import UsageError
 
 SUMMARY, PLOT, REPORT, RESULTS = "summary.csv", "return_vs_context.png", "report.html", "results.jsonl"
@@ -225,7 +225,7 @@ def show(folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agents.sweep", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m agents.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="TOML file of a sweep")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as shared.evaluate.groups=64")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")

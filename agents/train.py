@@ -3,7 +3,6 @@
 On several hosts every one runs the same command with --cluster, and sees the same folder; the first writes results.
 """
 
-import argparse
 import math
 import resource
 import sys
@@ -32,6 +31,7 @@ from agents.update import first_state, make_update
 from data import ChainSampler, TrajectoryStore
 from data.tasks import goal_task
 from rlring import UsageError, join_cluster, make_mesh, processes, request_cpu_devices
+from rlring.cli import Parser
 
 RUNS = Path("runs")
 DETECTED = "detected"
@@ -168,7 +168,7 @@ def _refuse_nan(values: dict[str, float], done: int, folder: Path, saved: int) -
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agents.train", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m agents.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")

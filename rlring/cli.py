@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,8 +34,14 @@ def version(package: str) -> str | None:
 
 def check_json(path: Path | None) -> None:
     """Raises UsageError, before the long work, where write_json() could not write."""
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
         raise UsageError(f"--json {path}: there is no folder {path.parent}. Make it first.")
+    if path.is_dir():
+        raise UsageError(f"--json {path}: that is a folder. Give the name of a file in it.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(f"--json {path}: nobody may write in {path.parent}. Choose another folder.")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -217,7 +217,11 @@ def reported(request: Request, make: Callable[[], Plan]) -> Plan:
     """Returns make(), which takes minutes, and says so on stderr."""
     what = f"{request.model} at {request.tokens:,} tokens on {request.topology}"
     print(f"{what}: compiling ...", end=" ", file=sys.stderr, flush=True)
-    one = make()
+    try:
+        one = make()
+    except BaseException:
+        print(file=sys.stderr)  # what went wrong has a line of its own
+        raise
     total = "" if one.total_bytes is None else f"{one.total_bytes / GIB:.2f} GiB a device, "
     fits = {True: "fits", False: "does not fit", None: "compiled"}[one.fits]
     print(f"{total}{fits} ({one.compile_seconds:.0f} s)", file=sys.stderr)

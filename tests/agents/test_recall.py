@@ -107,3 +107,13 @@ def test_it_learns(path):
     """Who takes any of the values so far is right in a third of the cases."""
     config = load(RecallConfig, CONFIG, ["mesh.ring=1"])
     assert recall.recall(config, progress=False).mean() > 0.9
+
+
+def test_what_is_advised_after_a_run_diverged_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = "[model]\nwidth = 8\nlayers = 1\nheads = 1\n[optimizer]\nwarmup = 0\n[train]\nupdates = 4\nbatch = 64\n"
+    Path("r.toml").write_text(f'name = "r"\nlines = 1\n{small}checkpoint_every = 1\n')
+    assert main(["r.toml", "optimizer.learning_rate=1e30"]) == 2
+    assert "is not a number after update 1 of runs/r. Lower optimizer.learning_rate" in capsys.readouterr().err
+    assert main(["r.toml"]) == 0
+    assert "runs/r had diverged; it is kept as runs/r.diverged-1" in capsys.readouterr().err

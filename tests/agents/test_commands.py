@@ -1,0 +1,65 @@
+"""What every command answers to arguments that cannot work: one line, and nothing is begun."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+NO_CONFIG = r"no config at nope. Give the path of a TOML file"
+TOPOLOGY = ("--topology", "cpu:1")
+ARGUMENTS = [
+    ("agents.train", ("nope",), NO_CONFIG),
+    ("agents.train", ("folder",), "Is a directory: folder"),
+    ("agents.train", ("bytes",), "bytes is no text"),
+    ("agents.train", (), "the following arguments are required: config"),
+    ("agents.train", ("tiny.toml", "--processes", "0"), "--processes and --process go with --cluster"),
+    ("agents.train", ("tiny.toml", "name=../up"), "it names a folder within runs/"),
+    ("agents.train", ("tiny.toml", "train.updates=0"), "Input should be greater than 0; got 0"),
+    ("agents.train", ("tiny.toml", "mesh.ring=1048576"), "1048576 devices of one process were asked for"),
+    ("agents.train", ("tiny.toml", 'data.stores=["bytes"]', "name=b"), "bytes"),
+    ("agents.train", ("tiny.toml", 'data.tasks=["no-task"]', "name=b"), "no-task"),
+    ("agents.evaluate", ("nope",), "nope is no run: it has no config.json"),
+    ("agents.evaluate", ("bytes",), "bytes is no run"),
+    ("agents.evaluate", (), "the following arguments are required: run"),
+    ("agents.sweep", ("nope",), NO_CONFIG),
+    ("agents.sweep", ("tiny.toml",), "unknown key 'agent'"),
+    ("agents.sweep", (), "the following arguments are required: config"),
+    ("agents.plot", ("nope", "--out", "a.png"), "there are no results at nope"),
+    ("agents.plot", ("bytes", "--out", "a.png"), "line 1 of bytes is no result"),
+    ("agents.plot", ("folder",), "the following arguments are required: --out"),
+    ("agents.plan", ("nope", *TOPOLOGY), NO_CONFIG),
+    ("agents.plan", ("tiny.toml", "--topology", "cpu:0"), "a topology is a generation and how many chips"),
+    ("agents.plan", ("tiny.toml", *TOPOLOGY, "--json", "folder"), "that is a folder. Give the name of a file in it"),
+    ("agents.bench", ("nope",), "invalid choice: 'nope'"),
+    ("agents.bench", ("acting", "--devices", "0"), "'0' is not a whole number of at least 1"),
+    ("agents.bench", ("acting", "--json", "no/x"), "there is no folder no. Make it first"),
+    ("agents.recall", ("nope",), NO_CONFIG),
+    ("agents.recall", ("recall.toml", "lines=129"), "there are 128 keys"),
+    ("agents.recall", ("recall.toml", "train.batch=0"), "Input should be greater than 0; got 0"),
+    ("rlring.bench", ("--lengths", "0"), "'0' is not a whole number of at least 1"),
+    ("rlring.bench", ("--heads", "3", "--kv-heads", "2"), "--heads is a multiple of --kv-heads"),
+    ("rlring.bench", ("--json", "folder"), "that is a folder"),
+    ("rlring.bench", ("--sparse", "1,2"), "'1,2' is not BLOCK,LOCAL,STRIDE"),
+    ("rlring.plan", ("--model", "no", *TOPOLOGY, "--tokens", "8"), "no"),
+    ("rlring.plan", ("--model", "3b", *TOPOLOGY, "--tokens", "-1"), "'-1' is not a whole number of at least 1"),
+    ("rlring.plan", ("--model", "3b"), "the following arguments are required"),
+    ("rlring.plan", ("--model", "3b", *TOPOLOGY, "--tokens", "8", "--json", "folder"), "that is a folder"),
+]
+
+
+@pytest.mark.parametrize(("module", "arguments", "message"), ARGUMENTS, ids=str)
+def test_one_line(write_config, capsys, module, arguments, message):
+    Path("folder").mkdir()
+    Path("bytes").write_bytes(bytes(range(256)))
+    Path("recall.toml").write_text('name = "r"')
+    try:
+        status = importlib.import_module(module).main(list(arguments))
+    except SystemExit as end:  # how argparse ends
+        status = end.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert not Path("runs").exists()
+    assert not list(Path("folder").iterdir())
