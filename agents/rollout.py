@@ -12,7 +12,7 @@ from agents.agent import Memory, Now
 from agents.cli import ConfigError, Diverged
 from agents.goals import held_out_goals
 from data import ChainBatch
-from data.dmc import EnvironmentBatch
+from data.environment_batch import EnvironmentBatch
 
 if TYPE_CHECKING:
     from agents.episodes import Condition
