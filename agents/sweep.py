@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agents.checkpoint import Checkpoints
-from agents.cli import ConfigError, memory_errors, run
+from agents.cli import LESS_MEMORY, ConfigError, run
 from agents.config import Config, SweepConfig, dump, load
 from agents.results import Result, write_results
 from data import DataError, cli
 from data.atomic_file import write_text
 from data.tasks import goal_task
-from rlring.cli import Parser
+from rlring.cli import Parser, memory_errors
 from rlring.errors import UsageError
 
 SUMMARY, PLOT, REPORT, RESULTS = "summary.csv", "return_vs_context.png", "report.html", "results.jsonl"
@@ -108,7 +108,7 @@ def going_on(failed: dict[str, str], *names: str) -> Iterator[None]:
     """Notes, in place of raising it, why the runs of these names failed: what a command would answer with one line. A
     full disk concerns all runs, and is raised."""
     try:
-        with memory_errors():
+        with memory_errors(LESS_MEMORY):
             yield
     except (ConfigError, DataError, UsageError) as error:
         why = str(error)

@@ -20,7 +20,7 @@ import jaxlib
 from rlring.attention import SparsePattern
 from rlring.attention.kernels import KERNELS
 from rlring.candidates import EXACT, ONE_DEVICE, Settings
-from rlring.cli import Parser, check_json, count, version, write_json
+from rlring.cli import Parser, check_json, count, memory_errors, version, write_json
 from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
 from rlring.timing import Measurement, measure
@@ -28,6 +28,7 @@ from rlring.traffic import traffic_table
 
 MATMUL = {"cpu": 2048}  # the side of the square matrices; elsewhere:
 LARGE_MATMUL = 8192
+LARGEST_MATMUL = 2**17  # beyond some size XLA aborts the process
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--heads is a multiple of --kv-heads; got {arguments.heads} and {arguments.kv_heads}. "
                 "Leave --kv-heads out for as many."
             )
+        if (arguments.matmul or 0) > LARGEST_MATMUL:
+            raise UsageError(f"--matmul is at most {LARGEST_MATMUL}; got {arguments.matmul}. Leave it out.")
         if arguments.traffic:
             print(traffic_table(arguments.heads, arguments.kv_heads))
             return 0
@@ -80,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hops=arguments.hops,
             sparse=tuple(arguments.sparse),
         )
-        measurements = measure(settings)
+        with memory_errors("Lower --lengths, --batch or --matmul, or leave out the scheme 'dense'."):
+            measurements = list(measure(settings))
         print(table(measurements, settings, versions))
         if arguments.json is not None:
             content = {"versions": asdict(versions), "settings": asdict(settings)}

@@ -4,8 +4,12 @@ import argparse
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
+
+import jax
 
 from rlring.errors import UsageError
 
@@ -18,10 +22,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
-    """Returns a number that is at least 1: the type of an argument."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    """Returns a number that is at least 1, and that an int32 holds: the type of an argument."""
+    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of at least 1 and below 2^31")
     return int(text)
+
+
+@contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Makes the many errors of memory that is not there one UsageError, which says what to do."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        told = str(error).strip().partition("\n")[0].rstrip(".")
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in told and "Out of memory" not in told:
+            raise
+        raise UsageError(f"the memory is full ({told or 'out of memory'}). {advice}") from None
 
 
 def version(package: str) -> str | None:

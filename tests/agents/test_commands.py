@@ -38,6 +38,8 @@ ARGUMENTS = [
     ("agents.recall", ("recall.toml", "train.batch=0"), "Input should be greater than 0; got 0"),
     ("rlring.bench", ("--lengths", "0"), "'0' is not a whole number of at least 1"),
     ("rlring.bench", ("--heads", "3", "--kv-heads", "2"), "--heads is a multiple of --kv-heads"),
+    ("rlring.bench", ("--lengths", "9" * 30), "is not a whole number of at least 1 and below 2^31"),
+    ("rlring.bench", ("--matmul", "999999999"), "--matmul is at most 131072; got 999999999"),
     ("rlring.bench", ("--json", "folder"), "that is a folder"),
     ("rlring.bench", ("--sparse", "1,2"), "'1,2' is not BLOCK,LOCAL,STRIDE"),
     ("rlring.plan", ("--model", "no", *TOPOLOGY, "--tokens", "8"), "no"),
