@@ -107,7 +107,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.latest()
         meta = checkpoints.meta(step)
-        check_trained(folder, meta.config, config)
+        check_trained(folder, meta.config, meta.targets, config)
         agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
         like = jax.eval_shape(agent.init, jax.random.key(0))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())

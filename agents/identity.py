@@ -103,8 +103,12 @@ def result_settings(config: Config, stores: Stores, updates: Sequence[int]) -> S
     return settings | ({"train.updates": list(updates)} if len(updates) > 1 else {})
 
 
-def check_trained(owner: Path, trained: Mapping[str, Any], config: Config) -> None:
-    """ConfigError when an evaluation says other than its run of which episodes were trained on, with which seed."""
+def check_trained(owner: Path, trained: Mapping[str, Any], learnt: Iterable[str], config: Config) -> None:
+    """ConfigError when an evaluation asks for another task than those that its run has `learnt`, or says otherwise
+    which episodes were trained on, with which seed."""
+    other = [task for task in config.data.tasks if task not in learnt]
+    if other:
+        raise ConfigError(f"{owner} learnt {', '.join(learnt)}, not {', '.join(other)}. Change data.tasks.")
     was, now = flat(trained), flat(config.model_dump(mode="json"))
     changed = differing(*({name: one.get(name) for name in FIXED_BY_TRAINING} for one in (was or now, now)))
     if changed:

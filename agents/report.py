@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agents.cli import ConfigError
 from agents.plot import Drawn
-from agents.results import Result, merged_versions
+from agents.results import Result, merged, merged_versions
 from agents.statistics import SummaryRow, summary_notes
 from data.atomic_file import atomic_file
 
@@ -56,6 +56,9 @@ def write_report(
     parts += [f"<p class=note>{html.escape(note)}</p>" for note in summary_notes(results, rows)]
     parts += ["<h2>Made by</h2>", _text("\n".join(commands))]
     parts += ["<h2>Versions</h2>", _pairs(merged_versions(results))]
+    trained_with = merged(result.trained_with for result in results)
+    if trained_with and trained_with != merged_versions(results):
+        parts += ["<h2>Versions of training</h2>", _pairs(trained_with)]
     parts += ["<h2>Config</h2>", _text(config)]
     page = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'

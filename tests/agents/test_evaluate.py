@@ -215,6 +215,8 @@ def test_another_store_and_another_split_are_refused(trained, dataset, tmp_path,
         evaluate(folder, [f'data.stores=["{grown}"]'], progress=False)
     with pytest.raises(ConfigError, match=r"trained with other settings: data.held_out=0.5 \(was 0.2\). Leave"):
         evaluate(folder, ["data.held_out=0.5"], progress=False)
+    with pytest.raises(ConfigError, match=r"runs/tiny learnt point_mass-dark, not reacher-dark. Change data.tasks"):
+        evaluate(folder, ['data.tasks=["reacher-dark"]'], progress=False)
     with pytest.raises(ConfigError, match=r"trained with other settings: seed=4 \(was 0\). Leave them"):
         evaluate(folder, ["seed=4"], progress=False)
     assert not (folder / "results.jsonl").exists()
