@@ -38,7 +38,8 @@ def chains(config: Config, stores: Sequence[TrajectoryStore], *, grow: Sequence[
         common = {"seed": config.seed, "split": "train", "held_out": config.data.held_out, "growth": growth}
         task = goal_task(store.task)
         if task is not None and task.sign_size:
-            samplers.append(WorldSampler(store, trajectories=chain["trajectories"], **common))
+            of_map = {name: chain[name] for name in ("trajectories", "best") if name in chain}
+            samplers.append(WorldSampler(store, **common, **of_map))
         else:
             samplers.append(ChainSampler(store, **common, **chain))
     return samplers[0] if len(samplers) == 1 else MixedSampler(samplers)

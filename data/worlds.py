@@ -19,7 +19,8 @@ from jaxtyping import Float32, Float64
 from scipy.spatial import cKDTree
 
 from data.chain_batch import ChainBatch
-from data.draws import VISITS, WORLD, generator_of, row_indices, split_episodes
+from data.chains import ChainSampler, Split
+from data.draws import VISITS, WORLD, generator_of, row_indices
 from data.errors import DataError
 from data.growth import Growth
 from data.hindsight import GoalSampling, HindsightGoals, hidden_goal_task
@@ -50,7 +51,8 @@ class Queries(NamedTuple):
 class WorldSampler:
     """Draws chains of `trajectories` visits (an even number, or one query alone) from a store.
 
-    Every draw is a pure function of its arguments, and of episodes of `split` alone (see `ChainSampler`). Pickle-safe.
+    Every draw is a pure function of its arguments, and of episodes of `split` alone, the `best` of them where it is
+    below 1 (see `ChainSampler`). Pickle-safe.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class WorldSampler:
         *,
         trajectories: int,
         seed: int,
-        split: str = "train",
+        split: Split = "train",
         held_out: float = 0.1,
+        best: float = 1.0,
         growth: Growth | None = None,
     ) -> None:
         task = hidden_goal_task(store, None)
@@ -74,7 +77,8 @@ class WorldSampler:
         self.store, self.task, self.trajectories = store, task, trajectories
         self.seed, self.split, self.growth = seed, split, growth
         self.longest = store.longest
-        self.pool = split_episodes(store.episodes, held_out)[split]
+        chosen = ChainSampler(store, trajectories=1, seed=seed, split=split, held_out=held_out, best=best)
+        self.pool = chosen.pool
         self._moments: StoredMoments | None = None
         self._resting: _Resting | None = None
 

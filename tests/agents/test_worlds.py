@@ -98,3 +98,10 @@ def test_another_world_is_never_the_own(trained, map_settings, capsys):
     folder = trained(*map_settings)
     assert main([str(folder), *MAP, "evaluate.groups=2"]) == 2
     assert "evaluate.foreign asks about another world than the one seen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["decision_transformer", "bc"])
+def test_who_sees_no_history_is_asked_without_one(trained, map_settings, kind):
+    folder = trained(*map_settings, f"agent.kind={kind}")
+    assert evaluate(folder, MAP, progress=False) == 8
+    assert {(r.places, r.context, r.context_tokens) for r in read_results(folder)} == {(2, "none", 0), (4, "none", 0)}
