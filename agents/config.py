@@ -53,6 +53,9 @@ class ChainConfig(Section):
     learnt."""
     sort: Literal["ascending", "random", "descending", "time"] = "ascending"
     target: Literal["max", "own"] | Return = "max"
+    met: Fraction | None = None
+    """Where the task hides a goal: the chance with which every trajectory but one has met it. None: 0 to 2 others have,
+    and of the rest those that happen to."""
     grow: list[Size] = Field(default=[])
     """Trajectories of the chains of the first updates, such as [8, 16, 32], each for an equal share of them; a row then
     holds several chains side by side."""
@@ -120,6 +123,9 @@ class EvaluateConfig(Section):
     """Return asked for. typical: the 90th percentile of the best returns of the training chains."""
     mesh: MeshConfig = MeshConfig()
     """Devices that acting uses; the cache of keys and values is split over its sequence axes."""
+    met: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[])
+    """Where the task hides a goal: chances, one after the other, with which a trajectory of a context has met it.
+    None: contexts of random trajectories."""
     places: list[Size] = Field(default=[16, 64], min_length=1)
     """Of a map: places of the worlds, each visited once."""
     seen: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 1.0], min_length=1)

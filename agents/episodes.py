@@ -1,5 +1,6 @@
 """Which episodes an evaluation asks for, and which of them are there."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ class Condition(NamedTuple):
     context: str
     """own, foreign (of another goal), or none."""
     episodes: int
+    met: float = 0.0
+    """The chance with which a trajectory of the context has met the goal; 0: as it happens."""
 
 
 class Episode(NamedTuple):
@@ -27,6 +30,7 @@ class Episode(NamedTuple):
     task: str
     mode: str
     places: int
+    met: float
     trajectories: int
     context: str
     group: int
@@ -40,20 +44,21 @@ def conditions(config: Config) -> Iterator[Condition]:
         if is_map(task):
             continue  # `agents.worlds`
         if "prompted" in own.modes:
-            for trajectories in own.contexts:
+            hides_goal = goal_task(task) is not None
+            for met, trajectories in itertools.product((hides_goal and own.met) or [0.0], own.contexts):
                 context = "own" if trajectories else "none"
-                yield Condition(task, "prompted", trajectories, context, own.episodes)
-                if own.foreign and trajectories and goal_task(task) is not None:
-                    yield Condition(task, "prompted", trajectories, "foreign", own.episodes)
+                yield Condition(task, "prompted", trajectories, context, own.episodes, met)
+                if own.foreign and trajectories and hides_goal:
+                    yield Condition(task, "prompted", trajectories, "foreign", own.episodes, met)
         if "self" in own.modes:
             yield Condition(task, "self", 0, "none", own.self_episodes)
 
 
 def episodes_of(condition: Condition, config: Config) -> set[Episode]:
     """Returns every episode of every group of a condition."""
-    task, mode, trajectories, context, episodes = condition
+    task, mode, trajectories, context, episodes, met = condition
     groups = (group_id(config.evaluate.seed, index) for index in range(config.evaluate.groups))
-    return {Episode(task, mode, 0, trajectories, context, group, i) for group in groups for i in range(episodes)}
+    return {Episode(task, mode, 0, met, trajectories, context, group, i) for group in groups for i in range(episodes)}
 
 
 def episode_of(result: Result) -> Episode:
@@ -62,6 +67,7 @@ def episode_of(result: Result) -> Episode:
         result.task,
         result.mode,
         result.places,
+        result.met,
         result.context_trajectories,
         result.context,
         result.group,
@@ -83,5 +89,5 @@ def asked_for(results: Sequence[Result], config: Config) -> list[Result]:
     for task, places, seen in histories(config):
         for context in ["none"] if not seen else ["own", "foreign"] if own.foreign else ["own"]:
             groups = (group_id(own.seed, index) for index in range(own.groups))
-            wanted |= {Episode(task, "prompted", places, seen, context, group, 0) for group in groups}
+            wanted |= {Episode(task, "prompted", places, 0.0, seen, context, group, 0) for group in groups}
     return [result for result in results if episode_of(result) in wanted]

@@ -28,7 +28,7 @@ from agents.results import Result, append_results, read_results
 from agents.rollout import first_between, make_environments, play
 from agents.statistics import summarize, write_summary
 from agents.worlds import evaluate_worlds
-from data import ChainBatch, ChainSampler, DataError, TrajectoryStore
+from data import ChainBatch, ChainSampler, DataError, GoalSampling, TrajectoryStore
 from data.environment_batch import EnvironmentBatch
 from rlring import make_mesh, request_cpu_devices
 from rlring.cli import Parser
@@ -156,6 +156,7 @@ def missing(
                 steps=int(steps[group]),
                 group=group_id(own.seed, group),
                 context=condition.context,
+                met=condition.met,
             )
             for group in range(own.groups)
         ]
@@ -188,11 +189,12 @@ def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, 
         raise DataError(f"{store.path} has {store.action_size} actions; the agent has {loaded.meta.action_size}.")
     sampler = ChainSampler(
         store,
-        trajectories=max(1, condition.trajectories),
+        trajectories=1,
         sort=config.chain.sort,
         seed=config.seed,
         split="held_out",
         held_out=config.data.held_out,
+        goals=GoalSampling(met=condition.met) if condition.met else None,
     )
     told = goals
     if condition.context == "foreign" and goals is not None:

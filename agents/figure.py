@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, GRID = "#222222", "#666666", "#E4E4E4"
-DASHES = {"agent": "-", "flat": (0, (1, 1.5)), "foreign": (0, (4, 2)), "null": (0, (1, 1.5)), "oracle": (0, (7, 3))}
+DASHES = {
+    "agent": "-",
+    "flat": (0, (1, 1.5)),
+    "foreign": (0, (4, 2)),
+    "null": (0, (1, 1.5)),
+    "predicted": (0, (3, 1.5)),
+    "oracle": (0, (7, 3)),
+}
 
 # Inches.
 PANEL_WIDTH, PANEL_HEIGHT = 4.5, 3.1
@@ -38,7 +45,7 @@ class Point(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Curve:
     """kind: "agent"; "foreign", its control; "flat", an agent that knows no context; "oracle"; "null", what a maximum
-    gains by luck.
+    gains by luck; "predicted", what follows from two numbers that were measured.
     """
 
     label: str
@@ -102,14 +109,14 @@ def _draw(axes: "Axes", drawn: Sequence[Curve], *, x_name: str, logarithmic: boo
     for curve in drawn:
         x = np.array([place[point.trajectories] for point in curve.points if point.trajectories in place])
         y, low, high, other = np.array([point[2:] for point in curve.points]).T
-        behind = curve.kind in ("oracle", "null", "flat")
+        behind = curve.kind in ("oracle", "null", "predicted", "flat")
         style = {"color": curve.colour, "linestyle": DASHES[curve.kind], "zorder": 2 if behind else 3}
         if curve.kind in ("oracle", "flat"):
             axes.axhline(y[0], linewidth=1.3, **style)
             axes.axhspan(low[0], high[0], color=curve.colour, alpha=0.08, linewidth=0, zorder=1)
             anchors.append((ends[1], y[0]))
             continue
-        axes.plot(x, y, linewidth=1.3 if curve.kind in ("foreign", "null") else 2.2, **style)
+        axes.plot(x, y, linewidth=1.3 if curve.kind in ("foreign", "null", "predicted") else 2.2, **style)
         axes.fill_between(x, low, high, color=curve.colour, alpha=0.16 if curve.kind == "agent" else 0.08, linewidth=0)
         if curve in dashed:
             size = 5 if curve.kind == "agent" else 3.5

@@ -58,6 +58,7 @@ FREE_OF_A_RESULT = (
     "evaluate.self_episodes",
     "evaluate.foreign",
     "evaluate.places",
+    "evaluate.met",
     "evaluate.seen",
     "evaluate.memory_gib",
 )

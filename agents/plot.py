@@ -143,6 +143,11 @@ def curves(
                 start = [point._replace(other=math.nan) for point in own if point.trajectories == 0]
                 control = tuple(start + of_agent[name + FOREIGN])
                 panels[task].append(Curve(label + FOREIGN, "foreign", colour, control))
+            expected = [row for row in rows if (row.task, row.agent) == (task, name) and math.isfinite(row.predicted)]
+            if aggregate == "mean" and expected:  # of means alone is it known
+                drawn = (Point(row.context_trajectories, row.context_tokens, *[row.predicted] * 3, math.nan)
+                         for row in expected)  # fmt: skip
+                panels[task].append(Curve(f"{label}: predicted", "predicted", colour, tuple(drawn)))
             if rows[0].statistic == "max" and name == agents[0]:
                 own_rows = [row for row in rows if (row.task, row.agent) == (task, name)]
                 null = _null(own_rows, results, aggregate, resamples)
@@ -195,6 +200,11 @@ def describe(
         sentences.append("Foreign context: trajectories of another goal, which must not help.")
     if any(row.agent == ORACLE for row in rows):
         sentences.append("Oracle: a scripted controller that is told what the agents must find out.")
+    if any(curve.kind == "predicted" for drawn in panels.values() for curve in drawn):
+        sentences.append(
+            "Predicted: prior + (known - prior) × the chance that the goal is in the context; prior is the return "
+            "without context, known that where 99 of 100 contexts hold the goal; nothing is fitted."
+        )
     if any(curve.kind == "null" for drawn in panels.values() for curve in drawn):
         sentences.append(
             "By luck: the expected largest return of as many independent episodes without context, which a policy that "

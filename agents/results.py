@@ -28,6 +28,7 @@ class Result:
     alone. context: what is given: trajectories of the episode's own goal, of a foreign one (the control), or none.
     context_trajectories, context_tokens: how much is given before the first episode of the group.
     places: of the world, where the task is a map; 0 elsewhere.
+    met: the chance with which a trajectory of the context had met the goal; 0 where that was left to the data.
     episode_index: place of the episode within its group, from 0; it sees the episodes before it, in both modes.
     run: the training run that played. series: what it is a seed of; seeds of one series are averaged, series never.
     settings_id, settings: what the episode was made with (`agents.identity`): equal for equal settings, and those that
@@ -50,6 +51,7 @@ class Result:
     checkpoint_step: int
     versions: Mapping[str, str]
     places: int = 0
+    met: float = 0.0
     run: str = ""
     series: str = ""
     settings_id: str = ""
@@ -69,6 +71,8 @@ class Result:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"a result's {name} must be a whole number of 0 or more; got {value!r}")
+        if not isinstance(self.met, int | float) or not 0 <= self.met <= 1:
+            raise ConfigError(f"a result's met must be a chance, from 0 to 1; got {self.met!r}")
         if self.mode not in MODES:
             raise ConfigError(f"a result's mode must be one of {', '.join(MODES)}; got {self.mode!r}")
         if self.context not in CONTEXTS:
@@ -91,7 +95,7 @@ class Result:
         return self.experiment, self.series, self.run, self.agent, self.task, self.seed, self.settings_id
 
     @property
-    def key(self) -> tuple[str | int, ...]:
+    def key(self) -> tuple[str | int | float, ...]:
         """Names the episode: an evaluation that is started again skips the keys it finds, and of two lines with one key
         the later counts.
         """
@@ -101,6 +105,7 @@ class Result:
             self.context,
             self.context_trajectories,
             self.places,
+            self.met,
             self.group,
             self.episode_index,
             self.checkpoint_step,
@@ -117,7 +122,7 @@ _COUNTS = (
     "checkpoint_step",
 )
 _JSON_KEYS = {one.name: one.name.rstrip("_") for one in fields(Result)}  # `return` is a word of Python's
-_NEW = {"places", "run", "series", "settings_id", "settings", "trained_with"}  # which lines of before lack
+_NEW = {"places", "met", "run", "series", "settings_id", "settings", "trained_with"}  # which lines of before lack
 
 
 def say_note(text: str) -> None:
@@ -128,8 +133,9 @@ def say_note(text: str) -> None:
 def to_json(result: Result) -> str:
     """Returns the line, without its end."""
     values = {key: getattr(result, name) for name, key in _JSON_KEYS.items()}
-    if not result.places:
-        del values["places"]
+    for name in ("places", "met"):
+        if not values[name]:
+            del values[name]
     plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     return json.dumps(plain, allow_nan=False)
 

@@ -55,7 +55,8 @@ def make_environments(loaded: "Loaded", task: str, rows: int) -> EnvironmentBatc
 
 def first_between(loaded: "Loaded", condition: "Condition", prompt: ChainBatch, memory: Memory) -> Between:
     """Returns what the first episode depends on, a function of the seeds and the condition alone."""
-    label = [ord(letter) for letter in f"{condition.mode}/{condition.trajectories}/{condition.context}"]
+    met = f"/{condition.met}" if condition.met else ""
+    label = [ord(letter) for letter in f"{condition.mode}/{condition.trajectories}/{condition.context}{met}"]
     seeds = [loaded.config.evaluate.seed, loaded.config.seed, *label]
     key = jax.random.key(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
     action, reward = (jnp.asarray(last_of(values, prompt)) for values in (prompt.action, prompt.reward))

@@ -6,7 +6,7 @@ import numpy as np
 
 from agents.agent import Sampler
 from agents.config import Config
-from data import ChainBatch, ChainSampler, Growth, TrajectoryStore, WorldSampler
+from data import ChainBatch, ChainSampler, GoalSampling, Growth, TrajectoryStore, WorldSampler
 from data.tasks import goal_task
 
 
@@ -30,8 +30,11 @@ class MixedSampler:
         return ChainBatch(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
 
 
-def chains(config: Config, stores: Sequence[TrajectoryStore], *, grow: Sequence[int] = (), **chain) -> Sampler:
+def chains(
+    config: Config, stores: Sequence[TrajectoryStore], *, grow: Sequence[int] = (), met: float | None = None, **chain
+) -> Sampler:
     """Returns the sampler of a config's training chains; of a map they are visits to the places of a world."""
+    goals = None if met is None else GoalSampling(met=met)
     growth = Growth(tuple(grow), round(config.chain.grow_until * config.train.updates))
     samplers = []
     for store in stores:
@@ -41,5 +44,5 @@ def chains(config: Config, stores: Sequence[TrajectoryStore], *, grow: Sequence[
             of_map = {name: chain[name] for name in ("trajectories", "best") if name in chain}
             samplers.append(WorldSampler(store, **common, **of_map))
         else:
-            samplers.append(ChainSampler(store, **common, **chain))
+            samplers.append(ChainSampler(store, **common, goals=goals, **chain))
     return samplers[0] if len(samplers) == 1 else MixedSampler(samplers)

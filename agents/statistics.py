@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from agents.bootstrap import (
 )
 from agents.cli import ConfigError
 from agents.identity import differences
-from agents.prediction import Line, line
+from agents.prediction import Line, is_predicted, line, share_known
 from agents.results import ORACLE, Result
 from data.atomic_file import atomic_file
 
@@ -67,7 +68,7 @@ class SummaryRow:
     episodes_per_group: int
     interval_over: str
     predicted: float = math.nan
-    """Of a map: the mean that follows from prior and known (`agents.prediction`)."""
+    """Of a map, and where goals are rare: the mean that follows from prior and known (`agents.prediction`)."""
 
 
 def summarize(
@@ -217,6 +218,8 @@ def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Res
         agent = names[result.task, result.agent, result.series, result.settings_id]
         if result.places:
             agent = f"{agent}, {result.places:,} places"
+        if result.met:
+            agent = f"{agent}, p = {Fraction(result.met).limit_denominator(1 << 20)}"
         if result.context == "foreign":
             agent = f"{agent} (foreign context)"
         # Keyed by episode: the oracle of two experiments on the same goals must not count twice.
@@ -229,14 +232,14 @@ def _lines(results: Sequence[Result]) -> dict[tuple[str, str, str, str], Line | 
     """Returns the line of each agent on each map."""
     own: dict[tuple[str, str, str, str], list[Result]] = {}
     for result in results:
-        if result.places:
+        if is_predicted(result):
             own.setdefault(_player(result), []).append(result)
     return {key: line(members) for key, members in own.items()}
 
 
 def _predicted(lines: dict[tuple[str, str, str, str], Line | None], member: Result) -> float:
-    found = lines.get(_player(member)) if member.context != "foreign" else None
-    return math.nan if found is None else found.at(member.context_trajectories, member.places)
+    found = lines.get(_player(member)) if is_predicted(member) else None
+    return math.nan if found is None else found.at(share_known(member))
 
 
 def _player(result: Result) -> tuple[str, str, str, str]:

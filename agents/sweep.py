@@ -140,8 +140,9 @@ def draw(
         trained = max(one.chain.trajectories for one in config.configs())
         drawn, more = plot_worlds(results, folder / PLOT, title, trained=trained), []
     else:
-        drawn = plot(results, folder / PLOT, title)
-        more = [plot(results, folder / "return_vs_context_mean.png", title, aggregate="mean")]
+        is_rare = any(result.met for result in results)  # then the line that is predicted is of means
+        drawn = plot(results, folder / PLOT, title, aggregate="mean" if is_rare else "iqm")
+        more = [] if is_rare else [plot(results, folder / "return_vs_context_mean.png", title, aggregate="mean")]
     if any(result.mode == "self" for result in results):
         more.append(plot(results, folder / "return_vs_episode.png", title, mode="self"))
     write_report(

@@ -90,7 +90,7 @@ def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], a
         _draw_seeds(axes, [r for r in of_agent if r.places == size and r.context != "foreign"], place, colour)
         if predicted is not None:
             tokens = np.linspace(math.log2(seen[0]) - 0.6, math.log2(size * per_visit), 60)
-            axes.plot(tokens, [predicted.at(2**t / per_visit, size) for t in tokens], "--", color=colour,
+            axes.plot(tokens, [predicted.at(2**t / per_visit / size) for t in tokens], "--", color=colour,
                       linewidth=1.3, zorder=3)  # fmt: skip
         _name(axes, x[-1], own[-1].mean, f"{size:,} places", colour, bold=True)
         for row in rows:

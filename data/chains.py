@@ -166,11 +166,12 @@ class ChainSampler:
         """Returns contexts for evaluation: `trajectories` random episodes of the split a row, sorted as in training.
 
         Rewards are those under each row's `goal` [B, G] (None where the task hides none); every trajectory is told to
-        reach `target`, and one that does carries the completion flag. The draw depends on neither goal nor target, and
-        the episodes drawn for n trajectories are among those drawn for more. With 0 trajectories, M is 0.
+        reach `target`, and one that does carries the completion flag. The draw depends on neither goal (but where
+        `goals.met` says how many have met it) nor target, and the episodes drawn for n trajectories are among those
+        drawn for more. With 0 trajectories, M is 0.
         """
-        indices = row_indices(rows)
-        if not 0 <= trajectories <= len(self.pool):
+        indices, met = row_indices(rows), self.goals.met
+        if trajectories < 0 or (met is None and trajectories > len(self.pool)):
             raise DataError(
                 f"a context takes 0 to {len(self.pool)} trajectories, the episodes in split {self.split!r}; "
                 f"got {trajectories}"
@@ -185,8 +186,12 @@ class ChainSampler:
                     f"a context of {self.store.task!r} needs a goal a row, {expected}; got {np.shape(goal)}"
                 )
         generators = [generator_of(rows_seed, PROMPT, 0, row) for row in indices]
-        drawn = [generator.permutation(self.pool)[:trajectories] for generator in generators]
-        episodes = np.asarray(drawn, np.int64).reshape(len(indices), trajectories)
+        hindsight = self._hindsight()
+        if met is not None and hindsight is not None and goal is not None:
+            episodes = hindsight.rarely(generators, self.pool, trajectories, goal, met)
+        else:
+            drawn = [generator.permutation(self.pool)[:trajectories] for generator in generators]
+            episodes = np.asarray(drawn, np.int64).reshape(len(indices), trajectories)
         chains = self._arranged(episodes, goal, target=float(target))
         places = np.arange(trajectories * self.longest)
         batch = self._stored().empty(len(indices), places)

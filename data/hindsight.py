@@ -12,6 +12,8 @@ from data.errors import DataError
 from data.store import TrajectoryStore
 from data.tasks import GoalTask, goal_task
 
+_SEARCHED = 1024
+
 
 @dataclass(frozen=True)
 class GoalSampling:
@@ -19,13 +21,18 @@ class GoalSampling:
 
     The goal is where some trajectory spent its last `stay_steps` steps. That trajectory is in the chain, and 0 to
     `met_most` (uniform) others that met the goal too, found among `candidates` random ones; the rest is random.
+    With `met`, a chance, every other one has met the goal with that chance and otherwise has not, each on its own, and
+    may be there twice: how much a longer context can tell is then known (`agents.prediction`).
     """
 
     stay_steps: int = 4
     met_most: int = 2
     candidates: int = 64
+    met: float | None = None
 
     def __post_init__(self) -> None:
+        if self.met is not None and not 0 <= self.met <= 1:
+            raise DataError(f"goals.met is a chance, 0 <= met <= 1; got {self.met}")
         if self.stay_steps < 1 or self.met_most < 0 or self.candidates < 0:
             raise DataError(f"goals needs stay_steps >= 1, met_most >= 0 and candidates >= 0; got {self}")
 
@@ -52,17 +59,45 @@ class HindsightGoals:
         reached = self.physics[index + episodes[..., None] + 1]
         return np.where(valid, self.task.reward(reached, goal[:, None, None, :]), 0).astype(np.float32)
 
-    def draw(
-        self, generators: list[np.random.Generator], pool: np.ndarray, trajectories: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns, a row per generator, distinct episodes [B, N] of `pool` in random order, and their goal [B, G]."""
-        resting, others = pool[self.stays[pool]], trajectories - 1
+    def resting(self, pool: np.ndarray) -> np.ndarray:
+        """Returns the episodes of a pool whose end can be a goal; DataError where there is none."""
+        resting = pool[self.stays[pool]]
         if not len(resting):
             raise DataError(
                 f"{self.store.path}: in none of the {len(pool)} episodes does the body stay in one place for its last "
                 f"{self.sampling.stay_steps} steps, so no goal can be taken in hindsight; lower goals.stay_steps, or "
                 "collect with `--policy waypoints`"
             )
+        return resting
+
+    def rarely(
+        self, generators: list[np.random.Generator], pool: np.ndarray, count: int, goal: np.ndarray, met: float
+    ) -> np.ndarray:
+        """Returns, a row per generator, episodes [B, count] of which each has met the goal [B, G] with chance `met`.
+
+        Drawn with replacement; the first of many are those of few. A goal that all have met (beside the start) or none
+        leaves no choice: about one in a hundred of point_mass-dark's.
+        """
+        episodes = np.empty((len(generators), count), np.int64)
+        for row, generator in enumerate(generators):
+            # Of a large pool a part is enough to find some that met, and some that did not.
+            part = pool[np.sort(generator.choice(len(pool), min(_SEARCHED, len(pool)), replace=False))]
+            has_met = (self.reward(part[None], goal[row : row + 1])[0] > 0).any(-1)
+            share, chance = generator.random((count, 2)).T
+            for is_met, wanted in ((True, chance < met), (False, chance >= met)):
+                found = part[has_met == is_met] if (has_met == is_met).any() else part
+                episodes[row, wanted] = found[(share[wanted] * len(found)).astype(np.int64)]
+        return episodes
+
+    def draw(
+        self, generators: list[np.random.Generator], pool: np.ndarray, trajectories: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns, a row per generator, distinct episodes [B, N] of `pool` in random order, and their goal [B, G]."""
+        resting, others = self.resting(pool), trajectories - 1
+        if self.sampling.met is not None:
+            anchor = np.asarray([resting[generator.integers(len(resting))] for generator in generators], np.int64)
+            met = self.rarely(generators, pool, others, self.goal[anchor], self.sampling.met)
+            return np.concatenate([met, anchor[:, None]], axis=1), self.goal[anchor]
         count = min(others + self.sampling.candidates, len(pool) - 1)
         anchors, wanted, candidates, shuffles = [], [], [], []
         for generator in generators:

@@ -8,7 +8,8 @@ import pytest
 from agents.agent import Now
 from agents.checkpoint import versions
 from agents.cli import ConfigError
-from agents.evaluate import evaluate, load_agent, main
+from agents.episodes import Condition
+from agents.evaluate import evaluate, load_agent, main, make_prompt
 from agents.goals import foreign_goals, held_out_goals
 from agents.oracle import evaluate_oracle
 from agents.results import read_results
@@ -238,3 +239,23 @@ def test_foreign_goals_that_cannot_be_are_refused(tiny):
         ConfigError, match=r"evaluate.foreign takes contexts of another goal, and walker-walk hides none"
     ):
         tiny('data.tasks=["walker-walk"]', "evaluate.foreign=true")
+
+
+def test_contexts_that_have_met_the_goal_as_rarely_as_asked(trained):
+    folder = trained()
+    rare = ["evaluate.met=[0.5, 0.0625]", "evaluate.contexts=[0, 64]", "evaluate.groups=4"]
+    assert evaluate(folder, rare, progress=False) == 16
+    assert evaluate(folder, rare, progress=False) == 0
+    results = read_results(folder)
+    assert {(r.met, r.context_trajectories, r.context_tokens) for r in results} == {
+        (met, count, 16 * count) for met in (0.5, 0.0625) for count in (0, 64)
+    }
+    assert main([str(folder), *rare]) == 0
+    assert "agentic_transformer, p = 1/16" in (folder / "summary.csv").read_text()
+    loaded, goals = load_agent(folder, rare), held_out_goals("point_mass-dark", 0, 4)
+    condition = Condition("point_mass-dark", "prompted", 64, "own", 1)
+    often, rarely = (
+        (make_prompt(loaded, condition._replace(met=met), goals, 1.0).reward.reshape(4, -1, 16).sum(-1) > 0).mean()
+        for met in (0.5, 0.0625)
+    )
+    assert often > 0.3 > 2 * rarely

@@ -6,20 +6,23 @@ import numpy as np
 import pytest
 
 from agents.cli import ConfigError
+from agents.plot import plot
 from agents.prediction import line
 from agents.results import Result
 from agents.statistics import summarize, write_summary
 from agents.world_figure import plot_worlds
 
 
-def visits(places: int, seen: int, value: float, *, context=None, seed=0, agent="AT", groups=64) -> list[Result]:
+def visits(
+    places: int, seen: int, value: float, *, context=None, seed=0, agent="AT", groups=64, met=0.0
+) -> list[Result]:
     """Results whose mean is `value`."""
     noise = np.random.default_rng((places, seen, seed)).normal(size=groups)
     return [
         Result(
             experiment="map",
             agent=agent,
-            task="point_mass-map",
+            task="point_mass-map" if places else "point_mass-dark",
             seed=seed,
             context_trajectories=seen,
             context_tokens=16 * seen,
@@ -32,6 +35,7 @@ def visits(places: int, seen: int, value: float, *, context=None, seed=0, agent=
             checkpoint_step=1,
             versions={},
             places=places,
+            met=met,
         )
         for group in range(groups)
     ]
@@ -49,8 +53,8 @@ def perfect(**same) -> list[Result]:
 
 def test_nothing_is_fitted():
     found = line(perfect())
-    assert (found.prior, found.known, found.places) == (pytest.approx(2), pytest.approx(6), 64)
-    assert found.at(256, 1024) == pytest.approx(3)
+    assert (found.prior, found.known) == (pytest.approx(2), pytest.approx(6))
+    assert found.at(256 / 1024) == pytest.approx(3)
     # Neither what the larger worlds gave nor another world's history moves it.
     worse = perfect() + visits(4096, 4096, 0.0) + visits(64, 64, 0.0, context="foreign")
     assert line(worse) == found
@@ -85,3 +89,22 @@ def test_the_picture(tmp_path):
     assert "Crosses: the history of another world." in drawn.caption
     with pytest.raises(ConfigError, match=r"none of these results is of a map"):
         plot_worlds([], tmp_path / "none.png")
+
+
+def test_rare_goals(tmp_path):
+    """1 without context, 5 where the goal is in it; p moves the knee."""
+    results = [
+        result
+        for met in (1 / 16, 1 / 256)
+        for seen in (0, 1, 16, 128, 1024)
+        for result in visits(0, seen, 1 + 4 * (1 - (1 - met) ** seen), met=met, groups=200)
+    ]
+    rows = summarize(results, statistics=["mean"], resamples=50)
+    assert {row.agent for row in rows} == {"AT, p = 1/16", "AT, p = 1/256"}
+    for row in rows:
+        assert row.mean == pytest.approx(row.predicted, abs=0.02)
+    drawn = plot(results, tmp_path / "rare.png", aggregate="mean", resamples=50)
+    assert "Predicted: prior + (known - prior)" in drawn.caption
+    assert "by luck" not in drawn.caption.lower()
+    none = plot(results, tmp_path / "rare.svg", resamples=50)
+    assert "Predicted" not in none.caption

@@ -275,6 +275,22 @@ def test_others_that_met_the_goal_are_mixed_in(dark):
     assert 1.5 < met(6) - base < 3
 
 
+@pytest.mark.parametrize("met", [0.0, 0.25, 1.0])
+def test_a_goal_is_met_as_rarely_as_asked(dark, met):
+    goals = GoalSampling(met=met)
+    batch = ChainSampler(dark, trajectories=9, sort="random", seed=0, goals=goals).sample(0, 300)
+    far = np.linalg.norm(batch.observation[:, -1, :2], axis=-1) > 0.1  # all begin at 0, and so have met what is near
+    has_met = returns_of(batch)[far] > 0
+    assert has_met[:, -1].all()  # the one that the goal was taken from
+    assert has_met[:, :-1].mean() == pytest.approx(met, abs=0.04)
+    # A context may be longer than the pool, and begins as a shorter one does.
+    sampler = ChainSampler(dark, trajectories=1, sort="random", seed=1, split="held_out", goals=goals)
+    goal = np.array([[0.1, 0.0], [0.0, -0.12], [-0.08, 0.08]])
+    prompt = sampler.prompt(0, 3, 500, goal, 1.0)
+    assert (returns_of(prompt) > 0).mean() == pytest.approx(met, abs=0.05)
+    np.testing.assert_array_equal(sampler.prompt(0, 3, 8, goal, 1.0).observation, prompt.observation[:, : 8 * 16])
+
+
 def test_the_best_is_not_always_last_when_order_is_random(dark):
     returns = returns_of(ChainSampler(dark, trajectories=8, seed=0, sort="random").sample(0, 200))
     counts = np.bincount(returns.argmax(1), minlength=8)
@@ -430,6 +446,8 @@ def test_typical_target_needs_training_chains(even):
 
 
 def test_wrong_goal_sampling():
+    with pytest.raises(DataError, match=r"goals.met is a chance, 0 <= met <= 1; got 2"):
+        GoalSampling(met=2)
     with pytest.raises(DataError, match="goals needs stay_steps >= 1"):
         GoalSampling(stay_steps=0)
 
