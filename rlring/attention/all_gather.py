@@ -39,15 +39,14 @@ def _gathered(k, v, mask: Mask, axes):
 
 def _attention_forward(q, k, v, mask, axes, kernel):
     q, mask = tie_to_data(q, mask)
-    partial_out = kernel.forward(q, *_gathered(k, v, mask, axes))
-    out, lse = named_for_remat(*partial_out, kernel.kept_type(q.dtype))
-    return out.astype(q.dtype), (q, k, v, mask, out, lse)
+    whole = named_for_remat(kernel.forward(q, *_gathered(k, v, mask, axes)), kernel.kept_type(q.dtype))
+    return whole.out.astype(q.dtype), (q, k, v, mask, whole)
 
 
 def _attention_backward(axes, kernel, residuals, d_out):
-    q, k, v, mask, out, lse = residuals
+    q, k, v, mask, whole = residuals
     d_out, mask = tie_to_data(d_out, mask)
-    dq, dk, dv = kernel.backward(q, *_gathered(k, v, mask, axes), out, lse, d_out)
+    dq, dk, dv = kernel.backward(q, *_gathered(k, v, mask, axes), whole, d_out)
     # Summed over the devices in float32, and only then rounded.
     dk, dv = (lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

@@ -18,6 +18,7 @@ from rlring.attention.kernels import KERNELS, make_kernel, platform_of
 from rlring.attention.local import local_attention
 from rlring.attention.mask import Mask, checked
 from rlring.attention.ring import ring_attention
+from rlring.attention.ring_transport import Transport
 from rlring.attention.sparse import SparsePattern, check_mask, sparse_attention
 from rlring.attention.ulysses import check_heads, ulysses_attention
 from rlring.errors import UsageError
@@ -41,6 +42,7 @@ class AttentionConfig:
     block_k: int | None = None
     scores: int = 2**20  # of one block, held at once; more falls out of a CPU's cache, accelerators like 2**24
     kernel: str = "jax"  # what computes a block: kernels.make_kernel; sparse and dense attention are plain JAX
+    transport: Transport | None = None  # in which order a ring transfers and computes; None: what suits the platform
     sparse: SparsePattern | None = None  # which blocks of the context each head sees; with scheme "sparse"
 
     def __post_init__(self):
@@ -114,7 +116,7 @@ def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
 @partial(jax.jit, static_argnames=("config", "platform", "axis"))
 def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, platform: str, axis: str | None = None):
     with_kernel = partial(_with_kernel, config, platform)
-    one_device, ring = with_kernel(local_attention), with_kernel(ring_attention, "ring")
+    one_device, ring = with_kernel(local_attention), with_kernel(_ring(config, platform), "ring")
     match config.scheme:
         case "dense":
             return dense_attention(q, k, v, mask)
@@ -145,6 +147,11 @@ def _with_kernel(config: AttentionConfig, platform: str, scheme: Callable, *axes
         return scheme(q, k, v, mask, *axes, kernel)
 
     return run
+
+
+def _ring(config: AttentionConfig, platform: str) -> Callable:
+    transport = config.transport or Transport.of(platform)
+    return lambda q, k, v, mask, axis, kernel: ring_attention(q, k, v, mask, axis, kernel, transport)
 
 
 def _blocks(config: AttentionConfig, platform: str, *, is_split: bool) -> Blocks:

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention import one_block
 from rlring.attention.blocks import Blocks, Visits, pad, pick
 from rlring.attention.local import Gradients, delta_of, no_gradients
 from rlring.attention.mask import Bounds, Mask
 from rlring.attention.rows import Rows, Turns
-from rlring.attention.softmax import Partial, finite_lse, nothing
+from rlring.attention.softmax import Partial, Whole, accumulator_type, nothing
 
 
 class _Band(NamedTuple):
@@ -55,17 +55,17 @@ class _Band(NamedTuple):
         """Returns these rows of the chunk that begins with this tile, tile by tile."""
         return self._cut(self._chunk(rows.take, x, tile, 1))
 
-    def take_numbers(self, rows: Rows, x: Float32[Array, "B N T"], tile) -> Float32[Array, "r*C G*tile"]:
+    def take_numbers(self, rows: Rows, x: Float[Array, "B N T"], tile) -> Float[Array, "r*C G*tile"]:
         """Returns what take() does, of arrays of one number a query."""
         return self._cut(self._chunk(rows.take_numbers, x, tile, 2))
 
-    def uncut(self, x: Float32[Array, "r*C G*tile ..."]) -> Float32[Array, "r Q ..."]:
+    def uncut(self, x: Float[Array, "r*C G*tile ..."]) -> Float[Array, "r Q ..."]:
         """Returns the rows of a chunk, from its tiles."""
         _, queries, *rest = x.shape
         tiles = x.reshape(-1, self.chunk, queries // self.tile, self.tile, *rest)
         return jnp.moveaxis(tiles, 2, 1).reshape(tiles.shape[0], self.chunk * queries, *rest)
 
-    def add(self, rows: Rows, x: Float32[Array, "B T N H"], tiles: Float32[Array, "r*C Q H"], tile) -> Array:
+    def add(self, rows: Rows, x: Float[Array, "B T N H"], tiles: Float[Array, "r*C Q H"], tile) -> Array:
         """Returns x with what is found for the chunk that begins with this tile added to it."""
         start, more = tile * self.tile, self.uncut(tiles)
 
@@ -101,7 +101,7 @@ class _Band(NamedTuple):
         every = jnp.broadcast_to(visible, (mask.rows, heads, self.chunk, self.group, self.tile, self.tile))
         return every.reshape(-1, self.group * self.tile, self.tile)
 
-    def _cut(self, x: Float32[Array, "r Q ..."]) -> Float32[Array, "r*C G*tile ..."]:
+    def _cut(self, x: Float[Array, "r Q ..."]) -> Float[Array, "r*C G*tile ..."]:
         rows, queries, *rest = x.shape
         tiles = x.reshape(rows, -1, self.chunk, self.tile, *rest)
         return jnp.moveaxis(tiles, 1, 2).reshape(rows * self.chunk, queries // self.chunk, *rest)
@@ -156,25 +156,26 @@ def forward(
         def attend_to(ahead, running, *, add=one_block.add, is_masked=False):
             place = (first + ahead) % band.tiles
             visible = band.visible(mask_here, first, place) if is_masked else None
-            return add(running, q_tiles, band.take(rows, k, place), band.take(rows, v, place), visible)
+            k_tiles, v_tiles = band.take(rows, k, place), band.take(rows, v, place)
+            if is_masked:
+                k_tiles, v_tiles = one_block.shielded(k_tiles, v_tiles)
+            return add(running, q_tiles, k_tiles, v_tiles, visible)
 
         bounds = rows.of_masks((pick(q_bounds, first, band.chunk), k_bounds))
         plan = band.visits(first, *_seen(mask_here, bounds))
         running = one_block.softmax_over(plan, attend_to, lambda: one_block.Running.none(q_tiles))
-        out, lse = (band.uncut(x) for x in running.finish())
-        start = first * tile
-        return Partial(rows.put(total.out, out, start), rows.put_numbers(total.lse, lse, start))
+        return rows.put_partial(total, tuple(band.uncut(x) for x in running.finish()), first * tile)
 
-    out, lse = lax.fori_loop(0, band.turns.count * band.chunks, attend_from, nothing(q))
-    return Partial(out[:, :q_length], lse[:, :, :q_length])
+    return lax.fori_loop(0, band.turns.count * band.chunks, attend_from, nothing(q)).cut(q_length)
 
 
-def backward(q, k, v, mask: Mask, out, lse, d_out, tile: int, scores: int) -> Gradients:
+def backward(q, k, v, mask: Mask, whole: Whole, d_out, tile: int, scores: int) -> Gradients:
     """Kernel.backward; so many scores are held at once."""
     q_length, k_length, band = q.shape[1], k.shape[1], _Band.of(q, k, tile, scores)
-    length, delta = band.length, delta_of(out, d_out)
+    length = band.length
+    numbers = [pad(x, 2, length) for x in (whole.exponent, whole.total, delta_of(whole.out, d_out))]
     q, k, v, d_out = (pad(x, 1, length) for x in (q, k, v, d_out))
-    lse, delta, mask = pad(finite_lse(lse), 2, length), pad(delta, 2, length), mask.padded(length, length)
+    mask = mask.padded(length, length)
     q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
 
     def gradients_of(n, total: Gradients) -> Gradients:
@@ -186,11 +187,11 @@ def backward(q, k, v, mask: Mask, out, lse, d_out, tile: int, scores: int) -> Gr
             place, (dq, dk, dv) = (first + ahead) % band.tiles, found
             visible = band.visible(mask_here, place, first) if is_masked else None
             of_q = (band.take(rows, x, place) for x in (q, d_out))
-            numbers = (band.take_numbers(rows, x, place) for x in (lse, delta))
-            dq_more, dk_more, dv_more = one_block.gradients(*of_q, *numbers, k_tiles, v_tiles, visible)
+            of_q = *of_q, *(band.take_numbers(rows, x, place) for x in numbers)
+            dq_more, dk_more, dv_more = one_block.gradients(*of_q, k_tiles, v_tiles, visible)
             return band.add(rows, dq, dq_more, place), dk + dk_more, dv + dv_more
 
-        zero = jnp.zeros(k_tiles.mT.shape, jnp.float32)
+        zero = jnp.zeros(k_tiles.mT.shape, accumulator_type(k.dtype))
         bounds = rows.of_masks((q_bounds, pick(k_bounds, first, band.chunk)))
         plan = band.visits(first, *(x.T for x in _seen(mask_here, bounds)))
         dq, dk, dv = plan.walk(add_from, (total.dq, zero, zero))

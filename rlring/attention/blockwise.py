@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from rlring.attention import one_block
 from rlring.attention.blocks import Blocks, pad, pick, visits
 from rlring.attention.local import Gradients, delta_of, no_gradients
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, finite_lse, nothing
+from rlring.attention.softmax import Partial, Whole, accumulator_type, nothing
 
 
 class BlockwiseKernel(NamedTuple):
@@ -25,13 +25,13 @@ class BlockwiseKernel(NamedTuple):
     heads_first = False
 
     def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
-        return jnp.promote_types(dtype, jnp.float32)
+        return accumulator_type(dtype)
 
     def forward(self, q, k, v, mask: Mask, before: Partial | None = None) -> Partial:
         return forward(q, k, v, mask, self.blocks, before)
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out, before: Gradients | None = None) -> Gradients:
-        return backward(q, k, v, mask, out, lse, d_out, self.blocks, before)
+    def backward(self, q, k, v, mask: Mask, whole: Whole, d_out, before: Gradients | None = None) -> Gradients:
+        return backward(q, k, v, mask, whole, d_out, self.blocks, before)
 
 
 def forward(
@@ -58,11 +58,13 @@ def forward(
         def attend_to(j, running, *, add=one_block.add, is_masked=False):
             visible = one_block.visible(blocks.mask(mask_here, i, j), q_block) if is_masked else None
             k_block, v_block = (rows.take(x, j * blocks.k, blocks.k) for x in (k, v))
+            if is_masked:
+                k_block, v_block = one_block.shielded(k_block, v_block)
             return add(running, q_block, k_block, v_block, visible)
 
         def so_far() -> one_block.Running:
-            out, lse = rows.take(total.out, start, blocks.q), rows.take_numbers(total.lse, start, blocks.q)
-            return one_block.Running.after(out, lse)
+            numbers = (rows.take_numbers(x, start, blocks.q) for x in (total.exponent, total.total))
+            return one_block.Running.after(rows.take(total.out, start, blocks.q), *numbers)
 
         if is_one_block and before is None:  # faster without any loop
             running = attend_to(0, None, add=lambda _, *block: one_block.first(*block), is_masked=True)
@@ -71,12 +73,10 @@ def forward(
         else:
             plan = visits(mask_here, *rows.of_masks((pick(q_bounds, i), k_bounds)))
             running = one_block.softmax_over(plan, attend_to, so_far)
-        out, lse = running.finish()
-        return Partial(rows.put(total.out, out, start), rows.put_numbers(total.lse, lse, start))
+        return rows.put_partial(total, running.finish(), start)
 
-    total = nothing(q) if before is None else Partial(pad(before.out, 1, q.shape[1]), pad(before.lse, 2, q.shape[1]))
-    out, lse = _each(turns.count * counted, attend_from, total)
-    return Partial(out[:, :length], lse[:, :, :length])
+    total = nothing(q) if before is None else before.padded(q.shape[1])
+    return _each(turns.count * counted, attend_from, total).cut(length)
 
 
 def backward(
@@ -84,8 +84,7 @@ def backward(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Mask,
-    out: Float[Array, "B T N H"],
-    lse: Float32[Array, "B N T"],
+    whole: Whole,
     d_out: Float[Array, "B T N H"],
     blocks: Blocks,
     before: Gradients | None = None,
@@ -93,9 +92,9 @@ def backward(
     """Kernel.backward. The mask may also have a row for each key/value head of each sequence."""
     q_length, k_length, blocks = q.shape[1], k.shape[1], blocks.fit(q, k)
     turns = blocks.turns(q, k)
-    delta = delta_of(out, d_out)
+    numbers = whole.exponent, whole.total, delta_of(whole.out, d_out)
     q, k, v, mask = blocks.padded(q, k, v, mask)
-    d_out, (lse, delta) = pad(d_out, 1, q.shape[1]), (pad(x, 2, q.shape[1]) for x in (finite_lse(lse), delta))
+    d_out, numbers = pad(d_out, 1, q.shape[1]), [pad(x, 2, q.shape[1]) for x in numbers]
     counted = k.shape[1] // blocks.k
     is_one_block = counted == 1 and q.shape[1] == blocks.q
     q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
@@ -108,12 +107,12 @@ def backward(
         def add_from(i, found, *, is_masked):
             start, (dq, dk, dv) = i * blocks.q, found
             of_q = [rows.take(x, start, blocks.q) for x in (q, d_out)]
-            of_q += [rows.take_numbers(x, start, blocks.q) for x in (lse, delta)]
+            of_q += [rows.take_numbers(x, start, blocks.q) for x in numbers]
             visible = one_block.visible(blocks.mask(mask_here, i, j), of_q[0]) if is_masked else None
             dq_more, dk_more, dv_more = one_block.gradients(*of_q, k_block, v_block, visible)
             return rows.add(dq, dq_more, start), dk + dk_more, dv + dv_more
 
-        zero = jnp.zeros(k_block.mT.shape, jnp.float32)
+        zero = jnp.zeros(k_block.mT.shape, accumulator_type(k.dtype))
         found = total.dq, zero, zero
         if is_one_block:  # faster without any loop
             dq, dk, dv = add_from(0, found, is_masked=True)

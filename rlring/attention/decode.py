@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -17,9 +16,10 @@ from jaxtyping import Array, Bool, Float
 from rlring.attention import one_block
 from rlring.attention.api import check_arrays, check_batch
 from rlring.attention.blocks import pad
+from rlring.attention.exponential import power_of_two
 from rlring.attention.mask import Mask
 from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
-from rlring.attention.softmax import finite_lse
+from rlring.attention.softmax import divisor, exponent_or_none, finite
 from rlring.mesh import SEQUENCE_AXES
 
 
@@ -82,14 +82,14 @@ def attend(
     """
     rows = rows_of_queries(q, k.shape[0] // q.shape[0])
     flat = rows.reshape(rows.shape[0], -1, rows.shape[3])
-    out, lse = one_block.attend(flat, k, v, mask)  # there are few queries
+    out, exponent, total = one_block.attend(flat, k, v, mask)  # there are few queries
     if is_lost is not None:
         out = jnp.where(is_lost[:, None, None, :, None], jnp.nan, out.reshape(q.shape[0], -1, *rows.shape[1:]))
         out = out.reshape(flat.shape)
     if axes:
-        # softmax.merge() of all devices' parts at once. The greatest cancels, and has no gradient.
-        top = lax.pmax(lax.stop_gradient(lse), axes)
-        weight = jnp.exp(lse - finite_lse(top))
-        total = lax.psum(weight, axes)
-        out = lax.psum(out * weight[..., None], axes) / jnp.where(total == 0.0, 1.0, total)[..., None]
+        # softmax.merge() of all devices' parts at once. The greatest exponent cancels, and has no gradient.
+        exponent = exponent_or_none(exponent, total)
+        fade = power_of_two(exponent, finite(lax.pmax(lax.stop_gradient(exponent), axes)))
+        out, total = lax.psum((out * fade[..., None], total * fade), axes)
+    out = out / divisor(total)[..., None]
     return tokens_of_rows(out.reshape(rows.shape), q.shape[0]).astype(q.dtype)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from rlring.attention.blocks import joined, put, take
 from rlring.attention.local import Gradients, Kernel, named_for_remat, no_gradients
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import Partial, Whole
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -27,21 +27,21 @@ def attention_in_hops(
     kernel: Kernel,
 ) -> Float[Array, "B T N H"]:
     """Returns attention in q's type, computed as a ring of so many devices would; both lengths divide by them."""
-    return _forward(q, k, v, mask, ring, kernel).out.astype(q.dtype)
+    return _forward(q, k, v, mask, ring, kernel).whole().out.astype(q.dtype)
 
 
 def _attention_forward(q, k, v, mask, ring, kernel):
-    out, lse = named_for_remat(*_forward(q, k, v, mask, ring, kernel), kernel.kept_type(q.dtype))
-    return out.astype(q.dtype), (q, k, v, mask, out, lse)
+    whole = named_for_remat(_forward(q, k, v, mask, ring, kernel), kernel.kept_type(q.dtype))
+    return whole.out.astype(q.dtype), (q, k, v, mask, whole)
 
 
 def _attention_backward(ring, kernel, residuals, d_out):
-    q, k, v, mask, out, lse = residuals
+    q, k, v, mask, whole = residuals
     q_size, k_size = q.shape[1] // ring, k.shape[1] // ring
 
     def device(r, gradients: Gradients) -> Gradients:
-        q_r, out_r, d_out_r = (take(x, r, q_size, 1) for x in (q, out, d_out))
-        lse_r = take(lse, r, q_size, 2)
+        q_r, out_r, d_out_r = (take(x, r, q_size, 1) for x in (q, whole.out, d_out))
+        whole_r = Whole(out_r, *(take(x, r, q_size, 2) for x in (whole.exponent, whole.total)))
 
         def hop(n, gradients: Gradients) -> Gradients:
             source = (r - n) % ring
@@ -50,7 +50,7 @@ def _attention_backward(ring, kernel, residuals, d_out):
 
             def differentiate(gradients: Gradients) -> Gradients:
                 before = take(gradients.dq, r, q_size, 1), *(take(x, source, k_size, 1) for x in gradients[1:])
-                after = kernel.backward(q_r, *here, seen, out_r, lse_r, d_out_r, Gradients(*before))
+                after = kernel.backward(q_r, *here, seen, whole_r, d_out_r, Gradients(*before))
                 places = zip(gradients, after, (r, source, source), strict=True)
                 return Gradients(*(put(x, part, place, 1) for x, part, place in places))
 
@@ -86,7 +86,7 @@ def _forward(q, k, v, mask: Mask, ring: int, kernel: Kernel) -> Partial:
         return lax.fori_loop(1, ring, hop, first)
 
     parts = lax.map(device, jnp.arange(ring))
-    return Partial(joined(parts.out, 1), joined(parts.lse, 2))
+    return Partial(joined(parts.out, 1), *(joined(x, 2) for x in (parts.exponent, parts.total)))
 
 
 def _mask(mask: Mask, q_device, k_device, q_size: int, k_size: int) -> Mask:

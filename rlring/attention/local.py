@@ -1,7 +1,7 @@
 """Attention where the keys are: the two functions of a kernel, and attention on one device made of them.
 
 A kernel is the block interface that every scheme is built on: what a hop of the ring, a gathered context or a
-head-split context runs locally. backward() takes the *global* out and lse, so gradients over disjoint sets of keys
+head-split context runs locally. backward() takes attention over *all* keys, so gradients over disjoint sets of keys
 simply add up.
 """
 
@@ -12,23 +12,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import Partial, Whole, accumulator_type
 
 
 class Gradients(NamedTuple):
-    """Always float32: the gradient of a key is a sum over every query of a long context."""
+    """At least float32: the gradient of a key is a sum over every query of a long context."""
 
-    dq: Float32[Array, "B T N H"]
-    dk: Float32[Array, "B S K H"]
-    dv: Float32[Array, "B S K H"]
+    dq: Float[Array, "B T N H"]
+    dk: Float[Array, "B S K H"]
+    dv: Float[Array, "B S K H"]
 
 
 def no_gradients(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Gradients:
     """Returns zeros."""
-    return Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, k)))
+    return Gradients(*(jnp.zeros(x.shape, accumulator_type(q.dtype)) for x in (q, k, k)))
 
 
 class Kernel(Protocol):
@@ -54,7 +54,7 @@ class Kernel(Protocol):
         mask: Mask,
         before: Partial | None = None,
     ) -> Partial:
-        """Returns attention of q over these keys, and its lse; queries that see nothing have out 0 and lse -inf.
+        """Returns attention of q over these keys.
 
         before: attention over other keys, to go on from.
         """
@@ -66,22 +66,22 @@ class Kernel(Protocol):
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K H"],
         mask: Mask,
-        out: Float[Array, "B T N H"],
-        lse: Float32[Array, "B N T"],
+        whole: Whole,
         d_out: Float[Array, "B T N H"],
         before: Gradients | None = None,
     ) -> Gradients:
-        """Returns the gradients of attention over these keys, from the out and lse over *all* keys.
+        """Returns the gradients of attention over these keys; whole: attention over *all* keys.
 
         before: gradients to add them to.
         """
         ...
 
 
-def delta_of(out: Float[Array, "B T N H"], d_out: Float[Array, "B T N H"]) -> Float32[Array, "B N T"]:
+def delta_of(out: Float[Array, "B T N H"], d_out: Float[Array, "B T N H"]) -> Float[Array, "B N T"]:
     """Returns what the softmax's normalisation adds to the gradient, without the keys: FlashAttention-2, equation 4."""
     # As a sum, or with its result turned round, XLA on CPU takes forty times as long (jax 0.10).
-    return jnp.swapaxes(jnp.einsum("btnh,btnh->btn", out, d_out, preferred_element_type=jnp.float32), 1, 2)
+    accumulator = accumulator_type(d_out.dtype)
+    return jnp.swapaxes(jnp.einsum("btnh,btnh->btn", out, d_out, preferred_element_type=accumulator), 1, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -90,19 +90,19 @@ def local_attention(
 ) -> Float[Array, "B T N H"]:
     """Returns attention in q's type, in which it is computed; gradients of k and v have theirs. Lengths need not be
     multiples of a kernel's blocks."""
-    return kernel.forward(q, *as_computed(q, k, v), mask).out.astype(q.dtype)
+    return kernel.forward(q, *as_computed(q, k, v), mask).whole().out.astype(q.dtype)
 
 
 def _attention_forward(q, k, v, mask, kernel):
     q, mask = tie_to_data(q, mask)
-    out, lse = named_for_remat(*kernel.forward(q, *as_computed(q, k, v), mask), kernel.kept_type(q.dtype))
-    return out.astype(q.dtype), (q, k, v, mask, out, lse)
+    whole = named_for_remat(kernel.forward(q, *as_computed(q, k, v), mask), kernel.kept_type(q.dtype))
+    return whole.out.astype(q.dtype), (q, k, v, mask, whole)
 
 
 def _attention_backward(kernel, residuals, d_out):
-    q, k, v, mask, out, lse = residuals
+    q, k, v, mask, whole = residuals
     d_out, mask = tie_to_data(d_out, mask)
-    dq, dk, dv = kernel.backward(q, *as_computed(q, k, v), mask, out, lse, d_out)
+    dq, dk, dv = kernel.backward(q, *as_computed(q, k, v), mask, whole, d_out)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -123,6 +123,8 @@ def tie_to_data(data: Array, mask: Mask) -> tuple[Array, Mask]:
     return lax.optimization_barrier((data, mask))
 
 
-def named_for_remat(out: Array, lse: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Returns out in this type and lse, by names with which a remat policy can keep them."""
-    return checkpoint_name(out.astype(dtype), "attention_out"), checkpoint_name(lse, "attention_lse")
+def named_for_remat(total: Partial, dtype: jnp.dtype) -> Whole:
+    """Returns attention over all keys with out in this type, by names with which a remat policy can keep it."""
+    whole = total.whole()
+    numbers = (checkpoint_name(x, "attention_lse") for x in (whole.exponent, whole.total))
+    return Whole(checkpoint_name(whole.out.astype(dtype), "attention_out"), *numbers)

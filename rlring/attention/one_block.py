@@ -8,48 +8,59 @@ from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float
 
 from rlring.attention.blocks import Visits
+from rlring.attention.exponential import power_of_two
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import finite_lse
+from rlring.attention.softmax import accumulator_type, divisor, exponent_or_none, finite
 
 MOST = 1e19  # of a sum of exponentials, in float32
+LOG2_E = 1.0 / np.log(2)
 
 
 def attend(
     q: Float[Array, "R Q H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask
-) -> tuple[Float32[Array, "R Q H"], Float32[Array, "R Q"]]:
-    """Returns out and lse of flat rows, at once: memory is Q * S. The mask has a row for each sequence or each row."""
-    return first(q, k, v, visible(mask, q)).finish()
+) -> tuple[Float[Array, "R Q H"], Float[Array, "R Q"], Float[Array, "R Q"]]:
+    """Returns a Partial's out, exponent and total of flat rows, at once: memory is Q * S.
+
+    The mask has a row for each of them, or for each sequence.
+    """
+    seen = visible(mask, q)
+
+    # Shielding copies all keys, which takes longer than attention of a few queries: only where it is needed.
+    found = first(q, k, v, seen).finish()
+    return lax.cond(jnp.isfinite(found[0]).all(), lambda: found, lambda: first(q, *shielded(k, v), seen).finish())
 
 
 class Running(NamedTuple):
-    """The online softmax: the greatest score so far keeps the exponentials in range, and out is still to be divided."""
+    """The online softmax: the exponent keeps the exponentials in range, and out is still to be divided by the total."""
 
-    top: Float32[Array, "R Q"]
-    total: Float32[Array, "R Q"]
-    out: Float32[Array, "R Q H"]
+    exponent: Float[Array, "R Q"]  # -inf where nothing has been seen
+    total: Float[Array, "R Q"]
+    out: Float[Array, "R Q H"]
 
     @classmethod
-    def after(cls, out: Float32[Array, "R Q H"], lse: Float32[Array, "R Q"]) -> "Running":
-        """Returns where attention over other keys has come to: relative to their lse the exponentials add up to 1."""
-        return cls(lse / _scale(out), jnp.where(lse == -jnp.inf, 0.0, 1.0), out)
+    def after(cls, out: Float[Array, "R Q H"], exponent: Float[Array, "R Q"], total: Float[Array, "R Q"]) -> "Running":
+        """Resumes from what finish() returned."""
+        return cls(exponent_or_none(exponent, total), total, out)
 
     @classmethod
     def none(cls, q: Float[Array, "R Q H"]) -> "Running":
-        """Returns where attention over no keys has come to."""
-        return cls.after(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
+        """Returns the softmax over no keys."""
+        dtype = accumulator_type(q.dtype)
+        zero = jnp.zeros(q.shape[:2], dtype)
+        return cls.after(jnp.zeros(q.shape, dtype), zero, zero)
 
     def is_in_range(self) -> Bool[Array, ""]:
         """Returns whether no sum came near the end of the numbers."""
         return (self.total.max() < MOST) & jnp.isfinite(jnp.abs(self.out).max())
 
-    def finish(self) -> tuple[Float32[Array, "R Q H"], Float32[Array, "R Q"]]:
-        """Returns out and lse."""
-        total = jnp.where(self.total == 0.0, 1.0, self.total)
-        return self.out / total[..., None], self.top * _scale(self.out) + jnp.log(total)
+    def finish(self) -> tuple[Float[Array, "R Q H"], Float[Array, "R Q"], Float[Array, "R Q"]]:
+        """Returns out, exponent and total, as softmax.Partial has them."""
+        return self.out, finite(self.exponent), self.total
 
 
 def softmax_over(plan: Visits, attend_to: Callable, so_far: Callable[[], Running]) -> Running:
@@ -59,7 +70,7 @@ def softmax_over(plan: Visits, attend_to: Callable, so_far: Callable[[], Running
     """
     start = so_far()
     # One block tells how great the scores are, unless it is known.
-    probes = jnp.where(jnp.isfinite(start.top).all(), 0, jnp.minimum(plan.whole, 1))
+    probes = jnp.where(jnp.isfinite(start.exponent).all(), 0, jnp.minimum(plan.whole, 1))
     known = plan.visit(0, probes, attend_to, start)
     fast = plan.visit(probes, plan.whole, partial(attend_to, add=_add_in_range), known)
     running = lax.cond(fast.is_in_range(), lambda: fast, lambda: plan.visit(0, plan.whole, attend_to, so_far()))
@@ -69,55 +80,59 @@ def softmax_over(plan: Visits, attend_to: Callable, so_far: Callable[[], Running
 def first(q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
     """Returns attention over a block of keys; visible None: every query sees every key."""
     scores = _scores(q, k, visible)
-    top = scores.max(-1)
-    weights = jnp.exp((scores - finite_lse(top)[..., None]) * _scale(q))
-    return Running(top, weights.sum(-1), _weighted(weights, v))
+    exponent = _greatest(scores, q)
+    weights = _weights(scores, finite(exponent), q)
+    return Running(exponent, _sum(weights), _weighted(weights, v))
 
 
 def add(running: Running, q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
     """Returns attention over a block of more keys."""
     scores = _scores(q, k, visible)
-    top = jnp.maximum(running.top, scores.max(-1))
-    finite = finite_lse(top)
-    weights = jnp.exp((scores - finite[..., None]) * _scale(q))
-    fade = jnp.exp((running.top - finite) * _scale(q))
-    total = running.total * fade + weights.sum(-1)
-    return Running(top, total, running.out * fade[..., None] + _weighted(weights, v))
+    exponent = jnp.maximum(running.exponent, _greatest(scores, q))
+    weights = _weights(scores, finite(exponent), q)
+    fade = power_of_two(running.exponent, finite(exponent))
+    total = running.total * fade + _sum(weights)
+    return Running(exponent, total, running.out * fade[..., None] + _weighted(weights, v))
 
 
 def _add_in_range(running: Running, q, k, v, visible: None) -> Running:
-    """Returns what add does, a pass faster, unless a score is far above the top so far: then is_in_range() is False.
+    """Returns what add does, a pass faster, unless a score is far above those so far: then is_in_range() is False.
 
-    Any number near the greatest score serves as the top: it cancels.
+    Any exponent near that of the greatest score serves: it cancels.
     """
-    weights = jnp.exp((_scores(q, k, visible) - running.top[..., None]) * _scale(q))
-    return Running(running.top, running.total + weights.sum(-1), running.out + _weighted(weights, v))
+    weights = _weights(_scores(q, k, visible), running.exponent, q)
+    return Running(running.exponent, running.total + _sum(weights), running.out + _weighted(weights, v))
 
 
-def gradients(q, d_out, lse, delta, k, v, visible: Bool[Array, "R Q S"] | None):
-    """Returns dq[R, Q, H], dk[R, H, S] and dv[R, H, S]: tokens last, so that no product transposes the scores."""
-    weights = jnp.exp(_scores(q, k, visible) * _scale(q) - lse[..., None])
-    d_weights = jnp.einsum("rqh,rsh->rqs", d_out, v, preferred_element_type=jnp.float32)
-    d_scores = weights * (d_weights - delta[..., None])  # rounded to bfloat16 it would double the error of dq
-    dq = jnp.einsum("rqs,rsh->rqh", d_scores, k, preferred_element_type=jnp.float32) * _scale(q)
-    dk = jnp.einsum("rqh,rqs->rhs", q, d_scores, preferred_element_type=jnp.float32) * _scale(q)
-    dv = jnp.einsum("rqh,rqs->rhs", d_out, weights.astype(d_out.dtype), preferred_element_type=jnp.float32)
+def gradients(q, d_out, exponent, total, delta, k, v, visible: Bool[Array, "R Q S"] | None):
+    """Returns dq[R, Q, H], dk[R, H, S] and dv[R, H, S]: tokens last, so that no product transposes the scores.
+
+    exponent and total are those over all keys. The weights are those of the forward, to the last bit: so over all keys
+    d_scores adds up to 0, and what the keys have in common adds nothing to dq.
+    """
+    accumulator = accumulator_type(q.dtype)
+    share = 1.0 / divisor(total)[..., None]
+    weights = _weights(_scores(q, k, None), exponent, q)
+    d_weights = jnp.einsum("rqh,rsh->rqs", d_out, v, preferred_element_type=accumulator)
+    d_scores = weights.astype(accumulator) * ((d_weights - delta[..., None]) * share)  # never rounded: they cancel
+    d_out = (d_out * share).astype(weights.dtype)
+    if visible is not None:  # as shielded() says, here for the products with queries and keys
+        weights, d_scores = (jnp.where(visible, x, 0) for x in (weights, d_scores))
+        q, k, d_out = (jnp.where(_is_finite(x), x, 0) for x in (q, k, d_out))
+    dq = jnp.einsum("rqs,rsh->rqh", d_scores, k, preferred_element_type=accumulator) * _scale(q)
+    dk = jnp.einsum("rqh,rqs->rhs", q, d_scores, preferred_element_type=accumulator) * _scale(q)
+    dv = jnp.einsum("rqh,rqs->rhs", d_out, weights, preferred_element_type=accumulator)
     return dq, dk, dv
 
 
-def _scores(q, k, visible):
-    """Returns the scores before their scaling, which costs a pass here and nothing inside the exponential."""
-    # float32 whatever the compute type, as everything that a softmax touches.
-    scores = jnp.einsum("rqh,rsh->rqs", q, k, preferred_element_type=jnp.float32)
-    return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+def shielded(k: Float[Array, "R S H"], v: Float[Array, "R S H"]) -> tuple[Float[Array, "R S H"], Float[Array, "R S H"]]:
+    """Returns keys and values for a block that is masked: NaN and infinity reach only the queries that see them.
 
-
-def _weighted(weights, v):
-    return jnp.einsum("rqs,rsh->rqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-
-
-def _scale(x: Array) -> float:
-    return x.shape[-1] ** -0.5
+    A masked weight is 0, but 0 * NaN is NaN. So values that are not finite become 0, and their keys NaN: a query that
+    sees such a key gets NaN.
+    """
+    is_finite = _is_finite(v)
+    return jnp.where(is_finite, k, jnp.nan), jnp.where(is_finite, v, 0)
 
 
 def visible(mask: Mask, q: Float[Array, "R Q H"]) -> Bool[Array, "R Q S"]:
@@ -126,3 +141,41 @@ def visible(mask: Mask, q: Float[Array, "R Q H"]) -> Bool[Array, "R Q S"]:
     masks, length, keys = seen.shape
     every = jnp.broadcast_to(seen[:, None], (masks, rows * queries // (masks * length), length, keys))
     return every.reshape(rows, queries, keys)
+
+
+def _scale(q: Float[Array, "R Q H"]) -> float:
+    """Returns what scores are multiplied by: 1 / sqrt(H) (Vaswani et al. 1706.03762, equation 1)."""
+    return q.shape[-1] ** -0.5
+
+
+def _scores(q, k, visible):
+    """Returns the scores before their scaling, which costs a pass here and nothing inside the exponential."""
+    scores = jnp.einsum("rqh,rsh->rqs", q, k, preferred_element_type=accumulator_type(q.dtype))
+    return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+
+
+def _greatest(scores, q):
+    """Returns the exponent to which no weight is greater than 1."""
+    return jnp.ceil(scores.max(-1) * (_scale(q) * LOG2_E))
+
+
+def _weights(scores, exponent, q):
+    """Returns exp(score * scale) / 2**exponent in the type in which weights meet values.
+
+    That is bfloat16 where the arrays are, which matrix units multiply fastest. It is not float16, in which the small
+    weights of a long context would be 0.
+    """
+    weights = power_of_two(scores * (_scale(q) * LOG2_E), exponent[..., None])
+    return weights.astype(jnp.bfloat16) if q.dtype == jnp.bfloat16 else weights
+
+
+def _sum(weights):
+    return weights.sum(-1, dtype=accumulator_type(weights.dtype))
+
+
+def _weighted(weights, v):
+    return jnp.einsum("rqs,rsh->rqh", weights, v, preferred_element_type=accumulator_type(v.dtype))
+
+
+def _is_finite(x: Float[Array, "R S H"]) -> Bool[Array, "R S 1"]:
+    return jnp.isfinite(x).all(-1, keepdims=True)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
+
+from rlring.attention.softmax import Partial
 
 
 def rows_of_queries(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "R G T H"]:
@@ -62,17 +64,23 @@ class Rows(NamedTuple):
         size = part.shape[1] * self.kv_heads // x.shape[2]
         return self.put(x, self.take(x, start, size) + part, start)
 
-    def take_numbers(self, x: Float32[Array, "B N T"], start, size: int) -> Float32[Array, "r Q"]:
+    def take_numbers(self, x: Float[Array, "B N T"], start, size: int) -> Float[Array, "r Q"]:
         """Returns what take() does, of arrays of one number a query."""
         group = x.shape[1] // self.kv_heads
         sizes = self.sequences, self.heads * group, size
         return lax.dynamic_slice(x, (*self._start(group), start), sizes).reshape(-1, group * size)
 
-    def put_numbers(self, x: Float32[Array, "B N T"], part: Float32[Array, "r Q"], start) -> Float32[Array, "B N T"]:
+    def put_numbers(self, x: Float[Array, "B N T"], part: Float[Array, "r Q"], start) -> Float[Array, "B N T"]:
         """Returns what put() does, of arrays of one number a query."""
         group = x.shape[1] // self.kv_heads
         numbers = part.reshape(self.sequences, self.heads * group, -1)
         return lax.dynamic_update_slice(x, numbers, (*self._start(group), start))
+
+    def put_partial(self, whole: Partial, part: tuple[Array, Array, Array], start) -> Partial:
+        """Returns `whole` with the out, exponent and total of these queries in it."""
+        out, exponent, total = part
+        numbers = (self.put_numbers(x, new, start) for x, new in ((whole.exponent, exponent), (whole.total, total)))
+        return Partial(self.put(whole.out, out, start), *numbers)
 
     def of_masks(self, masks):
         """Returns what belongs to these rows, of arrays [B, ...] or [R, ...]."""

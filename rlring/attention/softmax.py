@@ -1,36 +1,85 @@
-"""Partial and merge(): softmax attention over a part of the keys, and how parts add up. Every scheme shares this."""
+"""Partial and merge(): softmax attention over a part of the keys, and how parts add up to the Whole."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Shaped
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+from rlring.attention.exponential import power_of_two
+
+
+class Whole(NamedTuple):
+    """Attention over all keys.
+
+    The sum of the exponentials of the scores is total * 2**exponent. Its logarithm alone would lose digits: at scores
+    of 40,000, rounding the log-sum-exp changes every weight by 0.2 %. A row that sees nothing is 0 in all three.
+    """
+
+    out: Float[Array, "B T N H"]
+    exponent: Float[Array, "B N T"]  # a whole number
+    total: Float[Array, "B N T"]
+
+    @property
+    def lse(self) -> Float[Array, "B N T"]:
+        """The natural logarithm of the sum of the exponentials of the scores; -inf where nothing is seen."""
+        return self.exponent * np.log(2) + jnp.log(self.total)
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys. Always float32: the parts of a long context are merged many times.
+    """Attention over some of the keys, in the accumulator's type: the parts of a long context are merged many times.
 
-    A row that sees nothing has out = 0 and lse = -inf, the neutral element of merge().
+    A row that sees nothing is 0 in all three, the neutral element of merge().
     """
 
-    out: Float32[Array, "B T N H"]
-    lse: Float32[Array, "B N T"]  # log of the sum of the exponentials of the scores
+    out: Float[Array, "B T N H"]  # still to be divided by the total
+    exponent: Float[Array, "B N T"]  # as those of the Whole
+    total: Float[Array, "B N T"]
+
+    @classmethod
+    def of(cls, out: Float[Array, "B T N H"], lse: Float[Array, "B N T"]) -> "Partial":
+        """Returns what a kernel of the hardware found, which gives its log-sum-exp only."""
+        log2 = lse / np.log(2)
+        exponent = finite(jnp.floor(log2))
+        total = power_of_two(log2, exponent)
+        return cls(out * by_token(total), exponent, total)
+
+    def whole(self) -> Whole:
+        """Returns it as attention over all keys."""
+        return Whole(self.out / by_token(divisor(self.total)), self.exponent, self.total)
+
+    def padded(self, length: int) -> "Partial":
+        """Returns it with queries that see nothing appended up to the length."""
+        more = length - self.out.shape[1]
+        numbers = (jnp.pad(x, ((0, 0), (0, 0), (0, more))) for x in (self.exponent, self.total))
+        return Partial(jnp.pad(self.out, ((0, 0), (0, more), (0, 0), (0, 0))), *numbers)
+
+    def cut(self, length: int) -> "Partial":
+        """Returns it of the first `length` queries."""
+        return Partial(self.out[:, :length], self.exponent[:, :, :length], self.total[:, :, :length])
+
+
+def accumulator_type(dtype: DTypeLike) -> jnp.dtype:
+    """Returns the type of scores, sums and gradients until they are returned: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def nothing(q: Float[Array, "B T N H"]) -> Partial:
     """Returns the Partial over no keys at all."""
     batch, length, heads, _ = q.shape
-    return Partial(jnp.zeros(q.shape, jnp.float32), jnp.full((batch, heads, length), -jnp.inf, jnp.float32))
+    dtype = accumulator_type(q.dtype)
+    zero = jnp.zeros((batch, heads, length), dtype)
+    return Partial(jnp.zeros(q.shape, dtype), zero, zero)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Returns attention over the union of two disjoint sets of keys.
-
-    Both weights are computed from their distance to the common lse, so neither exponential can overflow.
-    """
-    lse = jnp.logaddexp(a.lse, b.lse)
-    finite = finite_lse(lse)
-    weight_a, weight_b = jnp.exp(a.lse - finite), jnp.exp(b.lse - finite)
-    return Partial(a.out * by_token(weight_a) + b.out * by_token(weight_b), lse)
+    """Returns attention over the union of two disjoint sets of keys. No exponential can overflow."""
+    exponents = exponent_or_none(a.exponent, a.total), exponent_or_none(b.exponent, b.total)
+    exponent = finite(jnp.maximum(*exponents))
+    fade_a, fade_b = (power_of_two(x, exponent) for x in exponents)
+    out = a.out * by_token(fade_a) + b.out * by_token(fade_b)
+    return Partial(out, exponent, a.total * fade_a + b.total * fade_b)
 
 
 def by_token(x: Shaped[Array, "B N T"]) -> Shaped[Array, "B T N 1"]:
@@ -38,6 +87,16 @@ def by_token(x: Shaped[Array, "B N T"]) -> Shaped[Array, "B T N 1"]:
     return jnp.swapaxes(x, 1, 2)[..., None]
 
 
-def finite_lse(lse: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """Returns lse with 0 for -inf, so that exp(-inf - lse) is 0 and not NaN in a row that sees nothing."""
-    return jnp.where(lse == -jnp.inf, 0.0, lse)
+def exponent_or_none(exponent: Float[Array, "..."], total: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the exponent with -inf where nothing is seen, so that any other exponent is greater."""
+    return jnp.where(total == 0.0, -jnp.inf, exponent)
+
+
+def finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x with 0 for -inf, so that what is relative to it in a row that sees nothing is 0 and not NaN."""
+    return jnp.where(x == -jnp.inf, 0.0, x)
+
+
+def divisor(total: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns total with 1 for 0, so that a row that sees nothing is 0 and not NaN."""
+    return jnp.where(total == 0.0, 1.0, total)

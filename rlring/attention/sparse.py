@@ -26,7 +26,7 @@ from rlring.attention import band, blockwise
 from rlring.attention.blocks import Blocks
 from rlring.attention.local import Gradients, as_computed, named_for_remat, no_gradients, tie_to_data
 from rlring.attention.mask import NOWHERE, Bounds, Mask
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import Partial, Whole
 from rlring.attention.ulysses import ulysses_attention
 from rlring.errors import UsageError
 
@@ -136,20 +136,20 @@ def check_mask(mask: Mask) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attention(q, k, v, mask: Mask, heads, kv_heads: int, pattern: SparsePattern, blocks: Blocks):
-    return _forward(q, k, v, mask, heads, kv_heads, pattern, blocks).out.astype(q.dtype)
+    return _forward(q, k, v, mask, heads, kv_heads, pattern, blocks).whole().out.astype(q.dtype)
 
 
 def _attention_forward(q, k, v, mask, heads, kv_heads, pattern, blocks):
     q, mask = tie_to_data(q, mask)
     total = _forward(q, k, v, mask, heads, kv_heads, pattern, blocks)
-    out, lse = named_for_remat(*total, blockwise.BlockwiseKernel(blocks).kept_type(q.dtype))
-    return out.astype(q.dtype), (q, k, v, mask, heads, out, lse)
+    whole = named_for_remat(total, blockwise.BlockwiseKernel(blocks).kept_type(q.dtype))
+    return whole.out.astype(q.dtype), (q, k, v, mask, heads, whole)
 
 
 def _attention_backward(kv_heads, pattern, blocks, residuals, d_out):
-    q, k, v, mask, heads, out, lse = residuals
+    q, k, v, mask, heads, whole = residuals
     d_out, mask = tie_to_data(d_out, mask)
-    dq, dk, dv = _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks)
+    dq, dk, dv = _backward(q, k, v, mask, heads, whole, d_out, kv_heads, pattern, blocks)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
@@ -169,9 +169,9 @@ def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
     return lax.fori_loop(0, far.chunks, add, near)
 
 
-def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) -> Gradients:
+def _backward(q, k, v, mask, heads, whole: Whole, d_out, kv_heads, pattern, blocks) -> Gradients:
     k, v = as_computed(q, k, v)
-    near = band.backward(q, k, v, _NearMask.of(mask, pattern), out, lse, d_out, *_near_cut(blocks, pattern))
+    near = band.backward(q, k, v, _NearMask.of(mask, pattern), whole, d_out, *_near_cut(blocks, pattern))
     far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
 
     def add(chunk, total: Gradients) -> Gradients:
@@ -179,7 +179,7 @@ def _backward(q, k, v, mask, heads, out, lse, d_out, kv_heads, pattern, blocks) 
         seen = far.mask(mask, keys, pattern)
         here = keys.take(k), keys.take(v)
         before = no_gradients(q, here[0])._replace(dq=total.dq)
-        dq, dk, dv = blockwise.backward(q, *here, seen, out, lse, d_out, far_blocks, before)
+        dq, dk, dv = blockwise.backward(q, *here, seen, whole, d_out, far_blocks, before)
         return Gradients(dq, far.add(total.dk, dk, chunk), far.add(total.dv, dv, chunk))
 
     return lax.fori_loop(0, far.chunks, add, near)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
 from rlring.attention.local import Gradients, Kernel, no_gradients
 from rlring.attention.mask import MOST, Mask, is_within
-from rlring.attention.softmax import Partial, by_token, nothing
+from rlring.attention.softmax import Partial, Whole, by_token, nothing
 
 SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
 HIDDEN = 1e30  # as the lse of a query: its weights, exp(score - lse), are 0
@@ -93,10 +93,10 @@ class RectangleKernel(NamedTuple):
 
         return forward_by_pieces(attend, q, k, v, mask, before, _piece(q, k))
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out, before: Gradients | None = None) -> Gradients:
+    def backward(self, q, k, v, mask: Mask, whole: Whole, d_out, before: Gradients | None = None) -> Gradients:
         def differentiate(k, v, mask: Mask) -> Gradients:
             branches = [_backward(self.tile, shape) for shape in SHAPES]
-            arrays = (q, k, v, mask, out, lse, d_out)
+            arrays = (q, k, v, mask, whole, d_out)
             return lax.switch(shape_of(mask), [*branches, self.fallback.backward], *arrays)
 
         return backward_by_pieces(differentiate, q, k, v, mask, before, _piece(q, k))
@@ -162,19 +162,19 @@ def _forward(tile: Tile, shape: _Shape):
         out, lse = tile.forward(shape.of_q(q), shape.of_k(k), shape.of_k(v), is_causal=shape.is_causal)
         there = shape.of_q(_there(mask), 2)
         out = jnp.where(by_token(there), out.astype(jnp.float32), 0.0)
-        lse = jnp.where(there, lse, -jnp.inf)
-        return Partial(_in_place(out, 1, shape.q, q.shape[1]), _in_place(lse, 2, shape.q, q.shape[1], -jnp.inf))
+        seen = Partial.of(out, jnp.where(there, lse, -jnp.inf))
+        return Partial(*(_in_place(x, d, shape.q, q.shape[1]) for x, d in zip(seen, (1, 2, 2), strict=True)))
 
     return attend
 
 
 def _backward(tile: Tile, shape: _Shape):
-    def differentiate(q, k, v, mask: Mask, out, lse, d_out) -> Gradients:
+    def differentiate(q, k, v, mask: Mask, whole: Whole, d_out) -> Gradients:
         if shape == NOTHING or _is_missing(shape, q, k):
             return no_gradients(q, k)
         there = _there(mask)
-        lse, d_out = jnp.where(there, lse, HIDDEN), jnp.where(by_token(there), d_out, 0).astype(q.dtype)
-        of_q = shape.of_q(out.astype(q.dtype)), shape.of_q(lse, 2), shape.of_q(d_out)
+        lse, d_out = jnp.where(there, whole.lse, HIDDEN), jnp.where(by_token(there), d_out, 0).astype(q.dtype)
+        of_q = shape.of_q(whole.out.astype(q.dtype)), shape.of_q(lse, 2), shape.of_q(d_out)
         dq, dk, dv = tile.backward(shape.of_q(q), shape.of_k(k), shape.of_k(v), *of_q, is_causal=shape.is_causal)
         dq, dk, dv = (x.astype(jnp.float32) for x in (dq, dk, dv))
         dk, dv = (_in_place(x, 1, shape.k, k.shape[1]) for x in (dk, dv))
@@ -200,11 +200,11 @@ def _halves(x: Array, dimension: int, part: tuple[int, int]) -> Array:
     return lax.slice_in_dim(x, start, stop, axis=dimension)
 
 
-def _in_place(x: Array, dimension: int, part: tuple[int, int], length: int, fill: float = 0.0) -> Array:
-    """Returns the inverse of _halves, with the rest filled."""
+def _in_place(x: Array, dimension: int, part: tuple[int, int], length: int) -> Array:
+    """Returns the inverse of _halves, with 0 in the rest."""
     start, stop = (length * half // 2 for half in part)
     widths = [(start, length - stop) if d == dimension else (0, 0) for d in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)
+    return jnp.pad(x, widths)
 
 
 def _piece(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> int:

@@ -22,7 +22,7 @@ from rlring.attention.blocks import Blocks, pad
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
 from rlring.attention.local import Gradients, delta_of
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, finite_lse
+from rlring.attention.softmax import Partial, Whole, finite
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
@@ -51,13 +51,13 @@ class SplashKernel(NamedTuple):
             keys = _Keys.in_order(k, v, mask)
             one = partial(_forward, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
             out, lse = _by_sequence(one, (q, keys.k, keys.v), keys.seen())
-            return Partial(out.astype(jnp.float32), lse)
+            return Partial.of(out.astype(jnp.float32), lse)
 
         return forward_by_pieces(attend, q, k, v, mask, before, LONGEST)
 
-    def backward(self, q, k, v, mask: Mask, out, lse, d_out, before: Gradients | None = None) -> Gradients:
-        delta = delta_of(out, d_out)
-        d_out, lse = d_out.astype(q.dtype), finite_lse(lse)
+    def backward(self, q, k, v, mask: Mask, whole: Whole, d_out, before: Gradients | None = None) -> Gradients:
+        delta = delta_of(whole.out, d_out)
+        d_out, lse = d_out.astype(q.dtype), finite(whole.lse)
 
         def differentiate(k, v, mask: Mask) -> Gradients:
             keys = _Keys.in_order(k, v, mask)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlring.attention import AttentionConfig, Mask, attention, one_block, striped_order, zigzag_order
+from rlring.attention.ring_transport import Transport
 from rlring.mesh import make_mesh
 
 CASES = [
@@ -82,9 +83,10 @@ def relative_error(a, b) -> float:
 
 def check(scheme, mesh, inputs, masks, tolerance=1e-5):
     mesh = make_mesh(**mesh) if mesh else None
+    config = AttentionConfig(scheme, **BLOCKS) if isinstance(scheme, str) else scheme
     for name, mask in masks.items():
         expected = run(inputs, mask, AttentionConfig("dense"))
-        got = run(inputs, mask, AttentionConfig(scheme, **BLOCKS), mesh)
+        got = run(inputs, mask, config, mesh)
         for part, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
             assert np.isfinite(a).all(), (name, part)
             assert relative_error(a, b) <= tolerance, (name, part)
@@ -109,6 +111,17 @@ def test_other_meshes(scheme, mesh):
 @pytest.mark.parametrize(("scheme", "mesh"), ONE_OF_EACH, ids=str)
 def test_other_groupings(scheme, mesh, kv_heads):
     check(scheme, mesh, arrays(kv_heads), causal_masks())
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("ring", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_ring_of_other_platforms(platform, ring):
+    """The order of transfer and compute of a GPU and of a TPU, run here."""
+    config = AttentionConfig("ring", **BLOCKS, transport=Transport.of(platform))
+    chosen = ("plain", "ragged", "zigzag", "shuffled") if ring == 4 else causal_masks()
+    masks = {name: causal_masks()[name] for name in chosen}
+    masks["shuffled, full"] = replace(causal_masks()["shuffled"], is_causal=False)
+    check(config, {"ring": ring}, arrays(kv_heads=2), masks)
 
 
 @pytest.mark.parametrize(("scheme", "mesh"), ONE_OF_EACH, ids=str)

@@ -1,0 +1,42 @@
+"""power_of_two(): the exponentials of a softmax, as a fraction times an exact power of two.
+
+A softmax needs exp(score - reference), and its result does not depend on the reference. With powers of two and a whole
+number as the reference, no rounding depends on it either: another reference gives the same bits, but for the exponent.
+So forward and backward, and all devices of a ring, agree on the weights to the last bit, even where these are rounded
+to bfloat16.
+"""
+
+import numpy as np
+from jax import custom_jvp, lax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+# The polynomial closest to 2**x on [-1/2, 1/2] with the value 1 at 0: its relative error in float32 is below 1.2e-7.
+COEFFICIENTS = (1.0, 0.69314718, 0.24022648, 0.055503324, 0.009618437, 0.0013398875, 0.00015353362)
+LOWEST = 127  # exponents of float32: 2**-127 and less is 0 here
+
+
+@custom_jvp
+def power_of_two(x: Float[Array, "*shape"], reference: Float[Array, "#*shape"]) -> Float[Array, "*shape"]:
+    """Returns 2**(x - reference); the reference is a whole number. -inf gives 0, NaN gives NaN."""
+    if x.dtype != jnp.float32:
+        return jnp.exp2(x - reference)
+    lowest = reference - LOWEST
+    x = jnp.maximum(x, lowest)
+    whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    exponent = jnp.minimum(whole - lowest, 255).astype(jnp.int32)
+    return _near_zero(x - whole) * lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+@power_of_two.defjvp
+def _derivative(primals, tangents):
+    power, (tangent, _) = power_of_two(*primals), tangents
+    return power, power * tangent * np.float32(np.log(2))
+
+
+def _near_zero(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Returns 2**x for -1/2 <= x <= 1/2."""
+    power = np.float32(COEFFICIENTS[-1])
+    for coefficient in COEFFICIENTS[-2::-1]:
+        power = power * x + np.float32(coefficient)
+    return power
