@@ -20,7 +20,7 @@ from rlring.attention.blocks import pad
 from rlring.attention.exponential import power_of_two
 from rlring.attention.mask import Mask
 from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
-from rlring.attention.softmax import divisor, exponent_or_none, finite
+from rlring.attention.softmax import divisor, finite
 from rlring.mesh import SEQUENCE_AXES
 
 
@@ -66,7 +66,7 @@ def _on_mesh(q, k, v, mask: Mask, *, mesh: Mesh):
 
 @partial(jax.jit, static_argnames="axes")
 def _on_shard(q, k, v, mask: Mask, *, axes: tuple[str, ...]):
-    return attend(q, rows_of_keys(k), rows_of_keys(v), mask, axes)
+    return attend(q, rows_of_keys(k), rows_of_keys(v), mask, axes, shields=True)
 
 
 def attend(
@@ -76,20 +76,22 @@ def attend(
     mask: Mask,
     axes: tuple[str, ...] = (),
     is_lost: Bool[Array, "B T"] | None = None,
+    *,
+    shields: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Returns attention of a few queries over these rows of keys and those of all other devices of the mesh axes.
 
-    The mask has B rows, or R. Queries for which a key is lost on any device are NaN.
+    The mask has B rows, or R. Queries for which a key is lost on any device are NaN. shields: NaN and infinity reach
+    only the queries that see them; else every query of the sequence, as what a cache marks has to.
     """
     rows = rows_of_queries(q, k.shape[0] // q.shape[0])
     flat = rows.reshape(rows.shape[0], -1, rows.shape[3])
-    out, exponent, total = one_block.attend(flat, k, v, mask)  # there are few queries
+    exponent, total, out = one_block.attend(flat, k, v, mask, shields=shields)  # there are few queries
     if is_lost is not None:
         out = jnp.where(is_lost[:, None, None, :, None], jnp.nan, out.reshape(q.shape[0], -1, *rows.shape[1:]))
         out = out.reshape(flat.shape)
     if axes:
         # softmax.merge() of all devices' parts at once. The greatest exponent cancels, and has no gradient.
-        exponent = exponent_or_none(exponent, total)
         fade = power_of_two(exponent, finite(lax.pmax(lax.stop_gradient(exponent), axes)))
         out, total = lax.psum((out * fade[..., None], total * fade), axes)
     out = out / divisor(total)[..., None]

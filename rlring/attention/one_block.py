@@ -21,20 +21,6 @@ MOST = 1e19  # of a sum of exponentials, in float32
 LOG2_E = 1.0 / np.log(2)
 
 
-def attend(
-    q: Float[Array, "R Q H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask
-) -> tuple[Float[Array, "R Q H"], Float[Array, "R Q"], Float[Array, "R Q"]]:
-    """Returns a Partial's out, exponent and total of flat rows, at once: memory is Q * S.
-
-    The mask has a row for each of them, or for each sequence.
-    """
-    seen = visible(mask, q)
-
-    # Shielding copies all keys, which takes longer than attention of a few queries: only where it is needed.
-    found = first(q, k, v, seen).finish()
-    return lax.cond(jnp.isfinite(found[0]).all(), lambda: found, lambda: first(q, *shielded(k, v), seen).finish())
-
-
 class Running(NamedTuple):
     """The online softmax: the exponent keeps the exponentials in range, and out is still to be divided by the total."""
 
@@ -83,6 +69,27 @@ def first(q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
     exponent = _greatest(scores, q)
     weights = _weights(scores, finite(exponent), q)
     return Running(exponent, _sum(weights), _weighted(weights, v))
+
+
+def attend(
+    q: Float[Array, "R Q H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask, *, shields: bool
+) -> Running:
+    """Returns attention of flat rows, at once: memory is Q * S. The mask has a row for each of them, or each sequence.
+
+    shields: NaN and infinity reach only the queries that see them, as in every scheme; else all of the row.
+    """
+    seen = visible(mask, q)
+    scores = _scores(q, k, seen)
+    exponent = _greatest(scores, q)
+    weights = _weights(scores, finite(exponent), q)
+    out = _weighted(weights, v)
+    if shields:
+
+        def shielded():  # slow, where shielded values for the product would be a copy of all of them
+            return jnp.where(seen[..., None], weights[..., None] * v[:, None], 0).sum(2, dtype=out.dtype)
+
+        out = lax.cond(jnp.isfinite(out).all(), lambda: out, shielded)
+    return Running(exponent, _sum(weights), out)
 
 
 def add(running: Running, q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
