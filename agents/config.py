@@ -10,7 +10,7 @@ from agents.config_file import merge as merge
 from agents.config_file import parse_override as parse_override
 from agents.config_file import validate as validate
 from agents.model_config import AttentionSection, MeshConfig, ModelConfig
-from agents.section import Count, Fraction, Positive, Return, RunName, Section, Seed, Share, Size, Text, Whole
+from agents.section import Chance, Count, Fraction, Positive, Return, RunName, Section, Seed, Share, Size, Text, Whole
 from data.tasks import goal_task
 from rlring import TransformerConfig
 
@@ -53,7 +53,7 @@ class ChainConfig(Section):
     learnt."""
     sort: Literal["ascending", "random", "descending", "time"] = "ascending"
     target: Literal["max", "own"] | Return = "max"
-    met: Fraction | None = None
+    met: Chance | None = None
     """Where the task hides a goal: the chance with which every trajectory but one has met it. None: 0 to 2 others have,
     and of the rest those that happen to."""
     grow: list[Size] = Field(default=[])
@@ -123,7 +123,7 @@ class EvaluateConfig(Section):
     """Return asked for. typical: the 90th percentile of the best returns of the training chains."""
     mesh: MeshConfig = MeshConfig()
     """Devices that acting uses; the cache of keys and values is split over its sequence axes."""
-    met: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[])
+    met: list[Chance] = Field(default=[])
     """Where the task hides a goal: chances, one after the other, with which a trajectory of a context has met it.
     None: contexts of random trajectories."""
     places: list[Size] = Field(default=[16, 64], min_length=1)

@@ -35,6 +35,7 @@ Size = Annotated[int, Field(gt=0, le=2**20)]
 """Of a network, a mesh or a batch."""
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Chance = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 """A part that leaves something."""
 Positive = Annotated[float, Field(gt=0, le=1e30)]
