@@ -16,7 +16,7 @@ def rms_norm(x: Array, scale: Array) -> Array:
     the tail."""
     x32 = x.astype(jnp.float32)
     normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)
-    return (normal * scale).astype(x.dtype)
+    return (normal * scale.reshape(*[1] * (x.ndim - 1), -1)).astype(x.dtype)
 
 
 def feed_forward(x: Float[Array, "B T D"], weights: tuple[Array, ...], *, tile: int, mesh: Mesh | None) -> Array:

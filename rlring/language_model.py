@@ -202,7 +202,7 @@ class Training:
         self, state: TrainState, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]
     ) -> tuple[TrainState, Float32[Array, ""]]:
         """Returns the state after a step, and the mean loss of the batch before it."""
-        count = jnp.maximum((targets != NO_TARGET).sum(), 1)
+        count = jnp.maximum((targets != NO_TARGET).sum(), 1).astype(jnp.float32)
         graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(self.config, rngs=nnx.Rngs(0))))
 
         def loss(weights, tokens, targets):
@@ -218,7 +218,8 @@ class Training:
             zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.weights)
             total, _ = jax.lax.scan(add, zero, parts)
         mean, gradients = total
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.weights)
+        with jax.numpy_dtype_promotion("standard"):  # optax's own, which Adam's powers of a count need
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.weights)
         return TrainState(optax.apply_updates(state.weights, updates), optimizer), mean
 
     def shardings(self) -> TrainState:

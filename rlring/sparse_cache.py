@@ -127,7 +127,7 @@ class SparseSlots:
         _, heads, slots = self.position.shape
         position, segment = (jnp.repeat(x[:, None], heads, 1) for x in (now.k_position, now.k_segment))
         block, place = position // self.pattern.block, position % self.pattern.block
-        is_strided = self.pattern.is_strided(block, self._heads(shard)[:, None], kv_heads=self.kv_heads)
+        is_strided = self.pattern.is_strided(block, self._heads(shard)[None, :, None], kv_heads=self.kv_heads)
         # One block in `stride` is strided, so block // stride counts them.
         far = self.near + (block // self.pattern.stride * self.pattern.block + place) % (slots - self.near)
         slot = jnp.concatenate([position % self.near, jnp.where(is_strided, far, slots)], 2)

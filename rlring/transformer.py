@@ -98,7 +98,9 @@ def rotate(x_BTNH: Array, position: Int[Array, "B T"], base: float, fraction: fl
     if not half:
         return x_BTNH
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position[..., None, None].astype(jnp.float32) * frequency  # B T 1 H/2, float32: positions reach millions
+    angle = (
+        position[..., None, None].astype(jnp.float32) * frequency[None, None, None]
+    )  # B T 1 H/2, float32: positions reach millions
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), [half, 2 * half], axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin, rest]

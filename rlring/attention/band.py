@@ -130,7 +130,7 @@ class _Band(NamedTuple):
 
         `seen` and `whole` say which tile of the other side each of the chunk's sees, [chunk, tiles].
         """
-        ahead = tile + jnp.arange(self.chunk, dtype=jnp.int32)[:, None] + jnp.arange(self.tiles, dtype=jnp.int32)
+        ahead = tile + jnp.arange(self.chunk, dtype=jnp.int32)[:, None] + jnp.arange(self.tiles, dtype=jnp.int32)[None]
         seen, whole = (jnp.take_along_axis(x, ahead % self.tiles, 1) for x in (seen, whole))
         return Visits.of(seen.any(0), whole.all(0))
 

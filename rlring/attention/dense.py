@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from rlring.attention.mask import Mask
 from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
-from rlring.attention.softmax import finite
+from rlring.attention.softmax import accumulator_type, finite
 
 
 def dense_attention(
@@ -21,7 +21,7 @@ def dense_attention(
     q, k, v = jnp.where(is_finite_q, q, 0), jnp.where(is_finite_k, k, 0), jnp.where(is_finite_k, v, 0)
     scale = q.shape[-1] ** -0.5
     # Scores and softmax are at least float32 whatever the compute type: sums over a long context need the digits.
-    accumulator = jnp.promote_types(q.dtype, jnp.float32)
+    accumulator = accumulator_type(q.dtype)
     q_RGTH, k_RSH, v_RSH = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
     scores = jnp.einsum("rgth,rsh->rgts", q_RGTH, k_RSH, preferred_element_type=accumulator) * scale
     is_finite = rows_of_queries(is_finite_q, k.shape[2]) & rows_of_keys(is_finite_k)[:, None].mT

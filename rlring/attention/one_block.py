@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from rlring.attention.blocks import Visits
 from rlring.attention.exponential import power_of_two
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import accumulator_type, divisor, exponent_or_none, finite
+from rlring.attention.softmax import accumulator_type, divisor, exponent_or_none, finite, product
 
 MOST = 1e19  # of a sum of exponentials, in float32
 LOG2_E = 1.0 / np.log(2)
@@ -120,15 +120,15 @@ def gradients(q, d_out, exponent, total, delta, k, v, visible: Bool[Array, "R Q 
     accumulator = accumulator_type(q.dtype)
     share = 1.0 / divisor(total)[..., None]
     weights = _weights(_scores(q, k, None), exponent, q)
-    d_weights = jnp.einsum("rqh,rsh->rqs", d_out, v, preferred_element_type=accumulator)
+    d_weights = product("rqh,rsh->rqs", d_out, v, accumulator)
     d_scores = weights.astype(accumulator) * ((d_weights - delta[..., None]) * share)  # never rounded: they cancel
-    d_out = (d_out * share).astype(weights.dtype)
+    d_out = (d_out.astype(accumulator) * share).astype(weights.dtype)
     if visible is not None:  # as shielded() says, here for the products with queries and keys
         weights, d_scores = (jnp.where(visible, x, 0) for x in (weights, d_scores))
         q, k, d_out = (jnp.where(_is_finite(x), x, 0) for x in (q, k, d_out))
-    dq = jnp.einsum("rqs,rsh->rqh", d_scores, k, preferred_element_type=accumulator) * _scale(q)
-    dk = jnp.einsum("rqh,rqs->rhs", q, d_scores, preferred_element_type=accumulator) * _scale(q)
-    dv = jnp.einsum("rqh,rqs->rhs", d_out, weights, preferred_element_type=accumulator)
+    dq = product("rqs,rsh->rqh", d_scores, k, accumulator) * _scale(q)
+    dk = product("rqh,rqs->rhs", q, d_scores, accumulator) * _scale(q)
+    dv = product("rqh,rqs->rhs", d_out, weights, accumulator)
     return dq, dk, dv
 
 
@@ -157,7 +157,7 @@ def _scale(q: Float[Array, "R Q H"]) -> float:
 
 def _scores(q, k, visible):
     """Returns the scores before their scaling, which costs a pass here and nothing inside the exponential."""
-    scores = jnp.einsum("rqh,rsh->rqs", q, k, preferred_element_type=accumulator_type(q.dtype))
+    scores = product("rqh,rsh->rqs", q, k, accumulator_type(q.dtype))
     return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
 
@@ -181,7 +181,7 @@ def _sum(weights):
 
 
 def _weighted(weights, v):
-    return jnp.einsum("rqs,rsh->rqh", weights, v, preferred_element_type=accumulator_type(v.dtype))
+    return product("rqs,rsh->rqh", weights, v, accumulator_type(v.dtype))
 
 
 def _is_finite(x: Float[Array, "R S H"]) -> Bool[Array, "R S 1"]:

@@ -62,7 +62,14 @@ class Partial(NamedTuple):
 
 def accumulator_type(dtype: DTypeLike) -> jnp.dtype:
     """Returns the type of scores, sums and gradients until they are returned: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # By size: JAX refuses to promote where the user has it strict.
+    return jnp.dtype(dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32)
+
+
+def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Returns einsum, added up in this type, of arrays of any two: the narrower is taken as the wider."""
+    wider = max(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return jnp.einsum(subscripts, a.astype(wider), b.astype(wider), preferred_element_type=dtype)
 
 
 def nothing(q: Float[Array, "B T N H"]) -> Partial:

@@ -238,12 +238,12 @@ class HeldMask(Mask):
 
     def visible(self) -> Bool[Array, "B T S"]:
         is_near = self.pattern.is_near(self.q_position[:, :, None], self.k_position[:, None, :])
-        return super().visible() & (is_near == (jnp.arange(self.k_position.shape[1]) < self.near))
+        return super().visible() & (is_near == (jnp.arange(self.k_position.shape[1]) < self.near)[None, None])
 
 
 def _strided(mask: Mask, heads: Int32[Array, "K"], kv_heads: int, pattern: SparsePattern) -> Bool[Array, "R S"]:
     block = mask.k_position[:, None, :] // pattern.block
-    is_strided = pattern.is_strided(block, heads[:, None], kv_heads=kv_heads) & (mask.k_segment >= 0)[:, None, :]
+    is_strided = pattern.is_strided(block, heads[None, :, None], kv_heads=kv_heads) & (mask.k_segment >= 0)[:, None, :]
     return is_strided.reshape(-1, is_strided.shape[2])
 
 

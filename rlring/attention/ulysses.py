@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rlring.attention.mask import Mask
+from rlring.attention.softmax import accumulator_type
 from rlring.errors import UsageError
 
 
@@ -47,7 +48,7 @@ def _by_heads(x: Float[Array, "B T N H"], axis: str) -> Array:
 def _copied_by_heads(x: Float[Array, "B S K H"], axis: str, copies: int) -> Array:
     """Returns _by_heads() of heads that are copied, in float32: they travel as they are, but the gradients of the
     copies, which are added up, come back unrounded."""
-    return _by_heads(jnp.repeat(x, copies, axis=2), axis).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return _by_heads(jnp.repeat(x, copies, axis=2), axis).astype(accumulator_type(x.dtype))
 
 
 def _copied_forward(x, axis, copies):
