@@ -86,7 +86,9 @@ def attend(
     if shields:
 
         def shielded():  # slow, where shielded values for the product would be a copy of all of them
-            return jnp.where(seen[..., None], weights[..., None] * v[:, None], 0).sum(2, dtype=out.dtype)
+            return jnp.where(seen[..., None], weights[..., None] * v[:, None].astype(weights.dtype), 0).sum(
+                2, dtype=out.dtype
+            )
 
         out = lax.cond(jnp.isfinite(out).all(), lambda: out, shielded)
     return Running(exponent, _sum(weights), out)
