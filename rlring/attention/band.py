@@ -149,21 +149,23 @@ def forward(
     q, k, v, mask = (*(pad(x, 1, length) for x in (q, k, v)), mask.padded(length, length))
     q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
 
+    shields_any = one_block.has_gaps(v)
+
     def attend_from(n, total: Partial) -> Partial:
         rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
         mask_here, q_tiles = rows.of_masks(mask), band.take(rows, q, first)
 
-        def attend_to(ahead, running, *, add=one_block.add, is_masked=False):
+        def attend_to(ahead, running, *, add=one_block.add, is_masked=False, shields=False):
             place = (first + ahead) % band.tiles
             visible = band.visible(mask_here, first, place) if is_masked else None
             k_tiles, v_tiles = band.take(rows, k, place), band.take(rows, v, place)
-            if is_masked:
+            if shields:
                 k_tiles, v_tiles = one_block.shielded(k_tiles, v_tiles)
             return add(running, q_tiles, k_tiles, v_tiles, visible)
 
         bounds = rows.of_masks((pick(q_bounds, first, band.chunk), k_bounds))
         plan = band.visits(first, *_seen(mask_here, bounds))
-        running = one_block.softmax_over(plan, attend_to, lambda: one_block.Running.none(q_tiles))
+        running = one_block.softmax_over(plan, attend_to, lambda: one_block.Running.none(q_tiles), shields=shields_any)
         return rows.put_partial(total, tuple(band.uncut(x) for x in running.finish()), first * tile)
 
     return lax.fori_loop(0, band.turns.count * band.chunks, attend_from, nothing(q)).cut(q_length)
@@ -178,23 +180,25 @@ def backward(q, k, v, mask: Mask, whole: Whole, d_out, tile: int, scores: int) -
     mask = mask.padded(length, length)
     q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
 
+    shields_any = one_block.has_gaps(q, k, v, d_out, whole.total)
+
     def gradients_of(n, total: Gradients) -> Gradients:
         rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
         mask_here = rows.of_masks(mask)
         k_tiles, v_tiles = band.take(rows, k, first), band.take(rows, v, first)
 
-        def add_from(ahead, found, *, is_masked):
+        def add_from(ahead, found, *, is_masked=False, shields=False):
             place, (dq, dk, dv) = (first + ahead) % band.tiles, found
             visible = band.visible(mask_here, place, first) if is_masked else None
             of_q = (band.take(rows, x, place) for x in (q, d_out))
             of_q = *of_q, *(band.take_numbers(rows, x, place) for x in numbers)
-            dq_more, dk_more, dv_more = one_block.gradients(*of_q, k_tiles, v_tiles, visible)
+            dq_more, dk_more, dv_more = one_block.gradients(*of_q, k_tiles, v_tiles, visible, shields=shields)
             return band.add(rows, dq, dq_more, place), dk + dk_more, dv + dv_more
 
         zero = jnp.zeros(k_tiles.mT.shape, accumulator_type(k.dtype))
         bounds = rows.of_masks((q_bounds, pick(k_bounds, first, band.chunk)))
         plan = band.visits(first, *(x.T for x in _seen(mask_here, bounds)))
-        dq, dk, dv = plan.walk(add_from, (total.dq, zero, zero))
+        dq, dk, dv = plan.walk(add_from, (total.dq, zero, zero), shields=shields_any)
         dk, dv = (rows.put(x, band.uncut(part.mT), first * tile) for x, part in ((total.dk, dk), (total.dv, dv)))
         return Gradients(dq, dk, dv)
 

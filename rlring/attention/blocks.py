@@ -75,10 +75,17 @@ class Visits(NamedTuple):
         order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
         return cls(order, whole.sum(), seen.sum())
 
-    def walk(self, step: Callable, state):
-        """Returns the state after step(block, state, is_masked=...) at every block that is seen."""
-        state = self.visit(0, self.whole, partial(step, is_masked=False), state)
-        return self.visit(self.whole, self.seen, partial(step, is_masked=True), state)
+    def walk(self, step: Callable, state, *, shields: Bool[Array, ""]):
+        """Returns the state after step(block, state, is_masked=..., shields=...) at every block that is seen."""
+        state = self.visit(0, self.whole, step, state)
+        return self.visit_masked(step, state, shields=shields)
+
+    def visit_masked(self, step: Callable, state, *, shields: Bool[Array, ""]):
+        """Returns the state after step(block, state, is_masked=True, shields=...) at every block seen in part."""
+        # Loops of no step: what they go on with is not copied, as it is for branches.
+        plain = jnp.where(shields, self.whole, self.seen)
+        state = self.visit(self.whole, plain, partial(step, is_masked=True), state)
+        return self.visit(plain, self.seen, partial(step, is_masked=True, shields=True), state)
 
     def visit(self, start, stop, step: Callable, state):
         """Returns the state after step(block, state) at these places of the order."""

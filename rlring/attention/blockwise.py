@@ -49,16 +49,17 @@ def forward(
     counted = q.shape[1] // blocks.q
     is_one_block = counted == 1 and k.shape[1] == blocks.k
     q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
+    shields_any = one_block.has_gaps(v)
 
     def attend_from(n, total: Partial) -> Partial:
         rows, i = turns[n // counted], n % counted
         start, mask_here = i * blocks.q, rows.of_masks(mask)
         q_block = rows.take(q, start, blocks.q)
 
-        def attend_to(j, running, *, add=one_block.add, is_masked=False):
+        def attend_to(j, running, *, add=one_block.add, is_masked=False, shields=False):
             visible = one_block.visible(blocks.mask(mask_here, i, j), q_block) if is_masked else None
             k_block, v_block = (rows.take(x, j * blocks.k, blocks.k) for x in (k, v))
-            if is_masked:
+            if shields:
                 k_block, v_block = one_block.shielded(k_block, v_block)
             return add(running, q_block, k_block, v_block, visible)
 
@@ -67,12 +68,12 @@ def forward(
             return one_block.Running.after(rows.take(total.out, start, blocks.q), *numbers)
 
         if is_one_block and before is None:  # faster without any loop
-            running = attend_to(0, None, add=lambda _, *block: one_block.first(*block), is_masked=True)
+            running = attend_to(0, None, add=lambda _, *block: one_block.first(*block), is_masked=True, shields=True)
         elif is_one_block:
-            running = attend_to(0, so_far(), is_masked=True)
+            running = attend_to(0, so_far(), is_masked=True, shields=True)
         else:
             plan = visits(mask_here, *rows.of_masks((pick(q_bounds, i), k_bounds)))
-            running = one_block.softmax_over(plan, attend_to, so_far)
+            running = one_block.softmax_over(plan, attend_to, so_far, shields=shields_any)
         return rows.put_partial(total, running.finish(), start)
 
     total = nothing(q) if before is None else before.padded(q.shape[1])
@@ -98,27 +99,28 @@ def backward(
     counted = k.shape[1] // blocks.k
     is_one_block = counted == 1 and q.shape[1] == blocks.q
     q_bounds, k_bounds = mask.q_bounds(blocks.q), mask.k_bounds(blocks.k)
+    shields_any = one_block.has_gaps(q, k, v, d_out, whole.total)
 
     def gradients_of(n, total: Gradients) -> Gradients:
         rows, j = turns[n // counted], n % counted
         mask_here = rows.of_masks(mask)
         k_block, v_block = (rows.take(x, j * blocks.k, blocks.k) for x in (k, v))
 
-        def add_from(i, found, *, is_masked):
+        def add_from(i, found, *, is_masked=False, shields=False):
             start, (dq, dk, dv) = i * blocks.q, found
             of_q = [rows.take(x, start, blocks.q) for x in (q, d_out)]
             of_q += [rows.take_numbers(x, start, blocks.q) for x in numbers]
             visible = one_block.visible(blocks.mask(mask_here, i, j), of_q[0]) if is_masked else None
-            dq_more, dk_more, dv_more = one_block.gradients(*of_q, k_block, v_block, visible)
+            dq_more, dk_more, dv_more = one_block.gradients(*of_q, k_block, v_block, visible, shields=shields)
             return rows.add(dq, dq_more, start), dk + dk_more, dv + dv_more
 
         zero = jnp.zeros(k_block.mT.shape, accumulator_type(k.dtype))
         found = total.dq, zero, zero
         if is_one_block:  # faster without any loop
-            dq, dk, dv = add_from(0, found, is_masked=True)
+            dq, dk, dv = add_from(0, found, is_masked=True, shields=True)
         else:
             plan = visits(mask_here, *rows.of_masks((q_bounds, pick(k_bounds, j))))
-            dq, dk, dv = plan.walk(add_from, found)
+            dq, dk, dv = plan.walk(add_from, found, shields=shields_any)
         keep = rows.put if before is None else rows.add
         dk, dv = (keep(x, part.mT, j * blocks.k) for x, part in ((total.dk, dk), (total.dv, dv)))
         return Gradients(dq, dk, dv)

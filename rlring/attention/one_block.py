@@ -49,8 +49,10 @@ class Running(NamedTuple):
         return self.out, finite(self.exponent), self.total
 
 
-def softmax_over(plan: Visits, attend_to: Callable, so_far: Callable[[], Running]) -> Running:
-    """Returns the softmax after attend_to(block, running, add=..., is_masked=...) at every block that is seen.
+def softmax_over(
+    plan: Visits, attend_to: Callable, so_far: Callable[[], Running], *, shields: Bool[Array, ""]
+) -> Running:
+    """Returns the softmax after attend_to(block, running, add=..., is_masked=..., shields=...) at every block seen.
 
     so_far() is called where it is needed: kept from one place to the other it would be copied.
     """
@@ -60,7 +62,7 @@ def softmax_over(plan: Visits, attend_to: Callable, so_far: Callable[[], Running
     known = plan.visit(0, probes, attend_to, start)
     fast = plan.visit(probes, plan.whole, partial(attend_to, add=_add_in_range), known)
     running = lax.cond(fast.is_in_range(), lambda: fast, lambda: plan.visit(0, plan.whole, attend_to, so_far()))
-    return plan.visit(plan.whole, plan.seen, partial(attend_to, is_masked=True), running)
+    return plan.visit_masked(attend_to, running, shields=shields)
 
 
 def first(q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
@@ -113,25 +115,34 @@ def _add_in_range(running: Running, q, k, v, visible: None) -> Running:
     return Running(running.exponent, running.total + _sum(weights), running.out + _weighted(weights, v))
 
 
-def gradients(q, d_out, exponent, total, delta, k, v, visible: Bool[Array, "R Q S"] | None):
+def gradients(q, d_out, exponent, total, delta, k, v, visible: Bool[Array, "R Q S"] | None, *, shields: bool = False):
     """Returns dq[R, Q, H], dk[R, H, S] and dv[R, H, S]: tokens last, so that no product transposes the scores.
 
     exponent and total are those over all keys. The weights are those of the forward, to the last bit: so over all keys
     d_scores adds up to 0, and what the keys have in common adds nothing to dq.
     """
     accumulator = accumulator_type(q.dtype)
-    share = 1.0 / divisor(total)[..., None]
-    weights = _weights(_scores(q, k, None), exponent, q)
+    weights = _weights(_scores(q, k, visible), exponent, q).astype(accumulator) * (1.0 / divisor(total)[..., None])
     d_weights = product("rqh,rsh->rqs", d_out, v, accumulator)
-    d_scores = weights.astype(accumulator) * ((d_weights - delta[..., None]) * share)  # never rounded: they cancel
-    d_out = (d_out.astype(accumulator) * share).astype(weights.dtype)
-    if visible is not None:  # as shielded() says, here for the products with queries and keys
+    d_scores = weights * (d_weights - delta[..., None])  # never rounded: they cancel each other
+    if shields:  # as shielded() says, here for the products with queries and keys
         weights, d_scores = (jnp.where(visible, x, 0) for x in (weights, d_scores))
         q, k, d_out = (jnp.where(_is_finite(x), x, 0) for x in (q, k, d_out))
     dq = product("rqs,rsh->rqh", d_scores, k, accumulator) * _scale(q)
     dk = product("rqh,rqs->rhs", q, d_scores, accumulator) * _scale(q)
-    dv = product("rqh,rqs->rhs", d_out, weights, accumulator)
+    dv = product("rqh,rqs->rhs", d_out, _for_product(weights, q), accumulator)
     return dq, dk, dv
+
+
+def has_gaps(*arrays: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Returns whether any number of the arrays is NaN or infinite: then blocks seen in part are shielded."""
+
+    def is_finite(x: Array) -> Bool[Array, ""]:
+        # A sum is not finite where a number is not. XLA on CPU adds as a product fastest, and its max may pass NaN over.
+        ones = jnp.ones(x.shape[-1], x.dtype)
+        return jnp.isfinite(jnp.dot(x, ones, preferred_element_type=accumulator_type(x.dtype))).all()
+
+    return ~jnp.stack([is_finite(x) for x in arrays]).all()
 
 
 def shielded(k: Float[Array, "R S H"], v: Float[Array, "R S H"]) -> tuple[Float[Array, "R S H"], Float[Array, "R S H"]]:
@@ -169,12 +180,16 @@ def _greatest(scores, q):
 
 
 def _weights(scores, exponent, q):
-    """Returns exp(score * scale) / 2**exponent in the type in which weights meet values.
+    """Returns exp(score * scale) / 2**exponent."""
+    return _for_product(power_of_two(scores * (_scale(q) * LOG2_E), exponent[..., None]), q)
+
+
+def _for_product(weights, q):
+    """Returns weights in the type in which they are multiplied with values.
 
     That is bfloat16 where the arrays are, which matrix units multiply fastest. It is not float16, in which the small
     weights of a long context would be 0.
     """
-    weights = power_of_two(scores * (_scale(q) * LOG2_E), exponent[..., None])
     return weights.astype(jnp.bfloat16) if q.dtype == jnp.bfloat16 else weights
 
 
