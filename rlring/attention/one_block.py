@@ -138,7 +138,7 @@ def has_gaps(*arrays: Float[Array, "..."]) -> Bool[Array, ""]:
     """Returns whether any number of the arrays is NaN or infinite: then blocks seen in part are shielded."""
 
     def is_finite(x: Array) -> Bool[Array, ""]:
-        # A sum is not finite where a number is not. XLA on CPU adds as a product fastest, and its max may pass NaN over.
+        # A sum is not finite where a number is not. XLA on CPU adds fastest in a product, and its max may skip NaN.
         ones = jnp.ones(x.shape[-1], x.dtype)
         return jnp.isfinite(jnp.dot(x, ones, preferred_element_type=accumulator_type(x.dtype))).all()
 
