@@ -110,16 +110,19 @@ class WorldSampler:
         self, rows_seed: int, rows: int | Sequence[int] | np.ndarray, places: int, seen: int, queries: int
     ) -> tuple[ChainBatch, Queries]:
         """Returns worlds for evaluation: of `places` places, each visited once, the last `seen` visits of every world;
-        and what is asked, which does not depend on `seen`. With none seen, M is 0.
+        and what is asked, which does not depend on `seen`, nor, but for its age, on `places`. With none seen, M is 0.
         """
         if not 0 <= seen <= places or places < 1:
             raise DataError(f"of a world of {places} places 0 to {places} can be seen; got {seen}")
         indices = row_indices(rows)
-        worlds = [self._rests().world(generator_of(rows_seed, WORLD, places, row), places) for row in indices]
-        asked = [generator_of(rows_seed, WORLD, places, row, 1).integers(places, size=queries) for row in indices]
-        whole = Visits(*(np.stack(field) for field in zip(*worlds, strict=True)))
-        place = np.stack(asked)
-        pick = np.arange(len(indices))[:, None], place
+        worlds = [self._rests().world(generator_of(rows_seed, WORLD, 0, row), places) for row in indices]
+        drawn = Visits(*(np.stack(field) for field in zip(*worlds, strict=True)))
+        # What is asked of is drawn first, so that it is the same whatever the world's size; then all are put in order.
+        order = [generator_of(rows_seed, WORLD, places, row, 1).permutation(places) for row in indices]
+        row, visited = np.arange(len(indices))[:, None], np.stack(order)
+        place = np.argsort(visited, axis=1)[:, np.arange(queries) % places]
+        whole = Visits(*(field[row, visited] for field in drawn))
+        pick = row, place
         last = Visits(*(field[:, places - seen :] for field in whole))
         moments = np.arange(seen * self.longest)
         chain, at = (grid.ravel() for grid in np.indices((len(indices), len(moments))))
@@ -204,16 +207,18 @@ class _Resting:
         return Visits(episodes, self.ends[query][chain, place], signs[chain, place], is_query)
 
     def world(self, generator: np.random.Generator, places: int) -> Visits:
-        """Returns visits [N, ...] to places whose goals are drawn as the environment draws them, each seen once."""
-        goal = np.stack([self.task.sample_goal(generator) for _ in range(places)])
-        near = self._near(goal)
-        for place in range(places):
-            while not near[place]:  # nobody came to rest there
-                goal[place] = self.task.sample_goal(generator)
-                near[place] = self._near(goal[place])
-        share = generator.random(places)
-        chosen = [sorted(found)[int(part * len(found))] for found, part in zip(near, share, strict=True)]
-        return Visits(self.episodes[chosen], goal, sample_signs(generator, places), np.zeros(places, bool))
+        """Returns visits [N, ...] to places whose goals are drawn as the environment draws them, each seen once; the
+        first of many are those of few."""
+        goals, chosen, signs = [], [], []
+        for _ in range(places):
+            found: list[int] = []
+            while not found:  # where nobody came to rest no place is
+                goal = self.task.sample_goal(generator)
+                found = sorted(self._near(goal))
+            goals.append(goal)
+            chosen.append(found[int(generator.random() * len(found))])
+            signs.append(sample_signs(generator))
+        return Visits(self.episodes[chosen], np.stack(goals), np.stack(signs), np.zeros(places, bool))
 
     def reward(self, episodes: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """Returns what each step of `episodes` [C, N] is paid for the goals [C, N, G] of their places."""

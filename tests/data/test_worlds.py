@@ -99,8 +99,22 @@ def test_a_history_is_the_end_of_the_whole_world(store, places):
         some, same = sampler.history(7, [0, 3], places, seen, 4)
         np.testing.assert_array_equal(some.observation, whole.observation[:, (places - seen) * 16 :])
         np.testing.assert_array_equal(same.goal, asked.goal)
+    # A larger world holds a smaller one, and the same is asked of both.
+    larger, again = sampler.history(7, [0, 3], 2 * places, 2 * places, 4)
+    if places >= 4:
+        np.testing.assert_array_equal(again.goal, asked.goal)
+        np.testing.assert_array_equal(again.sign, asked.sign)
+        assert len({*asked.place[0]}) == 4
+    assert {tuple(sign) for sign in signs[0]} <= {tuple(sign) for sign in larger.observation[0, ::16, 4:]}
     one, _ = sampler.history(7, [3], places, places, 4)
     np.testing.assert_array_equal(one.observation[0], whole.observation[1])
+
+
+def test_the_age_of_what_is_asked_is_uniform(store):
+    _, asked = WorldSampler(store, trajectories=2, seed=0).history(0, 400, 8, 0, 2)
+    counts = np.bincount(asked.place.ravel(), minlength=8)
+    assert counts.sum() == 800
+    assert 60 < counts.min() <= counts.max() < 140
 
 
 def test_chains_in_the_dark_grow_too(dark):
