@@ -74,7 +74,9 @@ class DenseSlots:
 
     def hold(self, x: Float[Array, "B T K H"], prompt: Mask) -> Float[Array, "B K S H"]:
         """Returns what empty slots hold of a prompt's keys or values."""
-        return pad(jnp.moveaxis(x, 1, 2), 2, self.capacity)
+        # Padding may be anything, and whoever is there next is spoilt by what is no number.
+        there = jnp.where((prompt.k_segment >= 0)[..., None, None], x, jnp.zeros((), x.dtype))
+        return pad(jnp.moveaxis(there, 1, 2), 2, self.capacity)
 
     def after(self, now: Mask, shard: Int[Array, ""] | int) -> "DenseSlots":
         """Returns the slots once the new tokens are in them."""

@@ -21,17 +21,17 @@ def power_of_two(x: Float[Array, "*shape"], reference: Float[Array, "#*shape"]) 
     """Returns 2**(x - reference); the reference is a whole number. -inf gives 0, NaN gives NaN."""
     if x.dtype != jnp.float32:
         return jnp.exp2(x - reference)
-    lowest = reference - LOWEST
-    x = jnp.maximum(x, lowest)
+    x = jnp.maximum(x, np.finfo(np.float32).min)  # -inf - -inf would be NaN
     whole = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
-    exponent = jnp.minimum(whole - lowest, 255).astype(jnp.int32)
+    # The reference is taken off first: of great numbers, the small difference is exact.
+    exponent = (jnp.clip(whole - reference, -LOWEST, LOWEST + 1) + LOWEST).astype(jnp.int32)
     return _near_zero(x - whole) * lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
 @power_of_two.defjvp
 def _derivative(primals, tangents):
     power, (tangent, _) = power_of_two(*primals), tangents
-    return power, power * tangent * np.float32(np.log(2))
+    return power, power * tangent * float(np.log(2))
 
 
 def _near_zero(x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,7 +19,7 @@ from rlring.attention.mask import Mask
 from rlring.attention.softmax import accumulator_type, divisor, exponent_or_none, finite, product
 
 MOST = 1e19  # of a sum of exponentials, in float32
-LOG2_E = 1.0 / np.log(2)
+LOG2_E = float(1.0 / np.log(2))
 
 
 class Running(NamedTuple):
@@ -81,7 +82,7 @@ def attend(
     shields: NaN and infinity reach only the queries that see them, as in every scheme; else all of the row.
     """
     seen = visible(mask, q)
-    scores = _scores(q, k, seen)
+    scores = jnp.where(seen, _shielded_product(q, k), -jnp.inf) if shields else _scores(q, k, seen)
     exponent = _greatest(scores, q)
     weights = _weights(scores, finite(exponent), q)
     out = _weighted(weights, v)
@@ -94,6 +95,19 @@ def attend(
 
         out = lax.cond(jnp.isfinite(out).all(), lambda: out, shielded)
     return Running(exponent, _sum(weights), out)
+
+
+@jax.custom_jvp
+def _shielded_product(q: Float[Array, "R Q H"], k: Float[Array, "R S H"]) -> Float[Array, "R Q S"]:
+    """Returns _scores(); what is not finite in one of the two reaches no gradient of what does not see it."""
+    return _scores(q, k, None)
+
+
+@_shielded_product.defjvp
+def _product_jvp(primals, tangents):
+    (q, k), (q_tangent, k_tangent) = primals, tangents
+    q_finite, k_finite = (jnp.where(_is_finite(x), x, 0) for x in (q, k))
+    return _shielded_product(q, k), _scores(q_tangent, k_finite, None) + _scores(q_finite, k_tangent, None)
 
 
 def add(running: Running, q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
@@ -126,6 +140,7 @@ def gradients(q, d_out, exponent, total, delta, k, v, visible: Bool[Array, "R Q 
     d_weights = product("rqh,rsh->rqs", d_out, v, accumulator)
     d_scores = weights * (d_weights - delta[..., None])  # never rounded: they cancel each other
     if shields:  # as shielded() says, here for the products with queries and keys
+        weights = jnp.where(_is_finite(d_out), weights, jnp.nan)
         weights, d_scores = (jnp.where(visible, x, 0) for x in (weights, d_scores))
         q, k, d_out = (jnp.where(_is_finite(x), x, 0) for x in (q, k, d_out))
     dq = product("rqs,rsh->rqh", d_scores, k, accumulator) * _scale(q)

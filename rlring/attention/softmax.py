@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Shaped
 
 from rlring.attention.exponential import power_of_two
 
+LOG_2 = float(np.log(2))
+
 
 class Whole(NamedTuple):
     """Attention over all keys.
@@ -24,7 +26,7 @@ class Whole(NamedTuple):
     @property
     def lse(self) -> Float[Array, "B N T"]:
         """The natural logarithm of the sum of the exponentials of the scores; -inf where nothing is seen."""
-        return self.exponent * np.log(2) + jnp.log(self.total)
+        return self.exponent * LOG_2 + jnp.log(self.total)
 
 
 class Partial(NamedTuple):
@@ -40,7 +42,7 @@ class Partial(NamedTuple):
     @classmethod
     def of(cls, out: Float[Array, "B T N H"], lse: Float[Array, "B N T"]) -> "Partial":
         """Returns what a kernel of the hardware found, which gives its log-sum-exp only."""
-        log2 = lse / np.log(2)
+        log2 = lse / LOG_2
         exponent = finite(jnp.floor(log2))
         total = power_of_two(log2, exponent)
         return cls(out * by_token(total), exponent, total)

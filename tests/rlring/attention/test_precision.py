@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, decode_attention
 from rlring.attention.ring_transport import Transport
 from rlring.mesh import make_mesh
+from rlring.transformer import Transformer, TransformerConfig
 
 PARTS = ("out", "dq", "dk", "dv")
 CASES = {
@@ -134,12 +136,49 @@ def test_digits(length, dtype, case, blocks, scale, offset, channel, seed):
     check_half(replace(config, **blocks), mesh, [q * scale, k.at[..., channel].add(offset), v, d_out])
 
 
-def test_float64_has_all_its_digits():
+@pytest.mark.parametrize("score", [2e7, 1e8, 3e9, 1e30])
+def test_scores_beyond_the_whole_numbers_of_float32(score):
+    """Above 2**24 not every exponent is a number: what is relative to another still has to be."""
+    _, _, v, d_out = arrays(64)
+    q = jnp.full((1, 64, HEADS, SIZE), np.sqrt(score / SIZE**0.5), jnp.float32)
+    inputs = [q, q, v, d_out]  # all scores alike
+    expected = exact(inputs)
+    for case in QUICK:
+        config, mesh = CASES[case]
+        found = dict(
+            zip(PARTS, errors(run(replace(config, block_q=16, block_k=16), mesh, inputs), expected), strict=True)
+        )
+        assert max(found["out"], found["dv"]) <= 2e-6
+
+
+def test_half_precision_of_thousands():
+    for dtype in (jnp.float16, jnp.bfloat16):
+        _, _, v, d_out = arrays(64, dtype)
+        q = jnp.full((1, 64, HEADS, SIZE), 6000.0, dtype)
+        expected = exact([q, q, v, d_out])
+        for case in QUICK:
+            config, mesh = CASES[case]
+            out = run(replace(config, block_q=16, block_k=16), mesh, [q, q, v, d_out])[0]
+            assert errors([out], expected[:1])[0] <= 2 * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_with_64_bits_allowed(dtype):
+    """float64 has all its digits, and other types are computed as ever."""
     with jax.enable_x64(True):
-        inputs = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays()]
-        expected = run(DENSE, {}, inputs)
+        inputs = [jnp.asarray(np.asarray(x, np.float64)).astype(dtype) for x in arrays()]
+        expected, tolerance = run(DENSE, {}, inputs), {jnp.float64: 1e-13, jnp.float32: 1e-5}.get(dtype, 2e-2)
         for config, mesh in (CASES["blockwise"], CASES["ring of 8"]):
-            assert max(errors(run(config, mesh, inputs), expected)) <= 1e-13
+            got = run(replace(config, block_q=64, block_k=64), mesh, inputs)
+            assert [x.dtype for x in got] == [dtype] * 4
+            assert max(errors(got, expected)) <= tolerance
+
+        def decode(q, k, v):
+            mask = Mask.causal(jnp.arange(LENGTH, dtype=jnp.int32)[None])
+            return (decode_attention(q, k, v, mask) * inputs[3]).sum()
+
+        got = jax.grad(decode, (0, 1, 2))(*inputs[:3])
+        assert max(errors(got, expected[1:])) <= tolerance
 
 
 HIDDEN = np.arange(40, 44)  # places of tokens that are not numbers
@@ -189,3 +228,34 @@ def test_nan_in_a_cache_stays_where_it_is(mesh):
     )
     np.testing.assert_allclose(got[:, :10], clean[:, :10], atol=1e-6)
     assert np.isnan(got[:, 10:]).all()
+
+    def loss(q, k, v):
+        return decode_attention(q, k, v, now, mesh=mesh)[:, :10].sum()
+
+    clean, got = (
+        jax.grad(loss)(q[:, 30:50], *(x.at[:, HIDDEN].set(wrong) for x in (k, v)))[:, :10] for wrong in (0.0, jnp.nan)
+    )
+    np.testing.assert_allclose(got, clean, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [8, 64])
+def test_nan_in_the_gradient_of_the_out_is_seen(block):
+    """It reaches the gradients of all keys that its query sees, and of no others."""
+    q, k, v, d_out = arrays(64)
+    got = run(AttentionConfig("blockwise", block_q=block, block_k=block), {}, [q, k, v, d_out.at[:, 9].set(jnp.nan)])
+    for part in got[2:]:
+        assert np.isnan(part[:, :10]).all()
+        assert np.isfinite(part[:, 10:]).all()
+
+
+def test_nan_in_the_padding_of_a_prompt_stays_there():
+    model = Transformer(TransformerConfig(width=8, layers=2, heads=2), rngs=nnx.Rngs(0))
+    position = jnp.arange(6, dtype=jnp.int32)[None]
+    mask = Mask.causal(position, jnp.array([[0, 0, 0, 0, -1, -1]]))
+    x, token = jnp.ones((1, 6, 8)), jnp.ones((1, 1, 8))
+    zero = jnp.zeros((1, 1), jnp.int32)
+    clean, got = (
+        model.decode(token, zero + 4, zero, model.prefill(x.at[:, 4:].set(wrong), mask, capacity=10)[1])[0]
+        for wrong in (0.0, jnp.nan)
+    )
+    np.testing.assert_allclose(got, clean, atol=1e-6)
