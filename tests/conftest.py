@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -11,6 +12,10 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 # Tests compile the same small programs again and again, in processes of their own too: compile each once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# A background job of a shell ignores Ctrl-C, and so would what it starts: some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # They compile far more than they compute: what LLVM makes of the same program may be slow. (Any flag of yours wins.)
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
