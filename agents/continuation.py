@@ -7,20 +7,28 @@ import jax
 
 from agents.checkpoint import Checkpoints, Meta
 from agents.cli import ConfigError, Diverged
-from agents.config import Config, load
+from agents.config import Config, load, validate
 from agents.identity import differing_runs, lengthened
 from agents.results import merged, say_note
 from data.atomic_file import write_text
 
 DIVERGED = "diverged.json"  # in the folder of a run whose numbers ended
+SWEPT = ("sweep.json", "report.html")  # in the folder of a sweep
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
     """Returns whether a run that diverged stands where this one, of other settings, starts over (`set_aside`).
 
-    ConfigError when another run is there, which must not be written by this one.
+    ConfigError when another run, or a sweep, is there, which must not be written by this one.
     """
+    if any((folder / name).exists() for name in SWEPT):
+        raise ConfigError(f"{folder} holds the results of a sweep. Choose another name for the run, name=...")
     if not (folder / "config.json").exists():
+        if has_checkpoints(folder) and not resume:
+            raise ConfigError(
+                f"{folder} already holds checkpoints of a run, without its config.json. Add --resume to continue it, "
+                "choose another with name=..., or delete the folder."
+            )
         return False
     changed = differing_settings(folder, config)
     if changed and (folder / DIVERGED).exists():
@@ -35,12 +43,37 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
             f"{folder} already holds a run. Add --resume to continue it, choose another with name=..., "
             "or delete the folder."
         )
-    if changed:
-        raise ConfigError(
-            f"{folder} was trained with other settings: {', '.join(changed[:4])}. "
-            "Resume with the same config, or choose another name."
-        )
+    _refuse(folder, changed)
     return False
+
+
+def check_trained_so_far(folder: Path, before: Meta | None, config: Config) -> None:
+    """ConfigError when the newest checkpoint of a run says that it was trained with other settings than `config`,
+    whatever its config.json says, or whether there is one."""
+    if before is None:
+        return
+    if before.config:
+        trained = validate(Config, before.config, source=f"the settings kept in {folder / 'checkpoints'}")
+        _refuse(folder, differing_runs(trained, config))
+    elif not (folder / "config.json").exists():  # checkpoints of an older version do not say it
+        raise ConfigError(
+            f"{folder} has checkpoints, but no config.json: with which settings they were trained is not known. "
+            "Put it back, or choose another name."
+        )
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is a whole checkpoint of a run."""
+    return any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
+
+
+def check_free_of_runs(folder: Path) -> None:
+    """ConfigError when a sweep would write its results over those of a run of the same name."""
+    if (folder / "config.json").exists() or has_checkpoints(folder):
+        raise ConfigError(
+            f"{folder} holds a run, whose results the sweep would write over. Choose another name for the sweep, "
+            "name=..., or move the folder."
+        )
 
 
 def diverged(folder: Path, what: str, *, update: int, saved: int) -> Diverged:
@@ -100,6 +133,14 @@ def note_changes(folder: Path, before: Meta, now: dict[str, str]) -> None:
     other = [f"{name} {before.versions.get(name)}" for name in now if now[name] not in _parts(before, name)]
     if other:
         say_note(f"{folder} was begun with {', '.join(other)}; both versions are kept in its checkpoints.")
+
+
+def _refuse(folder: Path, changed: list[str]) -> None:
+    if changed:
+        raise ConfigError(
+            f"{folder} was trained with other settings: {', '.join(changed[:4])}. "
+            "Resume with the same config, or choose another name."
+        )
 
 
 def _parts(meta: Meta, name: str) -> list[str]:

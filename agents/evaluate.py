@@ -21,7 +21,15 @@ from agents.config import Config, load
 from agents.datasets import check_existing
 from agents.episodes import Condition, conditions, episode_of, episodes_of, is_complete
 from agents.goals import foreign_goals, group_id, held_out_goals
-from agents.identity import Settings, check_trained, notable, result_settings, settings_id
+from agents.identity import (
+    Settings,
+    check_overrides,
+    check_stores,
+    check_trained,
+    notable,
+    result_settings,
+    settings_id,
+)
 from agents.kinds import make_agent
 from agents.prompts import context_tokens, laid_out
 from agents.results import Result, append_results, read_results
@@ -42,6 +50,15 @@ class Loaded(NamedTuple):
     params: Params
     meta: Meta
     step: int
+    folder: Path
+
+    def store(self, task: str) -> TrajectoryStore:
+        """Returns the store of a task. ConfigError when it is not the one that the agent learnt from, which another
+        may have taken the place of while it is evaluated."""
+        data = self.config.data
+        store = TrajectoryStore.open(data.stores[data.tasks.index(task)], task=task)
+        check_stores(self.folder, self.meta.stores, [store])
+        return store
 
     @property
     def settings(self) -> Settings:
@@ -99,6 +116,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     device."""
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} is no run: it has no config.json. Give the folder of a training run, runs/NAME.")
+    check_overrides(folder, overrides)
     config = load(Config, folder / "config.json", overrides)
     config = config.model_copy(update={"model": config.model.model_copy(update={"fsdp": False})})
     shape = config.evaluate.mesh
@@ -113,7 +131,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
         # The state of training is (weights, optimizer state).
         params = checkpoints.restore(like, sharding, part="0.", step=step)
-        return Loaded(config, agent, params, meta, step)
+        return Loaded(config, agent, params, meta, step, folder)
 
 
 def missing(
@@ -184,7 +202,7 @@ def common(loaded: Loaded) -> dict[str, Any]:
 def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, target: float) -> ChainBatch:
     """Returns the contexts of all groups, drawn from held-out episodes, padded and ordered for the mesh."""
     config, agent = loaded.config, loaded.agent
-    store = TrajectoryStore.open(config.data.stores[config.data.tasks.index(condition.task)], task=condition.task)
+    store = loaded.store(condition.task)
     if loaded.meta.action_size != store.action_size:
         raise DataError(f"{store.path} has {store.action_size} actions; the agent has {loaded.meta.action_size}.")
     sampler = ChainSampler(

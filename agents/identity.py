@@ -64,6 +64,7 @@ FREE_OF_A_RESULT = (
 )
 FREE_OF_A_RUN = (*FREE, "evaluate.*")
 # Of the rest, evaluation may change all but these: which episodes were trained on, and with which luck.
+NAMES = ("name", "series")  # of all results of a run
 FIXED_BY_TRAINING = ("seed", "data.held_out")
 
 
@@ -116,6 +117,16 @@ def check_trained(owner: Path, trained: Mapping[str, Any], learnt: Iterable[str]
         raise ConfigError(
             f"{owner} was trained with other settings: {', '.join(changed)}. Leave them as they were: they say what "
             "the agent has seen."
+        )
+
+
+def check_overrides(owner: Path, overrides: Sequence[str]) -> None:
+    """ConfigError when an evaluation would give the results of a run another name or series than those before."""
+    named = [text for text in overrides if text.partition("=")[0] in NAMES]
+    if named:
+        raise ConfigError(
+            f"{' and '.join(named)} cannot be changed to evaluate {owner}: its results would be split over several "
+            "names. Leave it out."
         )
 
 

@@ -28,7 +28,7 @@ from agents.checkpoint import read_metrics
 from agents.cli import ConfigError, run
 from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from agents.config_file import dump, load
-from agents.continuation import DIVERGED, diverged, set_aside
+from agents.continuation import DIVERGED, diverged, has_checkpoints, set_aside
 from agents.identity import check_total, differing_runs
 from agents.optimizer import schedule
 from agents.section import Count, RunName, Section, Seed
@@ -130,6 +130,11 @@ def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
         elif changed:
             told = ", ".join(changed[:4])
             raise ConfigError(f"{folder} holds a run with other settings: {told}; choose another name.")
+    elif has_checkpoints(folder):
+        raise ConfigError(
+            f"{folder} has checkpoints, but no config.json: with which settings they were trained is not known. "
+            "Put it back, or choose another name."
+        )
     request_cpu_devices(config.mesh.devices)
     whole = training(config)
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ class Swept(NamedTuple):
 def sweep(config: SweepConfig, source: Path) -> Swept:
     """Runs what is missing of a sweep. A run that fails stops no other; the plot is then of those that did not."""
     # Imported late: a dry run, and a bad config, answer at once.
-    from agents.continuation import check_folder, newest
+    from agents.continuation import check_folder, check_free_of_runs, check_trained_so_far, newest
     from agents.datasets import check_existing, prepare
     from agents.episodes import asked_for
     from agents.evaluate import evaluation
@@ -57,6 +57,7 @@ def sweep(config: SweepConfig, source: Path) -> Swept:
     def say_time(text: str) -> None:
         cli.say(f"[{time.monotonic() - began:4.0f} s] {text}")
 
+    check_free_of_runs(folder)
     if is_done(folder, config):
         return Swept(None, failed)
     # JAX starts once, with what the largest mesh of any run needs.
@@ -66,6 +67,7 @@ def sweep(config: SweepConfig, source: Path) -> Swept:
         check_wandb(one.wandb)
         starts_over = check_folder(RUNS / one.name, one, resume=True)
         _, meta = (0, None) if starts_over else newest(RUNS / one.name)
+        check_trained_so_far(RUNS / one.name, meta, one)
         if meta is not None:
             check_existing(one.data, RUNS / one.name, meta.stores)
             kept.setdefault(one.data.model_dump_json(), {}).update(meta.stores)
@@ -179,10 +181,15 @@ def _stores(config: SweepConfig) -> dict[str, str]:
 
 def is_done(folder: Path, config: SweepConfig) -> bool:
     """Whether the sweep ran to its end with these settings, of the stores that are there no other has taken the place,
-    and nothing it made has been deleted."""
+    and nothing it made has been deleted or damaged."""
     if not all((folder / name).exists() for name in (DONE, SUMMARY, PLOT, REPORT, RESULTS)):
         return False
-    done = json.loads((folder / DONE).read_text())
+    try:
+        done = json.loads((folder / DONE).read_text())
+    except ValueError:
+        return False
+    if not isinstance(done, dict) or not isinstance(done.get("stores"), dict):
+        return False
     return done.get("config") == dump(config) and _stores(config).items() <= done["stores"].items()
 
 

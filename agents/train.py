@@ -20,7 +20,16 @@ from agents.batches import batches
 from agents.checkpoint import Checkpoints, Meta, read_metrics, versions
 from agents.cli import run
 from agents.config import Config, load
-from agents.continuation import DIVERGED, check_folder, continued, diverged, newest, note_changes, set_aside
+from agents.continuation import (
+    DIVERGED,
+    check_folder,
+    check_trained_so_far,
+    continued,
+    diverged,
+    newest,
+    note_changes,
+    set_aside,
+)
 from agents.datasets import open_stores
 from agents.identity import check_total, records
 from agents.kinds import make_agent
@@ -56,6 +65,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
         set_aside(folder)
     wait_for_all("a free folder")
     first, before = newest(folder)
+    check_trained_so_far(folder, before, config)
     check_total(folder, first, config.train.updates)
     kept = before.stores if before is not None else {}
     if is_first:

@@ -18,7 +18,7 @@ from agents.config import Config
 from agents.prompts import context_tokens, laid_out
 from agents.results import Result, append_results
 from agents.rollout import check_action, make_environments
-from data import TrajectoryStore, WorldSampler
+from data import WorldSampler
 from data.environment_batch import EnvironmentBatch
 from data.tasks import goal_task
 from data.worlds import Queries
@@ -194,11 +194,8 @@ class _Player:
         return total.reshape(groups.shape), steps.reshape(groups.shape)
 
     def _sampler(self, task: str) -> WorldSampler:
-        data = self.loaded.config.data
-        store = TrajectoryStore.open(data.stores[data.tasks.index(task)], task=task)
-        return WorldSampler(
-            store, trajectories=2, seed=self.loaded.config.seed, split="held_out", held_out=data.held_out
-        )
+        store, config = self.loaded.store(task), self.loaded.config
+        return WorldSampler(store, trajectories=2, seed=config.seed, split="held_out", held_out=config.data.held_out)
 
 
 def _shared(memory: Memory, times: int) -> Memory:

@@ -101,6 +101,17 @@ def test_another_config_does_not_touch_the_run(path, capsys):
     assert "updates already, more than train.updates=1" in capsys.readouterr().err
 
 
+def test_checkpoints_without_their_config_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = "[model]\nwidth = 8\nlayers = 1\nheads = 1\n[train]\nupdates = 2\nbatch = 64\n"
+    Path("r.toml").write_text(f'name = "r"\nlines = 1\n{small}')
+    assert main(["r.toml"]) == 0
+    Path("runs/r/config.json").unlink()
+    assert main(["r.toml", "seed=9"]) == 2
+    assert "runs/r has checkpoints, but no config.json" in capsys.readouterr().err
+    assert not Path("runs/r/config.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_it_learns(path):
