@@ -8,7 +8,7 @@ from agents.kinds import make_agent
 from agents.standardizer import LIMIT, Standardizer
 from agents.train import describe
 from data import TrajectoryStore
-from data.store import write_store
+from data.store_writer import write_store
 
 
 @pytest.mark.parametrize(("contact", "kind"), [(0.0, "agentic_transformer"), (0.0, "bc"), (1e-5, "bc")])
