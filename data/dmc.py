@@ -228,20 +228,18 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
     def _give_goal(self, goal: Float[np.ndarray, " G"]) -> None:
         if not self.has_goal:
             raise DataError(f"{self.task_name} hides no goal, so reset() cannot be given one")
-        goal = np.asarray(goal, np.float64)
-        size = self._task.goal_task.goal_size
-        if goal.shape != (size,) or not np.isfinite(goal).all():
-            raise DataError(f"{self.task_name}: a goal is {size} finite numbers; got {goal.tolist()}")
-        self._task.next_goal = goal
+        self._task.next_goal = self._numbers("goal", np.asarray(goal, np.float64), self._task.goal_task.goal_size)
 
     def _give_sign(self, sign: Float[np.ndarray, " S"]) -> None:
         if not isinstance(self._task, SignedPlace):
             raise DataError(f"{self.task_name} shows no sign, so reset() cannot be given one")
-        sign = np.asarray(sign, np.float32)
-        size = self._task.goal_task.sign_size
-        if sign.shape != (size,) or not np.isfinite(sign).all():
-            raise DataError(f"{self.task_name}: a sign is {size} finite numbers; got {sign.tolist()}")
-        self._task.next_sign = sign
+        self._task.next_sign = self._numbers("sign", np.asarray(sign, np.float32), self._task.goal_task.sign_size)
+
+    def _numbers(self, name: str, numbers: np.ndarray, size: int) -> np.ndarray:
+        """Returns the numbers; raises DataError unless they are `size` finite ones."""
+        if numbers.shape != (size,) or not np.isfinite(numbers).all():
+            raise DataError(f"{self.task_name}: a {name} is {size} finite numbers; got {numbers.tolist()}")
+        return numbers
 
     def _observe(self) -> Float32[np.ndarray, " O"]:
         parts = self._task.get_observation(self._physics).values()
