@@ -51,8 +51,19 @@ def prepare(config: DataConfig, *, owner: Path | None = None, kept: Stores | Non
     task = goal_task(config.tasks[0])
     collected_on = config.tasks[0] if task is None else task.collected_on
     collect(collected_on, recipe.policy, recipe.episodes, recipe.seed, Path(config.episodes), workers=recipe.workers)
+    check_episodes(Path(config.episodes), recipe.episodes)
     for task, path in places:
         build(Path(config.episodes), task, Path(path), workers=recipe.workers)
+
+
+def check_episodes(folder: Path, asked: int) -> None:
+    """ConfigError when a folder holds more episodes than were asked for: all would be learnt from."""
+    held = len(list(folder.glob("episode_*_*.npz")))
+    if held > asked:
+        raise ConfigError(
+            f"{folder} holds {held} episodes, and data.collect.episodes asks for {asked}. Write "
+            f"data.collect.episodes={held}, or choose another data.episodes."
+        )
 
 
 def check_there(config: DataConfig, task: str, path: str, before: str = "") -> None:

@@ -1,7 +1,10 @@
 """Training in several processes, and how any of them is asked to stop."""
 
+import os
 import signal
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import jax
@@ -10,6 +13,8 @@ from jax.sharding import Mesh
 
 from agents.checkpoint import Checkpoints
 from agents.cli import ConfigError
+from data import DataError
+from data.atomic_file import lock
 
 
 def check_processes(mesh: Mesh | None) -> None:
@@ -26,6 +31,32 @@ def wait_for_all(what: str) -> None:
     """Waits until every process is here: what the first one has written is there."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the run `folder` for the first process; DataError when another command trains it.
+
+    The lock is a file beside the folder, which may move or vanish meanwhile; it dies with its process.
+    """
+    if jax.process_index():
+        yield
+        return
+    path = folder.with_name(f".{folder.name}.training")
+    message = f"another process trains {folder} right now; wait for it, or choose another name=..."
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        lock(file, message)
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise DataError(message)  # the other one ended between our opening and our locking
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: the run is in it
+                for parent in made:
+                    parent.rmdir()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What an evaluation measured: one JSON line an episode. results.jsonl is the truth, all else is made from it."""
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -59,35 +58,37 @@ class Result:
     trained_with: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("experiment", "agent", "task", "run", "series", "settings_id"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not _is_text(value) or not (value or name in _NEW):
+                raise ConfigError(f"a result's {name} must be a name; got {_shown(value)}")
         # Lines of before: of a sweep's run "<sweep>/<agent>-<seed>" the series was all but the seed.
-        of_sweep = self.experiment.removesuffix(f"-{self.seed}") if "/" in str(self.experiment) else self.experiment
+        of_sweep = self.experiment.removesuffix(f"-{self.seed}") if "/" in self.experiment else self.experiment
         for name, value in (("run", self.experiment), ("series", of_sweep)):
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
-        for name in ("experiment", "agent", "task"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ConfigError(f"a result's {name} must be a name; got {getattr(self, name)!r}")
         for name in _COUNTS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(f"a result's {name} must be a whole number of 0 or more; got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+                limit = " and below 2^63" if isinstance(value, int) and value > 0 else ""
+                raise ConfigError(f"a result's {name} must be a whole number of 0 or more{limit}; got {_shown(value)}")
         if not isinstance(self.met, int | float) or not 0 <= self.met <= 1:
-            raise ConfigError(f"a result's met must be a chance, from 0 to 1; got {self.met!r}")
+            raise ConfigError(f"a result's met must be a chance, from 0 to 1; got {_shown(self.met)}")
         if self.mode not in MODES:
-            raise ConfigError(f"a result's mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+            raise ConfigError(f"a result's mode must be one of {', '.join(MODES)}; got {_shown(self.mode)}")
         if self.context not in CONTEXTS:
-            raise ConfigError(f"a result's context must be one of {', '.join(CONTEXTS)}; got {self.context!r}")
+            raise ConfigError(f"a result's context must be one of {', '.join(CONTEXTS)}; got {_shown(self.context)}")
         if self.context == "none" and self.context_trajectories:
             raise ConfigError(
                 f"a result without context has 0 context_trajectories; got {self.context_trajectories}. "
                 "Write context 'own' or 'foreign'."
             )
-        if not isinstance(self.return_, int | float) or not math.isfinite(self.return_):
-            raise ConfigError(f"a result's return must be a finite number; got {self.return_!r}")
+        if not isinstance(self.return_, int | float) or not abs(self.return_) <= sys.float_info.max:
+            raise ConfigError(f"a result's return must be a finite number; got {_shown(self.return_)}")
         for name in ("versions", "settings", "trained_with"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
-                raise ConfigError(f"a result's {name} must map names to values; got {value!r}")
+                raise ConfigError(f"a result's {name} must map names to values; got {_shown(value)}")
 
     @property
     def player(self) -> tuple[str | int, ...]:
@@ -125,6 +126,17 @@ _JSON_KEYS = {one.name: one.name.rstrip("_") for one in fields(Result)}  # `retu
 _NEW = {"places", "met", "run", "series", "settings_id", "settings", "trained_with"}  # which lines of before lack
 
 
+def _is_text(value: str) -> bool:
+    """Whether a string can be written to a file: JSON may hold half a character, "\\ud800"."""
+    return value.encode(errors="ignore").decode() == value
+
+
+def _shown(value: object) -> str:
+    """Returns the value as a message shows it: its beginning, where it is long."""
+    text = "a long number" if isinstance(value, int) and value.bit_length() > 1000 else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def say_note(text: str) -> None:
     """Tells the user something that is no error."""
     print(f"note: {text}", file=sys.stderr)
@@ -148,6 +160,8 @@ def from_json(line: str) -> Result:
         values = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError(f"not JSON that a result is written in ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"not a JSON object, but {type(values).__name__}")
     missing = [key for key in _JSON_KEYS.values() if key not in values and key not in _NEW]

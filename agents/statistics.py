@@ -30,6 +30,8 @@ from agents.prediction import Line, is_predicted, line, share_known
 from agents.results import ORACLE, Result
 from data.atomic_file import atomic_file
 
+Player = tuple[str, str, str, str, int]  # task, agent, series, settings, updates: what may be averaged
+
 STATISTICS = ("first", "mean", "last", "max")
 
 _REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
@@ -79,8 +81,9 @@ def summarize(
     The foreign-context control of an agent appears as "<agent> (foreign context)". An agent that occurs in several
     experiments appears once for each, as "<agent> [<experiment>]": they are never averaged; the seeds of one sweep are
     (`Result.series`). Nor are results of other settings, which appear as "<agent> [evaluate.target=8.0]", by what
-    differs. The oracle, which depends on the task alone, appears once. ConfigError for a statistic that is none of
-    STATISTICS.
+    differs, or of checkpoints after another number of updates, which appear as "<agent> [5 updates]", unless the best
+    one of each run was asked for. The oracle, which depends on the task alone, appears once. ConfigError for a
+    statistic that is none of STATISTICS.
     """
     rows, lines = [], _lines(results)
     for (task, mode, agent, trajectories), members in sorted(cells(results).items()):
@@ -215,7 +218,7 @@ def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Res
     names = _names(results)
     found: dict[tuple[str, str, str, int], dict[tuple[int, int, int], Result]] = {}
     for result in results:
-        agent = names[result.task, result.agent, result.series, result.settings_id]
+        agent = names[_player(result)]
         if result.places:
             agent = f"{agent}, {result.places:,} places"
         if result.met:
@@ -228,45 +231,51 @@ def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Res
     return {key: list(episodes.values()) for key, episodes in found.items()}
 
 
-def _lines(results: Sequence[Result]) -> dict[tuple[str, str, str, str], Line | None]:
+def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
     """Returns the line of each agent on each map."""
-    own: dict[tuple[str, str, str, str], list[Result]] = {}
+    own: dict[Player, list[Result]] = {}
     for result in results:
         if is_predicted(result):
             own.setdefault(_player(result), []).append(result)
     return {key: line(members) for key, members in own.items()}
 
 
-def _predicted(lines: dict[tuple[str, str, str, str], Line | None], member: Result) -> float:
+def _predicted(lines: dict[Player, Line | None], member: Result) -> float:
     found = lines.get(_player(member)) if is_predicted(member) else None
     return math.nan if found is None else found.at(share_known(member))
 
 
-def _player(result: Result) -> tuple[str, str, str, str]:
-    return result.task, result.agent, result.series, result.settings_id
+def _player(result: Result) -> Player:
+    """Returns what results share that may be averaged: the updates too, unless each run shows its best checkpoint."""
+    is_any = result.agent == ORACLE or result.settings.get("evaluate.checkpoint") == "best"
+    updates = 0 if is_any else result.checkpoint_step
+    return result.task, result.agent, result.series, result.settings_id, updates
 
 
 def named(results: Sequence[Result]) -> list[Result]:
     """Returns the results with their agents called as the summary calls them, series and settings included."""
     names = _names(results)
-    return [
-        replace(result, agent=names[result.task, result.agent, result.series, result.settings_id]) for result in results
-    ]
+    return [replace(result, agent=names[_player(result)]) for result in results]
 
 
-def _names(results: Sequence[Result]) -> dict[tuple[str, str, str, str], str]:
-    """Returns what each (task, agent, series, settings) is called, so that only what may be averaged shares a name."""
+def _names(results: Sequence[Result]) -> dict[Player, str]:
+    """Returns what each player is called, so that only what may be averaged shares a name."""
     series: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for result in results:
         of_agent = series.setdefault((result.task, result.agent), {})
         of_agent.setdefault(result.series, {})[result.settings_id] = result.settings
+    players = {_player(result) for result in results}
+    told = {(*of, one): differences(found) for of, own in series.items() for one, found in own.items()}
+    updates: dict[tuple[str, ...], set[int]] = {}
+    for *of, done in players:
+        updates.setdefault(tuple(of), set()).add(done)
     names = {}
-    for (task, agent), of_agent in series.items():
-        for one, settings in of_agent.items():
-            for key, told in differences(settings).items():
-                parts = [one] * (len(of_agent) > 1) + [told] * (told != "")
-                is_plain = agent == ORACLE or not parts
-                names[task, agent, one, key] = agent if is_plain else f"{agent} [{'; '.join(parts)}]"
+    for task, agent, one, key, done in players:
+        parts = [one] * (len(series[task, agent]) > 1) + [told[task, agent, one][key]]
+        parts += [f"{done:,} updates"] * (len(updates[task, agent, one, key]) > 1)
+        parts = [part for part in parts if part]
+        is_plain = agent == ORACLE or not parts
+        names[task, agent, one, key, done] = agent if is_plain else f"{agent} [{'; '.join(parts)}]"
     return names
 
 

@@ -35,7 +35,7 @@ from agents.identity import check_total, records
 from agents.kinds import make_agent
 from agents.metrics import check_wandb, claim, metrics_log
 from agents.optimizer import make_optimizer, schedule
-from agents.processes import check_processes, stop_requests, wait_for_all
+from agents.processes import alone, check_processes, stop_requests, wait_for_all
 from agents.update import first_state, make_update
 from data import ChainSampler, TrajectoryStore
 from data.tasks import goal_task
@@ -51,13 +51,18 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
 
     Batches, losses and weights are functions of the config alone, so a run that was killed and resumed logs the very
     losses of one that was not, and one of several processes those of one process; on another mesh they differ by
-    rounding. Raises ConfigError when the folder holds another run, Diverged (a
-    FloatingPointError) at the first loss or weight that is no number.
+    rounding. Raises ConfigError when the folder holds another run, DataError when another process trains it now,
+    Diverged (a FloatingPointError) at the first loss or weight that is no number.
     """
     folder = RUNS / config.name
+    request_cpu_devices(-(-config.mesh.devices // processes()))
+    with alone(folder):
+        return _train(folder, config, resume=resume, progress=progress)
+
+
+def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Path:
     starts_over = check_folder(folder, config, resume=resume)
     check_wandb(config.wandb)
-    request_cpu_devices(-(-config.mesh.devices // processes()))
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
     check_processes(mesh)
     is_first = jax.process_index() == 0

@@ -147,13 +147,30 @@ def test_appending_after_a_line_that_lacks_only_its_end_keeps_it(tmp_path: Path)
     assert read_results(path) == [result(group=0), result(group=1)]
 
 
+def changed(key: str, written: str) -> str:
+    """Returns a line with something odd in one place."""
+    values = json.loads(to_json(result()))
+    return json.dumps(values | {key: "HERE"}).replace('"HERE"', written)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 2 of .*results.jsonl is no result: not JSON"),
         ("[]", "line 2 of .* not a JSON object, but list"),
         ('{"agent": "at"}', "line 2 of .* lacks experiment, task"),
+        ("[" * 100_000, "line 2 of .* not JSON that a result is written in"),
+        (changed("return", "9" * 401), "line 2 of .* return must be a finite number; got a long number"),
+        (changed("return", "9" * 5000), "line 2 of .* not JSON that a result is written in"),
+        (changed("return", "NaN"), "line 2 of .* return must be a finite number; got nan"),
+        (changed("seed", "9" * 401), "line 2 of .* seed must be a whole number of 0 or more and below 2"),
+        (changed("run", '["a"]'), r"line 2 of .* run must be a name; got \['a'\]"),
+        (changed("series", "5"), "line 2 of .* series must be a name; got 5"),
+        (changed("settings_id", "5"), "line 2 of .* settings_id must be a name; got 5"),
+        (changed("experiment", '["a/b"]'), "line 2 of .* experiment must be a name"),
+        (changed("agent", '"\\ud800"'), "line 2 of .* agent must be a name"),
     ],
+    ids=range(13),
 )
 def test_a_broken_line_that_is_not_torn_is_an_error(tmp_path: Path, line: str, message: str):
     path = tmp_path / "results.jsonl"

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,17 @@ def test_notes_say_what_the_numbers_cannot():
     assert "With 2 training seeds" in two
     assert "fewer episodes than others (was the evaluation finished?): at" in notes(episodes([[1, 2], [2]]))
     assert "without width is not certainty" in notes(episodes([[0]] * 40 + [[9]]))
+
+
+def test_seeds_of_other_checkpoints_are_rows_of_their_own():
+    few, many = (
+        [replace(one, checkpoint_step=step, series="x") for one in episodes([[value]] * 8, seed=seed)]
+        for seed, (step, value) in enumerate([(5, 1), (20_000, 3)])
+    )
+    rows = summarize(few + many, statistics=["mean"])
+    assert [(row.agent, row.seeds, row.mean) for row in rows] == [
+        ("at [20,000 updates]", 1, 3),
+        ("at [5 updates]", 1, 1),
+    ]
+    best = [replace(one, settings={"evaluate.checkpoint": "best"}) for one in few + many]
+    assert [(row.agent, row.seeds, row.mean) for row in summarize(best, statistics=["mean"])] == [("at", 2, 2)]

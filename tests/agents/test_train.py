@@ -21,6 +21,7 @@ from agents.continuation import newest
 from agents.evaluate import load_agent
 from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
+from agents.processes import alone
 from agents.train import main, train
 from agents.update import make_update
 from data import ChainBatch, DataError
@@ -170,6 +171,28 @@ def test_kill_minus_nine_at_any_moment_changes_no_bit(write_config, tmp_path):
         process.wait()
     subprocess.run(command("killed", "--resume"), check=True, capture_output=True, env=environment)
     assert losses(tmp_path / "runs/killed") == want, f"waited {wait} s before each kill"
+
+
+def test_a_second_training_of_one_run_answers_in_one_line(write_config, capsys):
+    with alone(Path("runs/tiny")):
+        for more in ([], ["--resume"]):
+            assert main([str(write_config), *more]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("error: another process trains runs/tiny right now; wait for it")
+            assert error.count("\n") == 1
+        assert not Path("runs/tiny").exists()
+        with alone(Path("runs/other")):
+            pass
+    assert not Path("runs").exists()  # no lock is left
+    with alone(Path("runs/tiny")):
+        pass
+
+
+def test_a_folder_of_more_episodes_than_asked_for_is_refused(tiny, dataset):
+    collect = 'data.collect={policy="waypoints", episodes=10}'
+    with pytest.raises(ConfigError, match=r"episodes holds 240 episodes, and data.collect.episodes asks for 10. Write"):
+        train(tiny(collect, 'data.stores=["new.h5"]'), progress=False)
+    assert not Path("new.h5").exists()
 
 
 def test_sigterm_checkpoints_and_ends(write_config, tmp_path):
