@@ -4,6 +4,8 @@ mesh)."""
 import errno
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +57,8 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        with _whole(self.folder):
+            self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -96,12 +99,13 @@ class Checkpoints:
     def meta(self, step: int | None = None) -> Meta:
         """Returns what a checkpoint, the newest by default, knows beside its arrays."""
         step = self._newest() if step is None else step
-        saved = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        scales = Scales(
-            np.asarray(saved["scales"]["observation_mean"], np.float32),
-            np.asarray(saved["scales"]["observation_std"], np.float32),
-            float(saved["scales"]["return_to_go"]),
-        )
+        with _whole(self.folder / str(step)):
+            saved = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            scales = Scales(
+                np.asarray(saved["scales"]["observation_mean"], np.float32),
+                np.asarray(saved["scales"]["observation_std"], np.float32),
+                float(saved["scales"]["return_to_go"]),
+            )
         known = {name: value for name, value in saved.items() if name in Meta._fields}  # a later version may keep more
         return Meta(**{**known, "scales": scales})
 
@@ -112,8 +116,9 @@ class Checkpoints:
         `part` is the name of the part of the state that `like` is, for reading the weights alone.
         """
         step = self._newest() if step is None else step
-        stored = self.manager.item_metadata(step)["state"]
-        stored = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
+        with _whole(self.folder / str(step)):
+            stored = self.manager.item_metadata(step)["state"]
+            stored = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
         wanted = _by_name(like, part)
         differing = [
             f"{name}: {stored.get(name, 'absent')} in the checkpoint, {leaf.shape} in the config"
@@ -137,7 +142,8 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        arrays = self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        with _whole(self.folder / str(step)):
+            arrays = self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
     def _newest(self) -> int:
@@ -147,6 +153,33 @@ class Checkpoints:
                 f"{self.folder.parent} holds no checkpoint. Train it first: python -m agents.train CONFIG.toml."
             )
         return step
+
+
+@contextmanager
+def _whole(place: Path) -> Iterator[None]:
+    """ConfigError when what is read there is damaged: files cut short, lost or overwritten."""
+    try:
+        yield
+    except Exception as error:
+        # What orbax and its JSON raise; of data that is damaged, orbax raises a bare Exception.
+        if type(error) is not Exception and not isinstance(
+            error, ValueError | TypeError | KeyError | FileNotFoundError
+        ):
+            raise
+        bad = next((path for path in sorted(place.glob("*/metrics/metrics")) if not _is_json(path)), None)
+        place = place if bad is None else bad.parents[1]
+        told = next(iter(str(error).splitlines()), "")[:120]
+        raise ConfigError(
+            f"the checkpoint {place} is damaged ({told}). Delete that folder to use the one before it, or train again."
+        ) from error
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def _loss(metrics: dict[str, float]) -> float:
