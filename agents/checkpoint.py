@@ -4,8 +4,6 @@ mesh)."""
 import errno
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from jax.sharding import Sharding
 
 from agents.agent import Scales
 from agents.cli import ConfigError
+from agents.damage import check, checksums, custom, whole
 
 
 class Meta(NamedTuple):
@@ -57,7 +56,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        with _whole(self.folder):
+        with whole(self.folder):
             self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
@@ -91,23 +90,26 @@ class Checkpoints:
         saved = meta._replace(
             scales={name: np.asarray(value).tolist() for name, value in meta.scales._asdict().items()}
         )
-        arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_by_name(state)), meta=ocp.args.JsonSave(saved._asdict())
-        )
-        self.manager.save(step, args=arguments, metrics={"loss": loss})
+        arrays, known = by_name(state), saved._asdict()
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(known))
+        sums = {"checksums": checksums(arrays, known)}
+        self.manager.save(step, args=arguments, metrics={"loss": loss}, custom_metadata=sums)
 
     def meta(self, step: int | None = None) -> Meta:
         """Returns what a checkpoint, the newest by default, knows beside its arrays."""
         step = self._newest() if step is None else step
-        with _whole(self.folder / str(step)):
+        place = self._place(step)
+        with whole(place):
             saved = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            check(place, self._checksums(step), checksums({}, saved))
             scales = Scales(
                 np.asarray(saved["scales"]["observation_mean"], np.float32),
                 np.asarray(saved["scales"]["observation_std"], np.float32),
                 float(saved["scales"]["return_to_go"]),
             )
-        known = {name: value for name, value in saved.items() if name in Meta._fields}  # a later version may keep more
-        return Meta(**{**known, "scales": scales})
+            # A later version may keep more.
+            known = {name: value for name, value in saved.items() if name in Meta._fields}
+            return Meta(**{**known, "scales": scales})
 
     def restore(self, like: Any, sharding: Any, *, part: str = "", step: int | None = None) -> Any:
         """Returns the state of a checkpoint, the newest by default, in the shape of `like` (arrays or their shapes),
@@ -116,10 +118,11 @@ class Checkpoints:
         `part` is the name of the part of the state that `like` is, for reading the weights alone.
         """
         step = self._newest() if step is None else step
-        with _whole(self.folder / str(step)):
+        place = self._place(step)
+        with whole(place):
             stored = self.manager.item_metadata(step)["state"]
             stored = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
-        wanted = _by_name(like, part)
+        wanted = by_name(like, part)
         differing = [
             f"{name}: {stored.get(name, 'absent')} in the checkpoint, {leaf.shape} in the config"
             for name, leaf in wanted.items()
@@ -128,12 +131,12 @@ class Checkpoints:
         surplus = [f"{name} is not in the config" for name in stored if name.startswith(part) and name not in wanted]
         if differing or surplus:
             raise ConfigError(
-                f"{self.folder}/{step} is a checkpoint of another model ({'; '.join((differing + surplus)[:2])}). "
+                f"{place} is a checkpoint of another model ({'; '.join((differing + surplus)[:2])}). "
                 "Use the config it was trained with, or another run name."
             )
         if isinstance(sharding, Sharding):
             sharding = jax.tree.map(lambda _: sharding, like)
-        placed = _by_name(sharding, part)
+        placed = by_name(sharding, part)
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name]) for name, leaf in wanted.items()
         }
@@ -142,9 +145,19 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        with _whole(self.folder / str(step)):
+        with whole(place):
             arrays = self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+            check(place, self._checksums(step), checksums(arrays))
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+    def _place(self, step: int) -> Path:
+        place = self.folder / str(step)
+        if (place / "default").is_dir():
+            raise ConfigError(f"{place} is a checkpoint of agents.recall, not of agents.train. Give another run.")
+        return place
+
+    def _checksums(self, step: int) -> dict[str, int]:
+        return custom(self.manager, step).get("checksums", {})
 
     def _newest(self) -> int:
         step = self.latest()
@@ -153,33 +166,6 @@ class Checkpoints:
                 f"{self.folder.parent} holds no checkpoint. Train it first: python -m agents.train CONFIG.toml."
             )
         return step
-
-
-@contextmanager
-def _whole(place: Path) -> Iterator[None]:
-    """ConfigError when what is read there is damaged: files cut short, lost or overwritten."""
-    try:
-        yield
-    except Exception as error:
-        # What orbax and its JSON raise; of data that is damaged, orbax raises a bare Exception.
-        if type(error) is not Exception and not isinstance(
-            error, ValueError | TypeError | KeyError | FileNotFoundError
-        ):
-            raise
-        bad = next((path for path in sorted(place.glob("*/metrics/metrics")) if not _is_json(path)), None)
-        place = place if bad is None else bad.parents[1]
-        told = next(iter(str(error).splitlines()), "")[:120]
-        raise ConfigError(
-            f"the checkpoint {place} is damaged ({told}). Delete that folder to use the one before it, or train again."
-        ) from error
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return True
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -191,7 +177,7 @@ def _bytes_here(x: jax.Array) -> int:
     return sum(shard.data.nbytes for shard in x.addressable_shards if shard.replica_id == 0)
 
 
-def _by_name(tree: Any, prefix: str = "") -> dict[str, Any]:
+def by_name(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves of a tree by the path to them."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {prefix + jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

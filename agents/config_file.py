@@ -22,7 +22,14 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 def load(kind: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Returns the config in a TOML file (or the JSON of a run), with `a.b=value` overrides, values written as in
     TOML."""
-    path = Path(path)
+    settings = read_settings(Path(path))
+    for override in overrides:
+        merge(settings, parse_override(override))
+    return validate(kind, settings, source=str(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings in a file as they are written, unchecked."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -37,9 +44,7 @@ def load(kind: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ())
         raise ConfigError(f"{path} cannot be read: {error}. Mend that place.") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings, but {_SHORT.repr(settings)}. Give a TOML file, or a run's own.")
-    for override in overrides:
-        merge(settings, parse_override(override))
-    return validate(kind, settings, source=str(path))
+    return settings
 
 
 def dump(config: Section) -> str:

@@ -8,6 +8,7 @@ import jax
 from agents.checkpoint import Checkpoints, Meta
 from agents.cli import ConfigError, Diverged
 from agents.config import Config, load, validate
+from agents.config_file import read_settings
 from agents.identity import differing_runs, lengthened
 from agents.results import merged, say_note
 from data.atomic_file import write_text
@@ -30,6 +31,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
                 "choose another with name=..., or delete the folder."
             )
         return False
+    check_command(folder, "agents.train")
     changed = differing_settings(folder, config)
     if changed and (folder / DIVERGED).exists():
         return True
@@ -45,6 +47,17 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
         )
     _refuse(folder, changed)
     return False
+
+
+def check_command(folder: Path, command: str) -> None:
+    """ConfigError when the run in a folder was trained by another command."""
+    settings = read_settings(folder / "config.json")
+    other = next((by for setting, by in _TRAINED_BY.items() if setting in settings and by != command), None)
+    if other is not None:
+        raise ConfigError(f"{folder} is a run of {other}, not of {command}. Choose another run, or another name.")
+
+
+_TRAINED_BY = {"lines": "agents.recall", "agent": "agents.train"}  # by a setting that only it has
 
 
 def check_trained_so_far(folder: Path, before: Meta | None, config: Config) -> None:

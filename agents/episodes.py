@@ -4,10 +4,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from agents.cli import ConfigError
 from agents.config import Config
-from agents.goals import group_id
+from agents.goals import foreign_goals, group_id, held_out_goals
+from agents.prompts import held_out
 from agents.results import Result
 from agents.worlds import histories, is_map
+from data import TrajectoryStore
 from data.tasks import goal_task
 
 
@@ -52,6 +55,28 @@ def conditions(config: Config) -> Iterator[Condition]:
                     yield Condition(task, "prompted", trajectories, "foreign", own.episodes, met)
         if "self" in own.modes:
             yield Condition(task, "self", 0, "none", own.self_episodes)
+
+
+def check_contexts(config: Config, store: TrajectoryStore, *, has_context: bool = True) -> None:
+    """ConfigError when an evaluation asks for contexts of more trajectories than a store holds out, DataError when it
+    asks for goals that the task does not have."""
+    own = config.evaluate
+    asked = [condition for condition in conditions(config) if condition.task == store.task]
+    if any(condition.context == "foreign" for condition in asked):
+        goals = held_out_goals(store.task, own.seed, own.groups)
+        assert goals is not None  # so says the condition
+        foreign_goals(store.task, own.seed, goals)
+    # Those that have met the goal by chance are drawn with replacement.
+    longest = max((one.trajectories for one in asked if has_context and not one.met), default=0)
+    if not longest:
+        return
+    held = len(held_out(config, store).pool)
+    if longest > held:
+        raise ConfigError(
+            f"evaluate.contexts asks for {longest} trajectories, and {store.path} holds out {held} of its "
+            f"{store.episodes} episodes (data.held_out={config.data.held_out}). Ask for at most {held}, or use a store "
+            "of more episodes."
+        )
 
 
 def episodes_of(condition: Condition, config: Config) -> set[Episode]:

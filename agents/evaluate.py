@@ -18,11 +18,13 @@ from agents.agent import Agent, Params
 from agents.checkpoint import Checkpoints, Meta, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, load
+from agents.continuation import check_command
 from agents.datasets import check_existing
-from agents.episodes import Condition, conditions, episode_of, episodes_of, is_complete
+from agents.episodes import Condition, check_contexts, conditions, episode_of, episodes_of, is_complete
 from agents.goals import foreign_goals, group_id, held_out_goals
 from agents.identity import (
     Settings,
+    check_config,
     check_overrides,
     check_stores,
     check_trained,
@@ -31,12 +33,12 @@ from agents.identity import (
     settings_id,
 )
 from agents.kinds import make_agent
-from agents.prompts import context_tokens, laid_out
+from agents.prompts import context_tokens, held_out, laid_out
 from agents.results import Result, append_results, read_results
 from agents.rollout import first_between, make_environments, play
 from agents.statistics import summarize, write_summary
 from agents.worlds import evaluate_worlds
-from data import ChainBatch, ChainSampler, DataError, GoalSampling, TrajectoryStore
+from data import ChainBatch, DataError, TrajectoryStore
 from data.environment_batch import EnvironmentBatch
 from rlring import make_mesh, request_cpu_devices
 from rlring.cli import Parser
@@ -96,11 +98,12 @@ def evaluation(folder: Path, overrides: Sequence[str] = (), *, progress: bool = 
     bar = tqdm(total=len(todo), desc=f"{config.name}: evaluate", unit="context", disable=not (progress and todo))
     new = 0
     act, start = jax.jit(loaded.agent.act, donate_argnums=1), jax.jit(loaded.agent.start, static_argnums=2)
-    environments: dict[str, EnvironmentBatch] = {}
+    tasks = dict.fromkeys(condition.task for condition in todo)
+    for task in tasks:  # what cannot be played is found before anything is
+        check_contexts(config, loaded.store(task), has_context=loaded.agent.context)
+    environments = {task: make_environments(loaded, task, config.evaluate.groups) for task in tasks}
     with bar:
         for condition in todo:
-            if condition.task not in environments:
-                environments[condition.task] = make_environments(loaded, condition.task, config.evaluate.groups)
             for results in missing(loaded, condition, environments[condition.task], start, act, folder, before):
                 append_results(path, results)
                 new += len(results)
@@ -116,6 +119,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     device."""
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} is no run: it has no config.json. Give the folder of a training run, runs/NAME.")
+    check_command(folder, "agents.train")
     check_overrides(folder, overrides)
     config = load(Config, folder / "config.json", overrides)
     config = config.model_copy(update={"model": config.model.model_copy(update={"fsdp": False})})
@@ -125,6 +129,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.latest()
         meta = checkpoints.meta(step)
+        check_config(folder, meta.config, load(Config, folder / "config.json"))
         check_trained(folder, meta.config, meta.targets, config)
         agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
         like = jax.eval_shape(agent.init, jax.random.key(0))
@@ -205,15 +210,7 @@ def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, 
     store = loaded.store(condition.task)
     if loaded.meta.action_size != store.action_size:
         raise DataError(f"{store.path} has {store.action_size} actions; the agent has {loaded.meta.action_size}.")
-    sampler = ChainSampler(
-        store,
-        trajectories=1,
-        sort=config.chain.sort,
-        seed=config.seed,
-        split="held_out",
-        held_out=config.data.held_out,
-        goals=GoalSampling(met=condition.met) if condition.met else None,
-    )
+    sampler = held_out(config, store, condition.met)
     told = goals
     if condition.context == "foreign" and goals is not None:
         told = foreign_goals(condition.task, config.evaluate.seed, goals)

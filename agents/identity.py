@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from agents.cli import ConfigError
-from agents.config import Config, Section
+from agents.config import Config, Section, validate
+from agents.config_file import AnyConfig
 from data import TrajectoryStore
 
 Settings = dict[str, Any]  # by dotted name, sections unfolded
@@ -63,9 +64,17 @@ FREE_OF_A_RESULT = (
     "evaluate.memory_gib",
 )
 FREE_OF_A_RUN = (*FREE, "evaluate.*")
-# Of the rest, evaluation may change all but these: which episodes were trained on, and with which luck.
+# What an evaluation may say otherwise than its run: how the agent acts. The rest says what it has learnt.
+FREE_OF_ACTING = (
+    *FREE_OF_A_RUN,
+    "data.tasks",
+    "data.collect.*",
+    "chain.sort",
+    "agent.window",
+    "attention.*",
+    "model.*",
+)
 NAMES = ("name", "series")  # of all results of a run
-FIXED_BY_TRAINING = ("seed", "data.held_out")
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
@@ -107,16 +116,31 @@ def result_settings(config: Config, stores: Stores, updates: Sequence[int]) -> S
 
 def check_trained(owner: Path, trained: Mapping[str, Any], learnt: Iterable[str], config: Config) -> None:
     """ConfigError when an evaluation asks for another task than those that its run has `learnt`, or says otherwise
-    which episodes were trained on, with which seed."""
+    what was learnt, such as from which episodes, with which seed or learning rate."""
     other = [task for task in config.data.tasks if task not in learnt]
     if other:
         raise ConfigError(f"{owner} learnt {', '.join(learnt)}, not {', '.join(other)}. Change data.tasks.")
-    was, now = flat(trained), flat(config.model_dump(mode="json"))
-    changed = differing(*({name: one.get(name) for name in FIXED_BY_TRAINING} for one in (was or now, now)))
+    now = flat(config.model_dump(mode="json"))
+    was = defaults(Config) | flat(trained) if trained else now
+    changed = differing(*(_without(one, FREE_OF_ACTING) for one in (was, now)))
     if changed:
         raise ConfigError(
-            f"{owner} was trained with other settings: {', '.join(changed)}. Leave them as they were: they say what "
-            "the agent has seen."
+            f"{owner} was trained with other settings: {', '.join(changed[:4])}. Leave them as they were: they say "
+            "what the agent has learnt."
+        )
+
+
+def check_config(owner: Path, trained: Mapping[str, Any], own: AnyConfig) -> None:
+    """ConfigError when the config.json of a run, `own`, does not say what its checkpoint was `trained` with, which
+    checkpoints of an older version do not know: its results would be of other settings than they say."""
+    if not trained:
+        return
+    was = validate(type(own), dict(trained), source=f"the settings kept in {owner / 'checkpoints'}")
+    changed = differing_runs(was, own)
+    if changed:
+        raise ConfigError(
+            f"{owner / 'config.json'} does not say what the run was trained with: {', '.join(changed[:4])}. Put that "
+            "back; what an evaluation changes stands on its command line."
         )
 
 

@@ -1,11 +1,26 @@
-"""Contexts as an agent wants them: padded and ordered."""
+"""Contexts of evaluation: drawn from held-out episodes, padded and ordered as an agent wants them."""
 
 import numpy as np
 
 from agents.agent import Agent
-from data import ChainBatch
+from agents.config import Config
+from data import ChainBatch, ChainSampler, GoalSampling, TrajectoryStore
 
 SHORTEST_PROMPT = 256  # moments; shorter ones are padded to it, so that small contexts share one compiled program
+
+
+def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainSampler:
+    """Returns what draws the contexts, each trajectory of which has met the goal with chance `met` (0: as it
+    happens)."""
+    return ChainSampler(
+        store,
+        trajectories=1,
+        sort=config.chain.sort,
+        seed=config.seed,
+        split="held_out",
+        held_out=config.data.held_out,
+        goals=GoalSampling(met=met) if met else None,
+    )
 
 
 def laid_out(agent: Agent, prompt: ChainBatch) -> ChainBatch:

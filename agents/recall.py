@@ -24,18 +24,28 @@ from flax import nnx
 from pydantic import model_validator
 from tqdm import tqdm
 
-from agents.checkpoint import read_metrics
+from agents import damage
+from agents.checkpoint import by_name, read_metrics
 from agents.cli import ConfigError, run
 from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from agents.config_file import dump, load
-from agents.continuation import DIVERGED, diverged, has_checkpoints, set_aside
-from agents.identity import check_total, differing_runs
+from agents.continuation import DIVERGED, check_command, diverged, has_checkpoints, set_aside
+from agents.identity import check_config, check_total, differing_runs
 from agents.optimizer import schedule
+from agents.processes import alone
 from agents.section import Count, RunName, Section, Seed
 from data.atomic_file import write_text
 from rlring import TransformerConfig, make_mesh, request_cpu_devices
 from rlring.cli import Parser
-from rlring.language_model import NO_TARGET, LanguageModel, LanguageModelConfig, Training, laid_out, positions
+from rlring.language_model import (
+    NO_TARGET,
+    LanguageModel,
+    LanguageModelConfig,
+    Training,
+    TrainState,
+    laid_out,
+    positions,
+)
 
 RUNS = Path("runs")
 KEYS = np.arange(128, 256, dtype=np.uint8)
@@ -123,7 +133,14 @@ def training(config: RecallConfig) -> Training:
 def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
     """Trains, or goes on training, and returns the share of new texts in which each question is answered right."""
     folder = RUNS / config.name
+    request_cpu_devices(config.mesh.devices)
+    with alone(folder):
+        return _recall(folder, config, progress=progress)
+
+
+def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> np.ndarray:
     if (folder / "config.json").exists():
+        check_command(folder, "agents.recall")
         changed = differing_runs(load(RecallConfig, folder / "config.json"), config)
         if changed and (folder / DIVERGED).exists():
             set_aside(folder)
@@ -135,7 +152,6 @@ def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
             f"{folder} has checkpoints, but no config.json: with which settings they were trained is not known. "
             "Put it back, or choose another name."
         )
-    request_cpu_devices(config.mesh.devices)
     whole = training(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", dump(config))
@@ -145,7 +161,7 @@ def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
         state, first = init(config.seed), checkpoints.latest_step() or 0
         check_total(folder, first, config.train.updates)
         if first:
-            state = checkpoints.restore(first, args=ocp.args.StandardRestore(state))
+            state = _restored(checkpoints, first, state, config)
         log = folder / "metrics.jsonl"
         write_text(log, "".join(json.dumps(entry) + "\n" for entry in read_metrics(log, up_to=first)))
         bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not progress)
@@ -167,9 +183,23 @@ def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
                 if saves:
                     _refuse_nan(float(optax.global_norm(state.weights)), done, folder, saved)
                     saved = done
-                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    kept = {"config": config.model_dump(mode="json"), "checksums": damage.checksums(by_name(state))}
+                    checkpoints.save(done, args=ocp.args.StandardSave(state), custom_metadata=kept)
     (folder / DIVERGED).unlink(missing_ok=True)
     return accuracy(config, whole, state.weights)
+
+
+def _restored(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, config: RecallConfig) -> TrainState:
+    """Returns the state of a checkpoint. ConfigError when it is none of this run, or damaged."""
+    place = Path(checkpoints.directory) / str(step)
+    if (place / "state").is_dir():
+        raise ConfigError(f"{place} is a checkpoint of agents.train, not of agents.recall. Choose another name.")
+    with damage.whole(place):
+        kept = damage.custom(checkpoints, step)
+        check_config(RUNS / config.name, kept.get("config", {}), config)
+        state = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+        damage.check(place, kept.get("checksums", {}), damage.checksums(by_name(state)))
+    return state
 
 
 def arranged(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:

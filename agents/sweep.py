@@ -41,11 +41,13 @@ def sweep(config: SweepConfig, source: Path) -> Swept:
     # Imported late: a dry run, and a bad config, answer at once.
     from agents.continuation import check_folder, check_free_of_runs, check_trained_so_far, newest
     from agents.datasets import check_existing, prepare
-    from agents.episodes import asked_for
+    from agents.episodes import asked_for, check_contexts
     from agents.evaluate import evaluation
+    from agents.kinds import KINDS
     from agents.metrics import check_wandb
     from agents.oracle import evaluate_oracle
     from agents.train import RUNS, train
+    from data import TrajectoryStore
     from rlring import request_cpu_devices
 
     folder = RUNS / config.name
@@ -75,6 +77,12 @@ def sweep(config: SweepConfig, source: Path) -> Swept:
         say_time(f"episodes {data.episodes}, stores {', '.join(data.stores)}")
         with going_on(failed, *(one.name for one in runs if one.data == data)):
             prepare(data, owner=folder, kept=kept.get(key))
+    for one in runs:  # found now, and not after its training
+        with going_on(failed, one.name):
+            if one.name not in failed:
+                for task, path in zip(one.data.tasks, one.data.stores, strict=True):
+                    store = TrajectoryStore.open(path, task=task)
+                    check_contexts(one, store, has_context=KINDS[one.agent.kind].context)
     for one in runs:
         with going_on(failed, one.name):
             if one.name not in failed and not is_trained(one):
@@ -203,11 +211,16 @@ def asked(config: Config) -> str:
 
 def dry_run(config: SweepConfig) -> None:
     """Prints what a sweep would do."""
+    from agents.continuation import check_folder, check_free_of_runs
+
     folder = Path("runs") / config.name
+    check_free_of_runs(folder)
     if is_done(folder, config):
         print(f"{folder} is done; nothing would run")
         return
     runs = config.configs()
+    for one in runs:
+        check_folder(Path("runs") / one.name, one, resume=True)
     for data in {one.data.model_dump_json(): one.data for one in runs}.values():
         for task, store in zip(data.tasks, data.stores, strict=True):
             print(f"data      {task}: {data.episodes} -> {store}{' (there)' if Path(store).exists() else ''}")

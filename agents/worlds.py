@@ -81,6 +81,7 @@ def evaluate_worlds(
     if not pieces:
         return 0
     player = _Player(loaded, result, first_group)
+    player.check(pieces)
     if progress:
         print(player.described(pieces), file=sys.stderr)
     costs = [_cost(config, piece) for piece in pieces]
@@ -118,6 +119,15 @@ class _Player:
             f"{largest.history.seen:,} trajectories each"
         )
 
+    def check(self, pieces: Sequence[Piece]) -> None:
+        """Finds what cannot be played before anything is: another world where there is one, episodes longer than
+        those learnt from, places that no held-out episode has been to."""
+        if self.own.foreign and any(piece.history.seen for piece in pieces):
+            _refuse_one_world(self.loaded.config)
+        for task in {piece.history.task for piece in pieces}:
+            make_environments(self.loaded, task, 1)
+            self.samplers[task].history(self.own.seed, 1, 1, 0, 1)
+
     def play(self, piece: Piece) -> list[Result]:
         """Returns the results of a piece: every query of every world that misses some, and the foreign ones."""
         own, agent, history = self.own, self.loaded.agent, piece.history
@@ -128,7 +138,6 @@ class _Player:
         memory = self.start(self.loaded.params, laid, sampler.longest)
         kinds = {"own" if history.seen else "none": (piece.worlds, asked)}
         if own.foreign and history.seen:
-            _refuse_one_world(self.loaded.config)
             others = (piece.worlds + 1) % _worlds(self.loaded.config)
             kinds["foreign"] = (others, sampler.history(own.seed, others, history.places, 0, own.queries)[1])
         results = []

@@ -2,6 +2,11 @@
 
 import os
 
+from data.interrupts import guard_imports, is_command
+
+if is_command():
+    guard_imports()
+
 # Nothing here renders, and without a display dm_control would warn of it at import. To render: MUJOCO_GL=egl or osmesa.
 os.environ.setdefault("MUJOCO_GL", "disabled")
 

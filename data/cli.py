@@ -10,6 +10,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from data.errors import DataError
+from data.interrupts import INTERRUPTED, end_guard
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,6 +37,7 @@ def run(body: Callable[[], object], *errors: type[Exception]) -> int:
     and keeps its traceback.
     """
     try:
+        end_guard()
         body()
     except (DataError, *errors) as error:
         say(f"error: {error}")
@@ -44,7 +46,7 @@ def run(body: Callable[[], object], *errors: type[Exception]) -> int:
         say(f"error: {describe(error)}")
         return 2
     except KeyboardInterrupt:
-        say("interrupted; the same command (training: with --resume) continues or starts over cleanly")
+        say(INTERRUPTED)
         return 130
     return 0
 

@@ -1,6 +1,9 @@
 """What every command answers to arguments that cannot work: one line, and nothing is begun."""
 
 import importlib
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,17 @@ def test_one_line(write_config, capsys, module, arguments, message):
     assert message in printed.err
     assert not Path("runs").exists()
     assert not list(Path("folder").iterdir())
+
+
+@pytest.mark.parametrize("module", ["agents.train", "agents.plot", "data.collect"])
+def test_an_interrupt_while_modules_are_imported_is_one_line(module):
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        for line in process.stderr:  # of every module imported
+            if line.endswith(" numpy.linalg\n"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert rest[-1].startswith("interrupted; ")
+    assert not any("Traceback" in line for line in rest)

@@ -1,5 +1,9 @@
 """Evaluation: deterministic, never done twice, and acting step by step is what training saw."""
 
+import copy
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +16,11 @@ from agents.episodes import Condition
 from agents.evaluate import evaluate, load_agent, main, make_prompt
 from agents.goals import foreign_goals, held_out_goals
 from agents.oracle import evaluate_oracle
+from agents.prompts import held_out
 from agents.results import read_results
 from agents.rollout import last_of
 from agents.statistics import summarize
+from agents.train import main as train
 from data import ChainSampler, DataError, TrajectoryStore
 from data.build import build
 from data.tasks import foreign_goal, goal_task
@@ -221,6 +227,46 @@ def test_another_store_and_another_split_are_refused(trained, dataset, tmp_path,
     with pytest.raises(ConfigError, match=r"trained with other settings: seed=4 \(was 0\). Leave them"):
         evaluate(folder, ["seed=4"], progress=False)
     assert not (folder / "results.jsonl").exists()
+
+
+def test_contexts_of_more_than_is_held_out_are_refused_before_anything_is_played(trained):
+    folder = trained()
+    loaded = load_agent(folder)
+    held = len(held_out(loaded.config, loaded.store("point_mass-dark")).pool)
+    few = ["evaluate.groups=1"]
+    told = rf"evaluate.contexts asks for {held + 1} trajectories, and .*store.h5 holds out {held} of its 240 episodes"
+    with pytest.raises(ConfigError, match=told):
+        evaluate(folder, [*few, f"evaluate.contexts=[0, {held + 1}]"], progress=False)
+    assert not (folder / "results.jsonl").exists()
+    assert evaluate(folder, [*few, f"evaluate.contexts=[{held}]"], progress=False) == 1
+    assert evaluate(folder, [*few, f"evaluate.contexts=[{held + 1}]", "evaluate.met=[0.5]"], progress=False) == 1
+
+
+def test_a_config_that_was_edited_is_refused(trained, capsys):
+    folder = trained()
+    written = json.loads((folder / "config.json").read_text())
+    for key, value in {
+        "optimizer.learning_rate": 0.5,
+        "model.width": 32,
+        "agent.window": 5,
+        "chain.sort": "time",
+    }.items():
+        edited = copy.deepcopy(written)
+        section, name = key.split(".")
+        edited[section][name] = value
+        (folder / "config.json").write_text(json.dumps(edited))
+        with pytest.raises(ConfigError, match=rf"tiny/config.json does not say what .*: {key}=.* \(was .*Put that"):
+            evaluate(folder, ONE, progress=False)
+    (folder / "config.json").write_text(json.dumps(written))
+    for change in ("optimizer.learning_rate=0.5", "train.batch=8", "chain.trajectories=2", "agent.loss_on=all"):
+        with pytest.raises(ConfigError, match=rf"trained with other settings: {change} \(was .*Leave them"):
+            evaluate(folder, [*ONE, change], progress=False)
+    assert not (folder / "results.jsonl").exists()
+    (folder / "config.json").write_text('{"name": "tiny", "lines": 8}')
+    Path("own.json").write_text(json.dumps(written | {"name": "tiny"}))
+    for command, words in ((main, [str(folder)]), (train, ["own.json", "--resume"])):
+        assert command(words) == 2
+        assert "error: runs/tiny is a run of agents.recall, not of agents.train. Choose" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["point_mass-dark", "reacher-dark"])

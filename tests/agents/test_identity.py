@@ -9,6 +9,7 @@ from agents.config import Config, validate
 from agents.identity import (
     FREE,
     FREE_OF_A_RESULT,
+    FREE_OF_ACTING,
     defaults,
     differences,
     differing_runs,
@@ -62,6 +63,12 @@ def test_every_setting_counts_unless_it_is_listed_as_free():
 
 @pytest.mark.parametrize("pattern", FREE_OF_A_RESULT)
 def test_every_free_setting_exists_and_stands_in_the_table(pattern):
+    assert any(is_free(name, [pattern]) for name in names()), f"{pattern} names no setting"
+    assert f"`{pattern}`" in TABLE
+
+
+@pytest.mark.parametrize("pattern", FREE_OF_ACTING)
+def test_what_acting_may_change_exists_and_stands_in_the_table(pattern):
     assert any(is_free(name, [pattern]) for name in names()), f"{pattern} names no setting"
     assert f"`{pattern}`" in TABLE
 

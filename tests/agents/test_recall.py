@@ -10,6 +10,7 @@ import pytest
 
 from agents import recall
 from agents.config import load
+from agents.processes import alone
 from agents.recall import RecallConfig, main, texts
 from rlring.language_model import NO_TARGET
 
@@ -28,6 +29,20 @@ updates = 6
 batch = 4
 log_every = 1
 checkpoint_every = 2
+"""
+
+
+SMALL = """
+name = "r"
+lines = 1
+[model]
+width = 8
+layers = 1
+heads = 1
+[train]
+updates = 2
+batch = 64
+checkpoint_every = 1
 """
 
 
@@ -103,12 +118,55 @@ def test_another_config_does_not_touch_the_run(path, capsys):
 
 def test_checkpoints_without_their_config_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = "[model]\nwidth = 8\nlayers = 1\nheads = 1\n[train]\nupdates = 2\nbatch = 64\n"
-    Path("r.toml").write_text(f'name = "r"\nlines = 1\n{small}')
+    Path("r.toml").write_text(SMALL)
     Path("runs/r/checkpoints/2").mkdir(parents=True)
     assert main(["r.toml", "seed=9"]) == 2
     assert "runs/r has checkpoints, but no config.json" in capsys.readouterr().err
     assert not Path("runs/r/config.json").exists()
+
+
+def test_a_run_whose_files_changed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.toml").write_text(SMALL)
+    with alone(Path("runs/r")):
+        assert main(["r.toml"]) == 2
+    assert "error: another process trains runs/r right now; wait for it" in capsys.readouterr().err
+    assert main(["r.toml"]) == 0
+    more, run = ["r.toml", "train.updates=3"], Path("runs/r")
+
+    def answer(*arguments: str) -> str:
+        assert main([*more, *arguments]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    written = (run / "config.json").read_text()
+    edited = json.loads(written)
+    edited["optimizer"]["learning_rate"] = 0.5
+    (run / "config.json").write_text(json.dumps(edited))
+    assert re.match(
+        r"error: runs/r/config.json does not say what .*: optimizer.learning_rate=0.5 \(was 0.001\). Put that back",
+        answer("optimizer.learning_rate=0.5"),
+    )
+    (run / "config.json").write_text('{"name": "r", "agent": {"kind": "bc"}}')
+    assert (
+        answer() == "error: runs/r is a run of agents.train, not of agents.recall. Choose another run, or another name."
+    )
+    (run / "config.json").write_text(written)
+    newest = run / "checkpoints/2"
+    file = max(newest.glob("*/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    whole = file.read_bytes()
+    place = len(whole) // 2
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    told = answer()
+    assert re.match(
+        r"error: the checkpoint .*/runs/r/checkpoints/2 is damaged \(other numbers than were .*\). Delete", told
+    )
+    shutil.rmtree(newest)
+    newest.mkdir()
+    assert re.match(r"error: the checkpoint .*/runs/r/checkpoints/2 is damaged \(its .*\). Delete the folder", answer())
+    (newest / "state").mkdir()
+    assert re.match(r"error: .*/runs/r/checkpoints/2 is a checkpoint of agents.train, not of agents.recall", answer())
+    shutil.rmtree(newest)  # as advised
+    assert main(more) == 0
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ def test_another_world_is_never_the_own(trained, map_settings, capsys):
     folder = trained(*map_settings)
     assert main([str(folder), *MAP, "evaluate.groups=2"]) == 2
     assert "evaluate.foreign asks about another world than the one seen" in capsys.readouterr().err
+    assert not (folder / "results.jsonl").exists()  # nor were the worlds of which nothing is seen played before
 
 
 @pytest.mark.parametrize("kind", ["decision_transformer", "bc"])

@@ -80,3 +80,30 @@ def test_where_all_fail_nothing_is_drawn(sweep, capsys):
     assert error.splitlines()[-2].startswith("failed: small/tame-0: no store at stores/pm.h5. Make it with: python -m")
     assert "error: 2 of 2 runs failed" in error
     assert not Path("runs").exists()
+
+
+def test_what_cannot_be_evaluated_is_not_trained(sweep, capsys):
+    Path(sweep).write_text(
+        SWEEP + '[runs.long]\nagent = { kind = "agentic_transformer" }\nevaluate = { contexts = [40] }\n'
+    )
+    assert main([sweep, "runs.wild.optimizer.learning_rate=1e-3"]) == 2
+    error = capsys.readouterr().err
+    assert "failed: small/long-0: evaluate.contexts asks for 40 trajectories, and stores/pm.h5 holds out" in error
+    assert "train small/long-0" not in error
+    assert "train small/tame-0" in error
+
+
+def test_a_dry_run_announces_what_the_sweep_would_refuse(sweep, capsys):
+    Path("runs/small/wild-0").mkdir(parents=True)
+    refused = {
+        "runs/small holds a run, whose results": Path("runs/small/config.json"),
+        "runs/small/wild-0 is a run of agents.recall": Path("runs/small/wild-0/config.json"),
+    }
+    for file in refused.values():
+        file.write_text('{"name": "small", "lines": 8}')
+    for told, file in refused.items():
+        for more in (["--dry-run"], []):
+            assert main([sweep, *more]) == 2
+            assert f"error: {told}" in capsys.readouterr().err
+        file.unlink()
+    assert main([sweep, "--dry-run"]) == 0
