@@ -15,6 +15,7 @@ from agents.checkpoint import Checkpoints
 from agents.cli import ConfigError
 from data import DataError
 from data.atomic_file import lock
+from rlring import processes
 
 
 def check_processes(mesh: Mesh | None) -> None:
@@ -35,11 +36,11 @@ def wait_for_all(what: str) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the run `folder` for the first process; DataError when another command trains it.
+    """Holds the folder of a run, or of a sweep, for the first process; DataError when another command trains it.
 
     The lock is a file beside the folder, which may move or vanish meanwhile; it dies with its process.
     """
-    if jax.process_index():
+    if processes() > 1 and jax.process_index():  # asked of one process, JAX would start its devices
         yield
         return
     path = folder.with_name(f".{folder.name}.training")

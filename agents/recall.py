@@ -133,7 +133,6 @@ def training(config: RecallConfig) -> Training:
 def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
     """Trains, or goes on training, and returns the share of new texts in which each question is answered right."""
     folder = RUNS / config.name
-    request_cpu_devices(config.mesh.devices)
     with alone(folder):
         return _recall(folder, config, progress=progress)
 
@@ -152,6 +151,7 @@ def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> np.ndarray
             f"{folder} has checkpoints, but no config.json: with which settings they were trained is not known. "
             "Put it back, or choose another name."
         )
+    request_cpu_devices(config.mesh.devices)
     whole = training(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", dump(config))

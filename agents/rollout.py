@@ -30,7 +30,7 @@ class Between(NamedTuple):
 
 
 class Played(NamedTuple):
-    """One episode of every group."""
+    """One episode of every row."""
 
     returns: np.ndarray  # f64[G]
     steps: np.ndarray  # i64[G]
@@ -78,21 +78,37 @@ def play(
     own, groups = loaded.config.evaluate, loaded.config.evaluate.groups
     goals = held_out_goals(condition.task, own.seed, groups)
     observation = environments.reset([(own.seed, group, episode) for group in range(groups)], goals)
+    return episode_of_all(loaded, environments, act, before, observation, target=target)
+
+
+def episode_of_all(
+    loaded: "Loaded",
+    environments: EnvironmentBatch,
+    act: Callable,
+    before: Between,
+    observation: np.ndarray,
+    *,
+    target: float | None,
+) -> Played:
+    """Returns an episode of every row of `environments`, which were just reset to `observation`. The memory of `before`
+    is used up. target: the return asked for; of None, 0 is told in every step."""
+    rows = len(observation)
     memory, key, action, reward = before
     key = jax.random.wrap_key_data(key)
-    return_to_go = np.full(groups, target, np.float32)
-    total, steps = np.zeros(groups), np.zeros(groups, int)
+    return_to_go = np.full(rows, target or 0.0, np.float32)
+    total, steps = np.zeros(rows), np.zeros(rows, int)
     for step in range(environments.episode_steps):
         running = ~environments.over
         if not running.any():
             break
-        now = Now(observation, action, reward, return_to_go, np.full(groups, step, np.int32))
+        now = Now(observation, action, reward, return_to_go, np.full(rows, step, np.int32))
         key, sampling = jax.random.split(key)
-        action, memory = act(loaded.params, memory, now, sampling if own.sample else None)
+        action, memory = act(loaded.params, memory, now, sampling if loaded.config.evaluate.sample else None)
         check_action(loaded, action, running, step)
         taken = environments.step(np.asarray(action))
         observation, reward = taken.observation, taken.reward.astype(np.float32)
-        return_to_go = return_to_go - reward
+        if target is not None:
+            return_to_go = return_to_go - reward
         total += taken.reward
         steps += running
     return Played(total, steps, Between(memory, jax.random.key_data(key), jnp.asarray(action), jnp.asarray(reward)))

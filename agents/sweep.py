@@ -18,6 +18,7 @@ from typing import NamedTuple
 from agents.checkpoint import Checkpoints
 from agents.cli import LESS_MEMORY, ConfigError, run
 from agents.config import Config, SweepConfig, dump, load
+from agents.processes import alone
 from agents.results import Result, write_results
 from data import DataError, cli
 from data.atomic_file import write_text
@@ -37,7 +38,14 @@ class Swept(NamedTuple):
 
 
 def sweep(config: SweepConfig, source: Path) -> Swept:
-    """Runs what is missing of a sweep. A run that fails stops no other; the plot is then of those that did not."""
+    """Runs what is missing of a sweep. A run that fails stops no other; the plot is then of those that did not.
+    DataError when another process runs this sweep now."""
+    folder = Path("runs") / config.name
+    with alone(folder):
+        return _sweep(folder, config, source)
+
+
+def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
     # Imported late: a dry run, and a bad config, answer at once.
     from agents.continuation import check_folder, check_free_of_runs, check_trained_so_far, newest
     from agents.datasets import check_existing, prepare
@@ -50,7 +58,6 @@ def sweep(config: SweepConfig, source: Path) -> Swept:
     from data import TrajectoryStore
     from rlring import request_cpu_devices
 
-    folder = RUNS / config.name
     arms = config.arms()
     runs = [one for _, one in arms]
     began = time.monotonic()

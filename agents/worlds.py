@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from agents.agent import Memory, Now
+from agents.agent import Memory
 from agents.cli import ConfigError
 from agents.config import Config
 from agents.prompts import context_tokens, laid_out
 from agents.results import Result, append_results
-from agents.rollout import check_action, make_environments
+from agents.rollout import Between, episode_of_all, make_environments
 from data import WorldSampler
 from data.environment_batch import EnvironmentBatch
 from data.tasks import goal_task
@@ -185,22 +186,11 @@ class _Player:
         seeds = [(own.seed, int(group), 0) for group in groups.ravel()]
         observation = environments.reset(seeds, *(values.reshape(rows, -1) for values in (goals, signs)))
         label = [own.seed, self.loaded.config.seed, history.places, history.seen, int(groups.flat[0])]
-        random = jax.random.key(int(np.random.SeedSequence(label).generate_state(1)[0]))
-        action, reward = np.zeros((rows, environments.action_size), np.float32), np.zeros(rows, np.float32)
-        asked_for, total, steps = np.zeros(rows, np.float32), np.zeros(rows), np.zeros(rows, int)
-        for step in range(environments.episode_steps):
-            running = ~environments.over
-            if not running.any():
-                break
-            now = Now(observation, action, reward, asked_for, np.full(rows, step, np.int32))
-            random, sampling = jax.random.split(random)
-            action, memory = self.act(self.loaded.params, memory, now, sampling if own.sample else None)
-            check_action(self.loaded, action, running, step)
-            taken = environments.step(np.asarray(action))
-            observation, reward = taken.observation, taken.reward.astype(np.float32)
-            total += taken.reward
-            steps += running
-        return total.reshape(groups.shape), steps.reshape(groups.shape)
+        key = jax.random.key_data(jax.random.key(int(np.random.SeedSequence(label).generate_state(1)[0])))
+        action, reward = (jnp.zeros(shape, jnp.float32) for shape in ((rows, environments.action_size), rows))
+        before = Between(memory, key, action, reward)
+        returns, steps, _ = episode_of_all(self.loaded, environments, self.act, before, observation, target=None)
+        return returns.reshape(groups.shape), steps.reshape(groups.shape)
 
     def _sampler(self, task: str) -> WorldSampler:
         store, config = self.loaded.store(task), self.loaded.config

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from agents.processes import alone
 from agents.sweep import main
 from data.build import build
 from data.collect import collect
@@ -107,3 +108,12 @@ def test_a_dry_run_announces_what_the_sweep_would_refuse(sweep, capsys):
             assert f"error: {told}" in capsys.readouterr().err
         file.unlink()
     assert main([sweep, "--dry-run"]) == 0
+
+
+def test_a_second_sweep_of_one_name_answers_in_one_line(sweep, capsys):
+    with alone(Path("runs/small")):
+        assert main([sweep]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: another process trains runs/small right now; wait for it")
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
