@@ -69,7 +69,7 @@ def damages(whole: bytes, random: np.random.Generator):
     yield b""
     yield whole[: len(whole) // 2]
     yield bytes(len(whole))
-    for place in random.integers(0, len(whole), 4):
+    for place in random.integers(0, len(whole), 2):
         yield whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :]
 
 
@@ -87,7 +87,7 @@ def test_any_damage_is_found_and_named(run):
                 assert re.search(r"\(.+\). Delete the folder of that one to use the one before it", told), told
                 found += 1
         file.write_bytes(whole)
-    assert found > 30
+    assert found > 20
     shutil.rmtree(newest)  # as advised
     jax.tree.map(np.testing.assert_array_equal, read(run), STATE)
 
