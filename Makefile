@@ -17,10 +17,10 @@ quickstart: $(VENV)/installed
 	$(RUN) -m agents.sweep configs/quickstart.toml
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -m "not slow" --numprocesses 2
+	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/installed
-	$(RUN) -m pytest -m slow --numprocesses 2
+	$(RUN) -m pytest -m slow --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

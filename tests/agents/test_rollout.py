@@ -46,7 +46,7 @@ def interrupted_after(monkeypatch, episodes: int) -> list[int]:
     "settings",
     [
         (),
-        ("evaluate.mesh.ring=4",),
+        pytest.param(("evaluate.mesh.ring=4",), marks=pytest.mark.slow),
         pytest.param(("agent.kind=bc",), marks=pytest.mark.slow),
     ],
     ids=str,

@@ -118,7 +118,7 @@ def test_the_baselines_learn(tiny, kind):
     assert np.mean([got[s][0] for s in range(50, 61)]) < np.mean([got[s][0] for s in range(1, 11)]) - 0.1
 
 
-@pytest.mark.parametrize("ring", [1, 4])
+@pytest.mark.parametrize("ring", [1, slow(4)])
 def test_a_stopped_and_resumed_run_logs_the_same_bits(tiny, ring):
     mesh = f"mesh.ring={ring}"
     whole = losses(train(tiny("name=whole", mesh), progress=False))
@@ -143,20 +143,21 @@ def test_a_finished_run_has_nothing_to_resume(trained, tiny):
     assert losses(folder) == before
 
 
-def test_kill_minus_nine_at_any_moment_changes_no_bit(write_config, tmp_path):
+@pytest.mark.parametrize(("updates", "kills"), [(120, 1), slow(300, 2)])
+def test_kill_minus_nine_at_any_moment_changes_no_bit(write_config, tmp_path, updates, kills):
     """Real processes, killed in the middle of training and then resumed to the end."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
 
     def command(name: str, *more: str) -> list[str]:
-        overrides = ["train.updates=300", "train.checkpoint_every=20", "mesh.ring=2"]
+        overrides = [f"train.updates={updates}", "train.checkpoint_every=20", "mesh.ring=2"]
         return [sys.executable, "-m", "agents.train", str(write_config), f"name={name}", *overrides, *more]
 
     subprocess.run(command("whole"), check=True, capture_output=True, env=environment)
     want = losses(tmp_path / "runs/whole")
-    assert len(want) == 300
+    assert len(want) == updates
     metrics = tmp_path / "runs/killed/metrics.jsonl"
     wait = np.random.default_rng().uniform(0.0, 1.0)
-    for attempt in range(2):
+    for attempt in range(kills):
         process = subprocess.Popen(
             command("killed", *["--resume"] * attempt),
             env=environment,

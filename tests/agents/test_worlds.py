@@ -59,7 +59,7 @@ def test_a_little_memory_is_enough(trained, map_settings):
     assert returns(folder) == want
 
 
-@pytest.mark.parametrize("mesh", ["ring=1", "ring=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("ring=1", marks=pytest.mark.slow), "ring=2"])
 def test_queries_that_share_a_history_act_as_one_full_pass(trained, map_settings, mesh):
     """The actions after a shared history are those that training computes on the whole chain, to 1e-5."""
     config, agent, params, *_ = load_agent(trained(*map_settings), [f"evaluate.mesh.{mesh}"])
@@ -101,7 +101,7 @@ def test_another_world_is_never_the_own(trained, map_settings, capsys):
     assert not (folder / "results.jsonl").exists()  # nor were the worlds of which nothing is seen played before
 
 
-@pytest.mark.parametrize("kind", ["decision_transformer", "bc"])
+@pytest.mark.parametrize("kind", [pytest.param("decision_transformer", marks=pytest.mark.slow), "bc"])
 def test_who_sees_no_history_is_asked_without_one(trained, map_settings, kind):
     folder = trained(*map_settings, f"agent.kind={kind}")
     assert evaluate(folder, MAP, progress=False) == 8

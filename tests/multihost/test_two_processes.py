@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from agents.checkpoint import read_metrics
+from agents.train import main
 from data import ChainSampler, TrajectoryStore
 from data.build import build
 from data.collect import collect
@@ -55,7 +56,7 @@ def made(tmp_path_factory):
     collect(TASK, "waypoints", 240, 0, folder / "episodes", workers=1, progress=False)
     build(folder / "episodes", TASK, folder / "store.h5", workers=1, progress=False)
     (folder / "config.toml").write_text(CONFIG.format(task=TASK, folder=folder))
-    finish([start(folder)])
+    finish([start(folder, "mesh.ring=1")])
     return folder
 
 
@@ -207,12 +208,15 @@ def test_a_process_that_is_told_to_end_takes_the_other_with_it(folder):
     assert (folder / f"runs/ended/checkpoints/{last}").is_dir()
 
 
-def test_what_cannot_be_a_cluster(folder, capsys):
+def test_what_cannot_be_a_cluster(tmp_path, capsys):
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG.format(task=TASK, folder=tmp_path))
     for arguments, message in (
         (["--process", "1"], "error: --processes and --process go with --cluster HOST:PORT"),
         (["--cluster", "127.0.0.1:1", "--process", "0"], "error: a cluster takes an address, the number of processes"),
         (["--cluster", "127.0.0.1:1", "--processes", "2", "--process", "2"], "error: of 2 processes one is number 0"),
     ):
-        printed = finish([start(folder, "name=x", *arguments)], codes=(2,))[0]
+        assert main([str(config), *arguments]) == 2
+        printed = capsys.readouterr().err
         assert printed.startswith(message)
         assert printed.count("\n") == 1

@@ -153,7 +153,12 @@ def test_a_sparse_cache_holds_what_is_still_seen():
 
 @pytest.mark.parametrize(
     ("pattern", "batch", "mesh"),
-    [(None, 1, None), (None, 3, None), (None, 1, {"ulysses": 2}), (SparsePattern(64, 16, 8), 1, None)],
+    [
+        (None, 1, None),
+        pytest.param(None, 3, None, marks=pytest.mark.slow),
+        pytest.param(None, 1, {"ulysses": 2}, marks=pytest.mark.slow),
+        (SparsePattern(64, 16, 8), 1, None),
+    ],
     ids=str,
 )
 def test_a_step_copies_neither_cache_nor_weights(pattern, batch, mesh):
@@ -203,8 +208,18 @@ def test_what_would_be_wrong_is_seen():
     assert np.isnan(features).all()
 
 
-@pytest.mark.parametrize("mesh", [None, {"ring": 4}, {"data": 2, "ulysses": 2}], ids=str)
-@pytest.mark.parametrize(("step", "window"), [(1, None), (4, None), (4, 16), (4, 14), (4, 13)])
+QUICK = ((None, 4, 16), (None, 4, 13), ({"ring": 4}, 4, 14), ({"data": 2, "ulysses": 2}, 1, None))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "step", "window"),
+    [
+        (mesh, *steps) if (mesh, *steps) in QUICK else pytest.param(mesh, *steps, marks=pytest.mark.slow)
+        for mesh in (None, {"ring": 4}, {"data": 2, "ulysses": 2})
+        for steps in ((1, None), (4, None), (4, 16), (4, 14), (4, 13))
+    ],
+    ids=str,
+)
 def test_a_dense_cache_forgets_nothing_in_silence(step, window, mesh):
     """In 16 slots: every token that does not see what the slots held no longer is right, the others are NaN."""
     model, mesh = make(None, layers=1), make_mesh(**mesh) if mesh else None

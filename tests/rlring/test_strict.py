@@ -67,8 +67,17 @@ def test_nothing_comes_out_that_is_no_number(scheme):
     assert all(jnp.isfinite(x).all() for x in function(*arrays))
 
 
-@pytest.mark.parametrize("remat", ["none", "attention"])
-@pytest.mark.parametrize("scheme", ["blockwise", "sparse", "hybrid"])
+@pytest.mark.parametrize(
+    ("scheme", "remat"),
+    [
+        ("blockwise", "none"),
+        ("sparse", "attention"),
+        ("hybrid", "attention"),
+        pytest.param("blockwise", "attention", marks=pytest.mark.slow),
+        pytest.param("sparse", "none", marks=pytest.mark.slow),
+        pytest.param("hybrid", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_is_promoted_in_a_model(scheme, remat):
     mesh = make_mesh(**SCHEMES[scheme])
     shape = TransformerConfig(

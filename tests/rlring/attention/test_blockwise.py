@@ -1,5 +1,6 @@
 """blockwise.py: going on from attention over other keys. What it computes from nothing is in test_contract.py."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -29,11 +30,18 @@ def by_definition(q, k, v, visible):
     return np.einsum("bnts,bsnh->btnh", weights / np.where(total == 0, 1, total), v), lse
 
 
+BLOCKS = (Blocks(16, 16, 2**20), Blocks(16, 16, 512), Blocks(12, 20, 2**20), Blocks(64, 64, 1))
+QUICK = ((True, BLOCKS[1]), (True, BLOCKS[2]), (False, BLOCKS[0]))
+
+
 @pytest.mark.parametrize(
-    "blocks", [Blocks(16, 16, 2**20), Blocks(16, 16, 512), Blocks(12, 20, 2**20), Blocks(64, 64, 1)]
+    ("is_causal", "blocks"),
+    [
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product((True, False), BLOCKS)
+    ],
 )
 @pytest.mark.parametrize("growth", [1.0, 100.0, 0.01])
-@pytest.mark.parametrize("is_causal", [True, False])
 def test_going_on_is_attention_over_all(blocks, growth, is_causal):
     """Later scores that are far above, or far below, the lse so far; and queries that saw nothing until then."""
     keys = jax.random.split(jax.random.key(0), 3)

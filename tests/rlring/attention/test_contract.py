@@ -60,12 +60,17 @@ def causal_masks(length: int = LENGTH) -> dict[str, Mask]:
     }
 
 
-def all_masks() -> dict[str, Mask]:
-    causal = causal_masks()
-    windowed = {f"{name}, window": replace(mask, window=9) for name, mask in causal.items()}
-    full = {f"{name}, full": replace(mask, is_causal=False) for name, mask in causal.items()}
-    both = {"shuffled, full, window": replace(windowed["shuffled, window"], is_causal=False)}
-    return causal | windowed | full | both
+KINDS = {
+    "causal": {},
+    "window": {"window": 9},
+    "full": {"is_causal": False},
+    "full, window": {"is_causal": False, "window": 9},
+}
+
+
+def masks_of(kind: str) -> dict[str, Mask]:
+    """Those of a kind are one program."""
+    return {name: replace(mask, **KINDS[kind]) for name, mask in causal_masks().items()}
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -74,6 +79,10 @@ def run(inputs, mask, config, mesh=None):
     q, k, v, d_out = inputs
     out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, config=config, mesh=mesh), q, k, v)
     return (out, *pull(d_out))
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def relative_error(a, b) -> float:
@@ -93,17 +102,32 @@ def check(scheme, mesh, inputs, masks, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "mesh"),
-    [case if case[0] in ("blockwise", "ring") else pytest.param(*case, marks=pytest.mark.slow) for case in ONE_OF_EACH],
+    ("scheme", "mesh", "kind"),
+    [
+        ("blockwise", {}, "causal"),
+        ("blockwise", {}, "window"),
+        ("blockwise", {}, "full"),
+        slow("blockwise", {}, "full, window"),
+        ("ring", {"ring": 4}, "causal"),
+        *(slow("ring", {"ring": 4}, kind) for kind in KINDS if kind != "causal"),
+        *(slow(*case, kind) for case in ONE_OF_EACH[2:] for kind in KINDS),
+    ],
     ids=str,
 )
-def test_every_mask_with_grouped_heads(scheme, mesh):
-    check(scheme, mesh, arrays(kv_heads=2), all_masks())
+def test_every_mask_with_grouped_heads(scheme, mesh, kind):
+    check(scheme, mesh, arrays(kv_heads=2), masks_of(kind))
 
 
-@pytest.mark.parametrize(("scheme", "mesh"), [case for case in CASES if case not in ONE_OF_EACH], ids=str)
+QUICK_MESHES = [("ring", {"data": 2, "ring": 2}), ("all_gather", {"ring": 2, "ulysses": 2})]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mesh"),
+    [case if case in QUICK_MESHES else slow(*case) for case in CASES if case not in ONE_OF_EACH],
+    ids=str,
+)
 def test_other_meshes(scheme, mesh):
-    check(scheme, mesh, arrays(kv_heads=2), {name: replace(m, window=9) for name, m in causal_masks().items()})
+    check(scheme, mesh, arrays(kv_heads=2), masks_of("window"))
 
 
 @pytest.mark.slow
@@ -114,14 +138,11 @@ def test_other_groupings(scheme, mesh, kv_heads):
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-@pytest.mark.parametrize("ring", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_the_ring_of_other_platforms(platform, ring):
+@pytest.mark.parametrize(("ring", "kind"), [(4, "causal"), slow(4, "full"), slow(8, "causal"), slow(8, "full")])
+def test_the_ring_of_other_platforms(platform, ring, kind):
     """The order of transfer and compute of a GPU and of a TPU, run here."""
     config = AttentionConfig("ring", **BLOCKS, transport=Transport.of(platform))
-    chosen = ("plain", "ragged", "zigzag", "shuffled") if ring == 4 else causal_masks()
-    masks = {name: causal_masks()[name] for name in chosen}
-    masks["shuffled, full"] = replace(causal_masks()["shuffled"], is_causal=False)
-    check(config, {"ring": ring}, arrays(kv_heads=2), masks)
+    check(config, {"ring": ring}, arrays(kv_heads=2), masks_of(kind))
 
 
 @pytest.mark.parametrize(("scheme", "mesh"), ONE_OF_EACH, ids=str)
@@ -176,7 +197,7 @@ def test_a_token_changes_nothing_before_it(scheme, mesh):
     np.testing.assert_array_equal(changed, np.asarray(mask.q_position[0]) >= 20)
 
 
-@pytest.mark.parametrize(("scheme", "mesh"), [CASES[0], CASES[3], CASES[5]], ids=str)
+@pytest.mark.parametrize(("scheme", "mesh"), [CASES[0], CASES[2], slow(*CASES[3]), CASES[5]], ids=str)
 def test_the_same_bits_twice(scheme, mesh):
     inputs, mask, mesh = arrays(2), causal_masks()["shuffled"], make_mesh(**mesh) if mesh else None
     once, again = (run(inputs, mask, AttentionConfig(scheme, **BLOCKS), mesh) for _ in range(2))
@@ -211,8 +232,9 @@ def test_everything(scheme, mesh, kv_heads):
                 assert relative_error(c, e) <= 2 * relative_error(d, e), f"bfloat16: {case}"
 
 
-@pytest.mark.parametrize("slope", [1, -1])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "slope"), [(jnp.float32, 1), slow(jnp.float32, -1), slow(jnp.float16, 1), (jnp.float16, -1)]
+)
 def test_scores_that_grow_without_end(dtype, slope, monkeypatch):
     """The fast sum takes the first block's top for all; where later scores are far above it, it is done again."""
     q, k, v, d_out = arrays(4, dtype=dtype)

@@ -19,8 +19,13 @@ def permutes(function, *arrays) -> int:
     return text.count(" collective-permute(") + text.count(" collective-permute-start(")
 
 
-@pytest.mark.parametrize("devices", [4, 8])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "devices"), [(jnp.float32, 4), slow(jnp.float32, 8), (jnp.bfloat16, 4), slow(jnp.bfloat16, 8)]
+)
 def test_one_permute_a_hop(devices, dtype):
     x = jnp.zeros((1, 32, 2, 4), dtype)
     mask = Mask.causal(jnp.arange(32, dtype=jnp.int32)[None])
@@ -48,7 +53,7 @@ def backward_on_cpu(hops: int, dtype=jnp.float32) -> int:
     return (3 if dtype == jnp.float32 else 1) * hops + 2 * (hops + 1) if hops else 0
 
 
-@pytest.mark.parametrize(("window", "hops"), [(1, 0), (9, 1), (10, 2)])
+@pytest.mark.parametrize(("window", "hops"), [slow(1, 0), (9, 1), slow(10, 2)])
 def test_a_window_takes_as_many_hops_as_it_reaches(window, hops):
     """Tokens in their order, 8 a device: ceil((window - 1) / 8) hops; in any other order the ring goes once around."""
     position = jnp.arange(64, dtype=jnp.int32)[None]

@@ -108,7 +108,7 @@ def check(inputs, mask, config, mesh=None):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * max(np.abs(expected).max(), 1e-30), err_msg=part)
 
 
-@pytest.mark.parametrize("chunk", [2, 4, 6])
+@pytest.mark.parametrize("chunk", [4, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (2, 6))])
 @pytest.mark.parametrize("name", masks())
 def test_every_mask(name, chunk):
     """The band in chunks of so many of its 6 tiles; of 4, the second goes around to the first tiles."""
@@ -119,7 +119,7 @@ def test_every_mask(name, chunk):
     check(inputs, masks()[name], AttentionConfig("sparse", tile, tile, scores, sparse=PATTERNS["plain"]))
 
 
-@pytest.mark.parametrize("mesh", [None, {"ulysses": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [None, pytest.param({"ulysses": 2}, marks=pytest.mark.slow)], ids=str)
 def test_the_default_blocks(mesh):
     """Several tiles of keys and chunks of the band, as users have them."""
     length, config = 2000, AttentionConfig("sparse", sparse=SparsePattern(64, 2, 8))
@@ -129,7 +129,12 @@ def test_the_default_blocks(mesh):
     check(inputs, masks(length)["plain"], config, make_mesh(**mesh) if mesh else None)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+QUICK = ("odd", "one_local_block", "all_strided")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PATTERNS]
+)
 def test_every_pattern(name):
     mask = masks()["packed"]
     check(arrays(4, 4), mask, AttentionConfig("sparse", 16, 12, 2000, sparse=PATTERNS[name]))
@@ -150,7 +155,13 @@ def test_small_sparsity_blocks_in_large_tiles(length, name):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "mesh"), [(4, {"data": 2, "ulysses": 2}), (2, {"ulysses": 4}), (1, {"ulysses": 2})], ids=str
+    ("kv_heads", "mesh"),
+    [
+        pytest.param(4, {"data": 2, "ulysses": 2}, marks=pytest.mark.slow),
+        (2, {"ulysses": 4}),
+        pytest.param(1, {"ulysses": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_over_ulysses(kv_heads, mesh):
     """Each device takes the patterns of its own heads, also where a key/value head is copied for two of them."""
