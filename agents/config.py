@@ -64,7 +64,8 @@ class ChainConfig(Section):
 
 
 class AgentConfig(Section):
-    kind: Literal["agentic_transformer", "decision_transformer", "bc"]
+    kind: Literal["agentic_transformer", "decision_transformer", "recurrent", "bc"]
+    """recurrent: gated recurrent units read the chains of the agentic transformer; bc: behaviour cloning."""
     tokens: Literal["rsar", "fused"] = "fused"
     """rsar: return, state, action and reward are a token each (the papers'); fused: one token a step, four times the
     context."""
@@ -168,9 +169,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def model_can_be_made(self) -> "Config":
-        if self.agent.kind != "bc":
+        if self.agent.kind not in ("bc", "recurrent"):
             TransformerConfig(
                 **self.model.shape(rope_fraction=0.0), attention=self.attention.made(sharded=self.mesh.devices > 1)
+            )
+        return self
+
+    @model_validator(mode="after")
+    def recurrent_reads_in_order(self) -> "Config":
+        if self.agent.kind != "recurrent":
+            return self
+        for name, mesh in (("mesh", self.mesh), ("evaluate.mesh", self.evaluate.mesh)):
+            if mesh.ring * mesh.ulysses > 1:
+                raise ValueError(
+                    f"agent.kind 'recurrent' reads one token after the other, and no mesh splits that; got {name}.ring="
+                    f"{mesh.ring}, {name}.ulysses={mesh.ulysses}; use {name}.data alone"
+                )
+        if self.agent.tokens != "fused" or self.agent.window is not None:
+            raise ValueError(
+                f"agent.kind 'recurrent' takes fused tokens and has no window; got agent.tokens={self.agent.tokens!r}, "
+                f"agent.window={self.agent.window}; leave them out"
             )
         return self
 
@@ -187,7 +205,7 @@ class Config(Section):
     def scheme_fits_mesh(self) -> "Config":
         """Checked here and not only by the library, so that nothing is collected for a run that cannot start."""
         scheme, mesh = self.attention.scheme, self.mesh
-        if self.agent.kind == "bc":
+        if self.agent.kind in ("bc", "recurrent"):
             return self
         needs = {
             "auto": True,

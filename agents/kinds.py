@@ -7,10 +7,12 @@ from agents.agentic_transformer import AgenticTransformer
 from agents.bc import BehaviourCloning
 from agents.config import Config
 from agents.decision_transformer import DecisionTransformer
+from agents.recurrent import RecurrentAgent
 
 KINDS = {
     "agentic_transformer": AgenticTransformer,
     "decision_transformer": DecisionTransformer,
+    "recurrent": RecurrentAgent,
     "bc": BehaviourCloning,
 }
 

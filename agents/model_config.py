@@ -22,6 +22,9 @@ class ModelConfig(Section):
     """Share of each head rotated by position; the rest looks things up however far back they stand. None: 0 for fused
     tokens, whose steps and rewards tell all that order would; 1 for rsar tokens and for text, which only their places
     bind together."""
+    log_scaling: bool = False
+    """Queries grow with the logarithm of the keys that they see, by a factor learnt for each head
+    (`rlring.TransformerConfig`): attention stays sharp on contexts longer than those of training."""
     compute_type: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "attention", "all", "offload"] = "none"
     fsdp: bool = False

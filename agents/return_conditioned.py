@@ -59,16 +59,16 @@ class ReturnConditionedAgent:
         self.config = config
         self.mesh = mesh
         self.action_size = action_size
-        self.longest_episode: int | None = episode_steps  # each step of one has an embedding
+        self.longest_episode: int = episode_steps  # each step of one has an embedding
         self.observation_size = len(scales.observation_mean)
         self.shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
-        attention = config.attention.made(sharded=mesh is not None and mesh.size > 1)
+        self.scales = scales
+        self.graph = nnx.split(nnx.eval_shape(self.network, jax.random.key(0)))[0]
 
-        def network(key: Array) -> Network:
-            return Network(config, scales, action_size, episode_steps, attention, rngs=nnx.Rngs(key))
-
-        self._network = network
-        self.graph = nnx.split(nnx.eval_shape(network, jax.random.key(0)))[0]
+    def network(self, key: Array) -> nnx.Module:
+        """Returns its network, with new weights."""
+        attention = self.config.attention.made(sharded=self.mesh is not None and self.mesh.size > 1)
+        return Network(self.config, self.scales, self.action_size, self.longest_episode, attention, rngs=nnx.Rngs(key))
 
     @property
     def tokens_per_moment(self) -> int:
@@ -81,7 +81,7 @@ class ReturnConditionedAgent:
         return None if steps is None else steps * self.tokens_per_moment
 
     def init(self, key: Array) -> Params:
-        return jax.jit(lambda key: nnx.split(self._network(key))[1])(key)
+        return jax.jit(lambda key: nnx.split(self.network(key))[1])(key)
 
     def order(self, moments: int) -> np.ndarray | None:
         """Returns which moment stands at which place (-1: padding), so that the ring is balanced; None for as they are.
@@ -149,13 +149,7 @@ class ReturnConditionedAgent:
 
     def act(self, params: Params, memory: Memory, now: Now, key: Array | None) -> tuple[Array, Memory]:
         network = nnx.merge(self.graph, params)
-        rows = now.observation.shape[0]
-        moments = Moments(
-            *(field[:, None] for field in now),
-            position=jnp.full((rows, 1), memory.moment, jnp.int32),
-            segment=jnp.zeros((rows, 1), jnp.int32),
-        )
-        x, position, segment = network.tokenizer(moments)
+        x, position, segment = network.tokenizer(moments_of_now(now, memory.moment))
         y, cache = network.transformer.decode(
             x, position, segment, memory.cache, window=self.window, mesh=self.mesh if self.shards > 1 else None
         )
@@ -173,4 +167,14 @@ def moments_of(batch: ChainBatch) -> Moments:
         step=jnp.asarray(batch.step),
         position=jnp.asarray(batch.position),
         segment=jnp.asarray(batch.segment),
+    )
+
+
+def moments_of_now(now: Now, moment: Int[Array, ""] | int) -> Moments:
+    """Returns what the tokens of one moment are made of, of this index in the chain."""
+    rows = now.observation.shape[0]
+    return Moments(
+        *(field[:, None] for field in now),
+        position=jnp.full((rows, 1), moment, jnp.int32),
+        segment=jnp.zeros((rows, 1), jnp.int32),
     )

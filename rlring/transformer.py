@@ -1,5 +1,6 @@
 """The Transformer: pre-norm blocks scanned over depth, rotary positions, attention over a sharded sequence."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -39,6 +40,9 @@ class TransformerConfig:
     rope_base: float = 10_000.0
     rope_fraction: float = 1.0
     """Share of each head that is rotated; the rest looks things up by what they are, however far back they stand."""
+    log_scaling: bool = False
+    """Queries are multiplied by s * log(keys that they may see), s learnt for each head: attention to one of many keys
+    stays as sharp on contexts longer than those of training (scalable softmax, 2501.19399, equation 3)."""
     compute_type: Literal["float32", "bfloat16"] = "float32"
     """Type of activations; weights are kept in float32."""
     remat: Remat = "none"
@@ -107,6 +111,15 @@ def rotate(x_BTNH: Array, position: Int[Array, "B T"], base: float, fraction: fl
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
 
 
+LEARNT_AT = 256  # keys, of which a query starts out as it would be without log_scaling
+
+
+def log_keys(position: Int[Array, "B T"], window: int | None) -> Float[Array, "B T 1 1"]:
+    """Returns the logarithm of how many keys a query may see that stands so far from the start: 1 at the first."""
+    keys = jnp.maximum(position, 0).astype(jnp.float32) + 1
+    return jnp.log(keys if window is None else jnp.minimum(keys, window))[..., None, None]
+
+
 class Block(nnx.Module):
     """One layer: attention, then a gated feed-forward, each added to the residual stream."""
 
@@ -123,19 +136,25 @@ class Block(nnx.Module):
         self.query = weight((D, N, H), D)
         self.key = weight((D, K, H), D)
         self.value = weight((D, K, H), D)
+        if config.log_scaling:
+            self.sharpness = nnx.Param(jnp.full(N, 1 / math.log(LEARNT_AT)))
         self.output = weight((N, H, D), N * H, residual)
         self.feed_forward_norm = nnx.Param(jnp.ones(D))
         self.gate = weight((D, F), D)
         self.up = weight((D, F), D)
         self.down = weight((F, D), F, residual)
 
-    def project(self, x: Float[Array, "B T D"], position: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "B T D"], mask: Mask) -> tuple[Array, Array, Array]:
         """Returns the queries, keys and values of `x`, queries and keys rotated to their positions."""
+        position = mask.q_position
         with jax.named_scope("project"):
             normal = rms_norm(x, self.attention_norm[...])
             q_BTNH = jnp.einsum("btd,dnh->btnh", normal, self.query[...].astype(x.dtype))
             k_BTKH = jnp.einsum("btd,dkh->btkh", normal, self.key[...].astype(x.dtype))
             v_BTKH = jnp.einsum("btd,dkh->btkh", normal, self.value[...].astype(x.dtype))
+            if self.config.log_scaling:
+                scale = self.sharpness[...][:, None] * log_keys(position, mask.window)
+                q_BTNH = (q_BTNH * scale).astype(x.dtype)
             base, fraction = self.config.rope_base, self.config.rope_fraction
             return rotate(q_BTNH, position, base, fraction), rotate(k_BTKH, position, base, fraction), v_BTKH
 
@@ -221,7 +240,7 @@ class Transformer(nnx.Module):
             # takes those of all layers out of the stack at once, a copy of the model. A barrier does not (jax 0.10).
             index = layer + (jnp.signbit(x[0, 0, 0]).astype(jnp.int32) >> 1)
             block = nnx.merge(graph, at(blocks, index))
-            q, k, v = block.project(x, now.q_position)
+            q, k, v = block.project(x, now)
             attended, key_value = cache.attend(layer, q, k, v, now, mesh=mesh)
             x = block.finish(x, attended, mesh=None)
             held.append(key_value)
@@ -241,7 +260,7 @@ class Transformer(nnx.Module):
         def layer(x, params, attention_config: AttentionConfig):
             x = checkpoint_name(x, BLOCK_INPUT)
             block = nnx.merge(graph, gathered(params, mesh, x.dtype) if fsdp else params)
-            q, k, v = block.project(x, mask.q_position)
+            q, k, v = block.project(x, mask)
             with jax.named_scope("attention"):
                 attended = attention(q, k, v, mask, config=attention_config, mesh=mesh)
             kept = (k[:, :length], v[:, :length]) if keep else None

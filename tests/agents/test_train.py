@@ -49,15 +49,18 @@ def golden(tiny):
     return make
 
 
-@pytest.mark.parametrize("tokens", ["fused", slow("rsar")])
-def test_losses_are_the_same_on_every_mesh(golden, tiny, tokens):
-    want = golden(f"agent.tokens={tokens}")
+@pytest.mark.parametrize(
+    ("tokens", "how"), [("fused", "model.log_scaling=true"), slow("fused", ""), slow("rsar", "")], ids=str
+)
+def test_losses_are_the_same_on_every_mesh(golden, tiny, tokens, how):
+    settings = [f"agent.tokens={tokens}", *how.split()]
+    want = golden(*settings)
     assert len(want) == 30
     assert want[30][0] < want[1][0]
     meshes = ["mesh.ring=2", "mesh.ring=4", "mesh.ring=8"]
     for mesh in meshes if tokens == "fused" else meshes[1:2]:
         name = mesh.replace("=", "").replace(" ", "")
-        config = tiny("train.updates=30", f"name={name}", f"agent.tokens={tokens}", *mesh.split())
+        config = tiny("train.updates=30", f"name={name}", *settings, *mesh.split())
         got = losses(train(config, progress=False))
         np.testing.assert_allclose([got[s][0] for s in want], [want[s][0] for s in want], atol=1e-5, err_msg=mesh)
 

@@ -119,7 +119,7 @@ def test_dense_layers_between_sparse_ones(mesh, remat):
         for n in range(4):
             block = nnx.merge(block_graph, jax.tree.map(lambda p, n=n: p[n], blocks))
             config = AttentionConfig("dense") if n % 2 else model.config.attention
-            attended = attention(*block.project(x, position), mask, config=config)
+            attended = attention(*block.project(x, mask), mask, config=config)
             x = block.finish(x, attended, mesh=None)
         return rms_norm(x, model.norm[...])
 

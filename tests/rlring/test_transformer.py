@@ -18,6 +18,8 @@ from rlring import (
     make_mesh,
     zigzag_order,
 )
+from rlring.feed_forward import rms_norm
+from rlring.transformer import Block
 
 
 def make(scheme="blockwise", **changes):
@@ -38,11 +40,11 @@ def relative(a, b):
     return float(jnp.abs(a - b).max() / jnp.abs(b).max())
 
 
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("window", "log_scaling"), [(None, False), (None, True), (7, True)])
 @pytest.mark.parametrize("ring", [1, 4])
-def test_prefill_then_decode_equals_one_full_pass(window, ring):
+def test_prefill_then_decode_equals_one_full_pass(window, ring, log_scaling):
     mesh = make_mesh(ring=ring) if ring > 1 else None
-    model = make("ring" if ring > 1 else "blockwise")
+    model = make("ring" if ring > 1 else "blockwise", log_scaling=log_scaling)
     x, position = tokens()
     segment = jnp.zeros_like(position).at[1, 5:9].set(-1)  # a row with a hole in it
     full = jax.jit(lambda x: model(x, Mask.causal(position, segment, window=window), mesh=mesh))(x)
@@ -102,9 +104,10 @@ def test_a_window_bounds_the_cache():
 @pytest.mark.parametrize(
     "remat", ["none", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("attention", "all"))]
 )
-def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat):
+@pytest.mark.parametrize("log_scaling", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat, log_scaling):
     x, position = tokens()
-    reference = make()
+    reference = make(log_scaling=log_scaling)
 
     def loss(model, x, position, mesh):
         y = model(x, Mask.causal(position), mesh=mesh)
@@ -112,7 +115,7 @@ def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat
 
     want, want_gradient = nnx.value_and_grad(loss)(reference, x, position, None)
     for ring in (2, 8):
-        model = make("ring", remat=remat, feed_forward_tile=4)
+        model = make("ring", remat=remat, feed_forward_tile=4, log_scaling=log_scaling)
         order = zigzag_order(64, ring)
         mesh = make_mesh(ring=ring)
         got, gradient = nnx.jit(nnx.value_and_grad(loss), static_argnums=3)(
@@ -121,6 +124,23 @@ def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat
         assert abs(got - want) < 1e-6
         for leaf, want_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
             assert relative(leaf, want_leaf) < 2e-5
+
+
+@pytest.mark.parametrize("window", [None, 10])
+def test_queries_grow_with_the_logarithm_of_what_they_may_see(window):
+    """Against the definition: attention that weighs as exp(s * log(n) * q . k / sqrt(H)) of n keys, s of each head."""
+    block = Block(
+        TransformerConfig(width=32, heads=4, kv_heads=2, log_scaling=True, rope_fraction=0.0), rngs=nnx.Rngs(0)
+    )
+    block.sharpness[...] = jnp.array([0.1, 0.2, 0.4, 0.8])
+    x, position = tokens()
+    got, key, _ = block.project(x, Mask.causal(position[:, ::-1], window=window))
+    normal = np.asarray(rms_norm(x, block.attention_norm[...]), np.float64)
+    plain = np.einsum("btd,dnh->btnh", normal, np.asarray(block.query[...], np.float64))
+    seen = np.arange(64, 0, -1) if window is None else np.minimum(np.arange(64, 0, -1), window)
+    want = plain * np.outer(np.log(seen), [0.1, 0.2, 0.4, 0.8])[None, :, :, None]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(key, np.einsum("btd,dkh->btkh", normal, np.asarray(block.key[...])), atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [0, 13])
