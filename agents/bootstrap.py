@@ -14,7 +14,9 @@ RESAMPLES = 10_000
 CHUNK = 1 << 20  # values resampled at once: 8 MB
 
 Weights = Callable[[int], Float[np.ndarray, " n"]]  # number of values -> the weight of each when sorted
-Strata = Sequence[Float[np.ndarray, " goals"]]  # for each training seed, one value a goal
+Strata = Sequence[Float[np.ndarray, "goals"] | Float[np.ndarray, "worlds queries"]]
+"""For each training seed, one value a goal. Of a map, a row a world, which is drawn whole: its queries share a history.
+NaN is no value."""
 
 
 class Interval(NamedTuple):
@@ -26,8 +28,8 @@ class Interval(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Interquartile mean and mean of the same values, and what was resampled: "goals", "seeds", "goals and seeds",
-    "episodes" or "nothing". An interval says nothing about what was not resampled.
+    """Interquartile mean and mean of the same values, and what was resampled: "goals" or "worlds", "seeds", both, as in
+    "goals and seeds", "episodes" or "nothing". An interval says nothing about what was not resampled.
     """
 
     iqm: Interval
@@ -83,10 +85,10 @@ def bootstrap(
 ) -> Float[np.ndarray, "statistics resamples"]:
     """Returns each statistic of every resample. Stratum s holds one value for every goal of training seed s.
 
-    Goals are drawn with replacement within a seed, which keeps its number of goals. The draw is the same for all seeds
-    of a resample: where the seeds were tested on the same goals their values move together, and drawing them apart
-    would promise too narrow an interval; where the goals differ, it changes nothing on average. Seeds are drawn with
-    replacement too, unless resample_seeds is False, which asks about these very seeds.
+    Goals (of a map, worlds) are drawn with replacement within a seed, which keeps its number of them. The draw is the
+    same for all seeds of a resample: where the seeds were tested on the same goals their values move together, and
+    drawing them apart would promise too narrow an interval; where the goals differ, it changes nothing on average.
+    Seeds are drawn with replacement too, unless resample_seeds is False, which asks about these very seeds.
 
     The random numbers depend on the shape alone: equal values give equal intervals.
     """
@@ -141,10 +143,10 @@ def estimate_ratio(a: Strata, b: Strata, *, resample_seeds: bool = True, resampl
 
 
 def resampled_parts(strata: Strata, resample_seeds: bool) -> str:
-    """Returns what a bootstrap of these strata varies: "goals", "seeds", "goals and seeds" or "nothing"."""
+    """Returns what a bootstrap of these strata varies: "goals" or "worlds", "seeds", both, or "nothing"."""
     parts = []
     if max(len(stratum) for stratum in strata) > 1:
-        parts.append("goals")
+        parts.append("goals" if strata[0].ndim == 1 else "worlds")
     if resample_seeds and len(strata) > 1:
         parts.append("seeds")
     return " and ".join(parts) or "nothing"
@@ -158,7 +160,7 @@ class _Draw(NamedTuple):
 def _draws(strata: Strata, resample_seeds: bool, resamples: int) -> Iterator[_Draw]:
     random = np.random.default_rng(0)
     seeds, goals = len(strata), max(len(stratum) for stratum in strata)
-    chunk = max(1, CHUNK // (seeds * goals))
+    chunk = max(1, CHUNK // (seeds * goals * strata[0][:1].size))
     for start in range(0, resamples, chunk):
         rows = min(chunk, resamples - start)
         seed = random.integers(seeds, size=(rows, seeds)) if resample_seeds else np.tile(np.arange(seeds), (rows, 1))
@@ -175,12 +177,12 @@ def _take(strata: Strata, draw: _Draw) -> Float[np.ndarray, "chunk values"]:
     places = (draw.place[:, None, :] * drawn_sizes).astype(np.int32)
     values = np.concatenate(strata)[start[draw.seed][:, :, None] + places]
     if sizes.min() < sizes.max():
-        values[np.broadcast_to(np.arange(sizes.max()) >= drawn_sizes, values.shape)] = np.nan
+        values[np.broadcast_to(np.arange(sizes.max()) >= drawn_sizes, places.shape)] = np.nan
     return np.sort(values.reshape(len(values), -1), axis=1)
 
 
 def _whole(strata: Strata) -> Float[np.ndarray, "1 values"]:
-    return np.sort(np.concatenate(strata))[None]
+    return np.sort(np.concatenate(strata), axis=None)[None]
 
 
 def _weigh(

@@ -25,6 +25,8 @@ from agents.bootstrap import (
     maximum_weights,
 )
 from agents.cli import ConfigError
+from agents.config import EvaluateConfig
+from agents.goals import GROUPS_OF_A_SEED
 from agents.identity import differences
 from agents.prediction import Line, is_predicted, line, share_known
 from agents.results import ORACLE, Result
@@ -93,7 +95,7 @@ def summarize(
             values = _reduce(members, statistic)
             numbers = tuple(values.values())
             if numbers not in estimates:  # with one episode a goal, all four statistics are the same numbers
-                estimates[numbers] = estimate(_strata(values), resamples=resamples)
+                estimates[numbers] = estimate(_strata(values, queries_of(members[0])), resamples=resamples)
             iqm, mean, over = estimates[numbers]
             seeds = [seed for seed, _ in values]
             rows.append(
@@ -294,6 +296,22 @@ def _reduce(results: Sequence[Result], statistic: str) -> dict[tuple[int, int], 
     return {key: _REDUCTIONS[statistic](returns) for key, returns in _returns(results).items()}
 
 
-def _strata(values: dict[tuple[int, int], float]) -> Strata:
+def queries_of(result: Result) -> int:
+    """Returns how many queries share the history of a result: of a map those of its world, else the one."""
+    return result.settings.get("evaluate.queries", EvaluateConfig().queries) if result.places else 1
+
+
+def _strata(values: dict[tuple[int, int], float], queries: int = 1) -> Strata:
+    """Returns what the bootstrap draws from: of every seed its goals, or its worlds of several queries."""
     seeds = sorted({seed for seed, _ in values})
-    return [np.array([value for (own, _), value in values.items() if own == seed], dtype=np.float64) for seed in seeds]
+    if queries == 1:
+        return [np.array([value for (own, _), value in values.items() if own == seed]) for seed in seeds]
+    strata = []
+    for seed in seeds:
+        worlds: dict[int, np.ndarray] = {}
+        for (own, group), value in values.items():
+            if own == seed:  # of two evaluation seeds no two worlds are the same
+                query = group % GROUPS_OF_A_SEED % queries
+                worlds.setdefault(group - query, np.full(queries, np.nan))[query] = value
+        strata.append(np.stack(list(worlds.values())))
+    return strata

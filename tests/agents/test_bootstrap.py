@@ -145,3 +145,20 @@ def test_one_number_has_no_interval():
     assert only.over == "nothing"
     assert only.mean.value == 3.0
     assert np.isnan([only.mean.low, only.mean.high, only.iqm.low, only.iqm.high]).all()
+
+
+def test_a_world_is_drawn_with_all_its_queries():
+    """Queries of one world that return the same tell no more than one of them does."""
+    worlds = np.random.default_rng(5).normal(size=(12, 1))
+    one = bootstrap.bootstrap([worlds[:, 0]], [mean_weights], resamples=500)
+    np.testing.assert_allclose(bootstrap.bootstrap([worlds.repeat(8, axis=1)], [mean_weights], resamples=500), one)
+    assert estimate([worlds.repeat(8, axis=1)]).over == "worlds"
+    both = estimate([worlds.repeat(8, axis=1), worlds.repeat(8, axis=1) + 1])
+    assert both.over == "worlds and seeds"
+
+
+def test_a_query_without_a_value_does_not_count():
+    strata = [np.array([[1.0, np.nan], [3.0, 5.0]]), np.array([[2.0, 2.0]])]
+    assert estimate(strata).mean.value == pytest.approx(13 / 5)
+    drawn = bootstrap.bootstrap(strata, [mean_weights], resample_seeds=False, resamples=2000)[0]
+    assert set(np.round(drawn, 6)) == {1.5, 2.6, 3.333333}  # the world of one query twice, each once, that of two twice

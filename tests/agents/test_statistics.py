@@ -237,3 +237,14 @@ def test_seeds_of_other_checkpoints_are_rows_of_their_own():
     ]
     best = [replace(one, settings={"evaluate.checkpoint": "best"}) for one in few + many]
     assert [(row.agent, row.seeds, row.mean) for row in summarize(best, statistics=["mean"])] == [("at", 2, 2)]
+def test_the_queries_of_a_world_are_no_independent_goals():
+    random = np.random.default_rng(8)
+    returns = (random.normal(5, 2, size=(16, 1)) + random.normal(0, 0.1, size=(16, 8))).reshape(-1, 1)
+    results = [
+        replace(result, places=64, settings={"evaluate.queries": 8}) for result in episodes(returns, trajectories=64)
+    ]
+    (row,) = summarize(results, statistics=["mean"])
+    assert row.interval_over == "worlds"
+    assert (row.mean_ci_high - row.mean_ci_low) / 2 == pytest.approx(1.96 * 2 / 16**0.5, rel=0.4)
+    (apart,) = summarize([replace(result, places=0) for result in results], statistics=["mean"])
+    assert apart.mean_ci_high - apart.mean_ci_low < 0.5 * (row.mean_ci_high - row.mean_ci_low)
