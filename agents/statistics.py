@@ -92,10 +92,10 @@ def summarize(
         episodes = [len(returns) for returns in _returns(members).values()]
         estimates: dict[tuple[float, ...], Estimate] = {}
         for statistic in statistics:
-            values = _reduce(members, statistic)
+            values = reduced(members, statistic)
             numbers = tuple(values.values())
             if numbers not in estimates:  # with one episode a goal, all four statistics are the same numbers
-                estimates[numbers] = estimate(_strata(values, queries_of(members[0])), resamples=resamples)
+                estimates[numbers] = estimate(strata_of(values, queries_of(members[0])), resamples=resamples)
             iqm, mean, over = estimates[numbers]
             seeds = [seed for seed, _ in values]
             rows.append(
@@ -180,7 +180,7 @@ def ratio_interval(
     A zero denominator gives infinity (see `estimate_ratio`). ConfigError when `a` has other goals or seeds than `b`, or
     when returns are negative.
     """
-    a, b = _reduce(results_a, statistic), _reduce(results_b, statistic)
+    a, b = reduced(results_a, statistic), reduced(results_b, statistic)
     if not a or a.keys() != b.keys():
         raise ConfigError(
             f"a ratio needs the same goals and seeds on both sides; got {len(a)} and {len(b)}, of which "
@@ -191,7 +191,7 @@ def ratio_interval(
         raise ConfigError(
             f"a ratio of returns needs returns of 0 or more; got {smallest:g}. Compare differences instead."
         )
-    return estimate_ratio(_strata(a), _strata(b), resample_seeds=resample_seeds, resamples=resamples)
+    return estimate_ratio(strata_of(a), strata_of(b), resample_seeds=resample_seeds, resamples=resamples)
 
 
 def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESAMPLES) -> Estimate:
@@ -289,7 +289,7 @@ def _returns(results: Sequence[Result]) -> dict[tuple[int, int], list[float]]:
     return groups
 
 
-def _reduce(results: Sequence[Result], statistic: str) -> dict[tuple[int, int], float]:
+def reduced(results: Sequence[Result], statistic: str) -> dict[tuple[int, int], float]:
     """Returns one number for each (seed, group)."""
     if statistic not in STATISTICS:
         raise ConfigError(f"unknown statistic {statistic!r}; choose from {', '.join(STATISTICS)}")
@@ -301,7 +301,7 @@ def queries_of(result: Result) -> int:
     return result.settings.get("evaluate.queries", EvaluateConfig().queries) if result.places else 1
 
 
-def _strata(values: dict[tuple[int, int], float], queries: int = 1) -> Strata:
+def strata_of(values: dict[tuple[int, int], float], queries: int = 1) -> Strata:
     """Returns what the bootstrap draws from: of every seed its goals, or its worlds of several queries."""
     seeds = sorted({seed for seed, _ in values})
     if queries == 1:

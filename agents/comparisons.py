@@ -1,0 +1,102 @@
+"""Is more history better, and as much better as it must be? Differences between contexts that were asked the same.
+
+All compare returns of the same goals (of a map, of the same queries) under the same training seeds, so that what makes
+one goal easier than another drops out.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from agents.bootstrap import RESAMPLES, Interval, intervals, mean_weights
+from agents.cli import ConfigError
+from agents.prediction import CERTAIN, share_known
+from agents.results import Result
+from agents.statistics import queries_of, reduced, strata_of
+
+PERMUTATIONS = 10_000
+
+Key = tuple[int, int]  # training seed, group
+
+
+class Trend(NamedTuple):
+    """How the mean return changes when the tokens of history double, and the chance of as steep a rise by luck."""
+
+    slope: float
+    p_value: float
+
+
+def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval:
+    """Returns the mean return of `a` less that of `b`, paired by goal, with its 95 % interval.
+
+    ConfigError when `a` has other goals or seeds than `b`.
+    """
+    ours, theirs = reduced(a, "mean"), reduced(b, "mean")
+    if not ours or ours.keys() != theirs.keys():
+        raise ConfigError(
+            f"a difference needs the same goals and seeds on both sides; got {len(ours)} and {len(theirs)}, of which "
+            f"{len(ours.keys() & theirs.keys())} are shared. Evaluate both contexts with the same groups and seeds."
+        )
+    return _mean({key: ours[key] - theirs[key] for key in ours}, queries_of(a[0]), resamples)
+
+
+def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval | None:
+    """Returns the mean return of `one` context less its prediction (`agents.prediction`), in shares of known - prior,
+    with its 95 % interval; None where prior or known was not measured for the same goals.
+
+    results: all of the agent on this task, `one` among them. Prior and known are those of the very goals asked, and are
+    drawn with them.
+    """
+    smallest = min(result.places for result in results)
+    at = {
+        "prior": [r for r in results if r.context_trajectories == 0],
+        "known": [r for r in results if r.places == smallest and r.context == "own" and share_known(r) >= CERTAIN],
+    }
+    prior, known, own = (reduced(part, "mean") for part in (at["prior"], at["known"], one))
+    if not own or not own.keys() <= prior.keys() & known.keys():
+        return None
+    share = share_known(one[0])
+    scale = float(np.mean([known[key] - prior[key] for key in own]))
+    if scale <= 0:
+        return None
+    beyond = {key: (own[key] - prior[key] - share * (known[key] - prior[key])) / scale for key in own}
+    return _mean(beyond, queries_of(one[0]), resamples)
+
+
+def trend(results: Sequence[Result], *, permutations: int = PERMUTATIONS) -> Trend | None:
+    """Returns how the mean return of one agent rises with its history, tested by permuting the contexts of every goal
+    (of a map, of every world); None where there are not two contexts of the same goals.
+
+    The slope is by least squares over log2(tokens + 1 trajectory), so that no history has a place on the axis.
+    """
+    contexts: dict[int, list[Result]] = {}
+    for result in results:
+        contexts.setdefault(result.context_trajectories, []).append(result)
+    values = {seen: reduced(members, "mean") for seen, members in sorted(contexts.items())}
+    shared = sorted(set.intersection(*(set(of) for of in values.values()))) if values else []
+    if len(values) < 2 or not shared:
+        return None
+    x = np.log2([seen + 1 for seen in values])
+    x -= x.mean()
+    columns = [strata_of({key: of[key] for key in shared}, queries_of(results[0])) for of in values.values()]
+    units = np.stack([np.concatenate([_summed(part) for part in column]) for column in columns], axis=1)
+    return Trend(float(units.sum(axis=0) @ x / (x @ x) / len(shared)), _p_value(units, x, permutations))
+
+
+def _summed(part: Float[np.ndarray, "..."]) -> Float[np.ndarray, " units"]:
+    return part if part.ndim == 1 else np.nansum(part, axis=1)
+
+
+def _p_value(units: Float[np.ndarray, "units contexts"], x: Float[np.ndarray, " contexts"], permutations: int) -> float:
+    """Returns the share of permutations of each unit's values that rise as steeply as they are, themselves counted."""
+    random, measured = np.random.default_rng(0), float((units @ x).sum())
+    steep = 0
+    for _ in range(permutations):
+        steep += float((random.permuted(units, axis=1) @ x).sum()) >= measured - 1e-9 * abs(measured)
+    return (1 + steep) / (1 + permutations)
+
+
+def _mean(values: dict[Key, float], queries: int, resamples: int) -> Interval:
+    return intervals(strata_of(values, queries), [mean_weights], resamples=resamples)[0]

@@ -1,0 +1,98 @@
+"""Differences between contexts of the same goals, how far from the prediction they are, and whether they rise."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from agents.cli import ConfigError
+from agents.comparisons import difference, gap, trend
+from agents.results import Result
+
+QUERIES = 4
+
+
+def played(returns, *, seen, places=64, seed=0, context=None):
+    """Returns results of returns[group]."""
+    return [
+        Result(
+            experiment="x/at-0",
+            agent="at",
+            task="a-map",
+            seed=seed,
+            places=places,
+            context_trajectories=seen,
+            context_tokens=16 * seen,
+            mode="prompted",
+            context=context or ("own" if seen else "none"),
+            group=group,
+            episode_index=0,
+            return_=float(value),
+            steps=16,
+            checkpoint_step=1,
+            versions={},
+            settings={"evaluate.queries": QUERIES},
+        )
+        for group, value in enumerate(returns)
+    ]
+
+
+def of_goals(results):
+    return [replace(result, places=0) for result in results]
+
+
+@pytest.fixture
+def hard():
+    """How much easier each of 64 queries is than others."""
+    return np.random.default_rng(0).uniform(0, 10, 64)
+
+
+def test_what_makes_a_goal_easy_drops_out(hard):
+    noise = np.random.default_rng(1).normal(0, 0.3, 64)
+    found = difference(played(hard + 1 + noise, seen=64), played(hard, seen=0))
+    assert found.value == pytest.approx(1 + noise.mean())
+    assert 0.05 < found.high - found.low < 0.3  # unpaired it would be 2
+    with pytest.raises(ConfigError, match=r"got 64 and 63, of which 63 are shared"):
+        difference(played(hard, seen=64), played(hard[:63], seen=0))
+
+
+def test_the_interval_of_a_difference_is_that_of_a_paired_t_test(hard):
+    noise = np.random.default_rng(2).normal(0.5, 1, 64)
+    found = difference(of_goals(played(hard + noise, seen=64)), of_goals(played(hard, seen=0)))
+    want = ttest_1samp(noise, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx(tuple(want), abs=0.05)
+
+
+def test_who_follows_the_line_has_no_gap(hard):
+    """Of every query a share of M = 256 is known exactly; what half a memory lacks is seen."""
+    random = np.random.default_rng(3)
+    prior, known = hard * 0.3, hard * 0.3 + random.uniform(2, 6, 64)
+    results = played(prior, seen=0) + played(known, seen=64) + played(prior, seen=0, places=256)
+    middle = played(prior + 0.5 * (known - prior), seen=128, places=256)
+    results += middle + played(prior, seen=64, context="foreign")
+    assert gap(results, middle) == pytest.approx((0, 0, 0), abs=1e-6)
+    forgetful = played(prior + 0.25 * (known - prior), seen=128, places=256)
+    assert gap(results, forgetful) == pytest.approx((-0.25, -0.25, -0.25), abs=0.05)
+    assert gap([result for result in results if result.context_trajectories], middle) is None
+
+
+def test_a_rise_is_told_from_none(hard):
+    random = np.random.default_rng(4)
+
+    def curve(slope):
+        contexts = (0, 16, 32, 64)
+        noise = random.normal(0, 1, (4, 64))
+        return [
+            result
+            for own, seen in zip(noise, contexts, strict=True)
+            for result in played(hard + own + slope * np.log2(seen + 1), seen=seen)
+        ]
+
+    steep = trend(curve(0.3))
+    assert steep.slope == pytest.approx(0.3, abs=0.12)
+    assert steep.p_value < 0.01
+    flat = [trend(curve(0.0), permutations=200).p_value for _ in range(40)]
+    assert 0.25 < np.mean(flat) < 0.75
+    assert np.mean(np.array(flat) < 0.1) < 0.3
+    assert trend(played(hard, seen=0)) is None
