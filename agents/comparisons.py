@@ -12,9 +12,9 @@ from jaxtyping import Float
 
 from agents.bootstrap import RESAMPLES, Interval, intervals, mean_weights
 from agents.cli import ConfigError
-from agents.prediction import CERTAIN, share_known
+from agents.prediction import CERTAIN, is_predicted, share_known
 from agents.results import Result
-from agents.statistics import queries_of, reduced, strata_of
+from agents.statistics import FOREIGN, cells, player, queries_of, reduced, strata_of
 
 PERMUTATIONS = 10_000
 
@@ -26,6 +26,54 @@ class Trend(NamedTuple):
 
     slope: float
     p_value: float
+
+
+class Compared(NamedTuple):
+    """One context of an agent beside none."""
+
+    agent: str
+    task: str
+    context_trajectories: int
+    context_tokens: int
+    more: Interval
+    """Mean return less that without history, paired by goal."""
+    beyond: Interval | None
+    """Mean return less the predicted one, in shares of known - prior (`gap`)."""
+    rise: Trend | None
+    """Of all contexts of the agent together."""
+
+
+def compared(results: Sequence[Result], *, resamples: int = RESAMPLES) -> list[Compared]:
+    """Returns every prompted context beside none, agent by agent as the summary calls them; those alone whose goals
+    were asked without history too."""
+    curves: dict[tuple[str, str], dict[int, list[Result]]] = {}
+    for (task, mode, agent, seen), members in sorted(cells(results).items()):
+        if mode == "prompted":
+            curves.setdefault((task, agent), {})[seen] = members
+    rows = []
+    for (task, agent), curve in curves.items():
+        own = curves.get((task, agent.removesuffix(FOREIGN)), {})
+        rise = trend([result for members in curve.values() for result in members])
+        rows += [
+            _beside(agent, members, own[0], results, rise, resamples)
+            for seen, members in sorted(curve.items())
+            if seen and 0 in own and _asked(members) == _asked(own[0])
+        ]
+    return rows
+
+
+def _asked(results: Sequence[Result]) -> set[Key]:
+    return {(result.seed, result.group) for result in results}
+
+
+def _beside(
+    agent: str, members: list[Result], none: list[Result], results: Sequence[Result], rise: Trend | None, resamples: int
+) -> Compared:
+    whole = [result for result in results if player(result) == player(members[0]) and result.mode == "prompted"]
+    beyond = gap(whole, members, resamples=resamples) if is_predicted(members[0]) else None
+    tokens = round(float(np.mean([result.context_tokens for result in members])))
+    more = difference(members, none, resamples=resamples)
+    return Compared(agent, members[0].task, members[0].context_trajectories, tokens, more, beyond, rise)
 
 
 def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval:

@@ -10,12 +10,11 @@ from agents.bootstrap import RESAMPLES
 from agents.cli import ConfigError, run
 from agents.figure import Curve, Point, compose, image
 from agents.results import MODES, ORACLE, Result, read_results
-from agents.statistics import STATISTICS, SummaryRow, cells, maximum_null, summarize, summary_notes
+from agents.statistics import FOREIGN, STATISTICS, SummaryRow, cells, maximum_null, summarize, summary_notes
 from data.atomic_file import atomic_file
 from rlring.cli import Parser
 
 AGGREGATES = {"iqm": "interquartile mean", "mean": "mean"}
-FOREIGN = " (foreign context)"
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, less the colours that nobody can read on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A8488A", "#7A5C00", "#56707F", "#2E9BD6", "#222222")

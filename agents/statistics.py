@@ -34,6 +34,7 @@ from data.atomic_file import atomic_file
 
 Player = tuple[str, str, str, str, int]  # task, agent, series, settings, updates: what may be averaged
 
+FOREIGN = " (foreign context)"  # what the summary calls the control
 STATISTICS = ("first", "mean", "last", "max")
 
 _REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
@@ -220,13 +221,13 @@ def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Res
     names = _names(results)
     found: dict[tuple[str, str, str, int], dict[tuple[int, int, int], Result]] = {}
     for result in results:
-        agent = names[_player(result)]
+        agent = names[player(result)]
         if result.places:
             agent = f"{agent}, {result.places:,} places"
         if result.met:
             agent = f"{agent}, p = {Fraction(result.met).limit_denominator(1 << 20)}"
         if result.context == "foreign":
-            agent = f"{agent} (foreign context)"
+            agent += FOREIGN
         # Keyed by episode: the oracle of two experiments on the same goals must not count twice.
         cell = found.setdefault((result.task, result.mode, agent, result.context_trajectories), {})
         cell[result.seed, result.group, result.episode_index] = result
@@ -238,16 +239,16 @@ def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
     own: dict[Player, list[Result]] = {}
     for result in results:
         if is_predicted(result):
-            own.setdefault(_player(result), []).append(result)
+            own.setdefault(player(result), []).append(result)
     return {key: line(members) for key, members in own.items()}
 
 
 def _predicted(lines: dict[Player, Line | None], member: Result) -> float:
-    found = lines.get(_player(member)) if is_predicted(member) else None
+    found = lines.get(player(member)) if is_predicted(member) else None
     return math.nan if found is None else found.at(share_known(member))
 
 
-def _player(result: Result) -> Player:
+def player(result: Result) -> Player:
     """Returns what results share that may be averaged: the updates too, unless each run shows its best checkpoint."""
     is_any = result.agent == ORACLE or result.settings.get("evaluate.checkpoint") == "best"
     updates = 0 if is_any else result.checkpoint_step
@@ -257,7 +258,7 @@ def _player(result: Result) -> Player:
 def named(results: Sequence[Result]) -> list[Result]:
     """Returns the results with their agents called as the summary calls them, series and settings included."""
     names = _names(results)
-    return [replace(result, agent=names[_player(result)]) for result in results]
+    return [replace(result, agent=names[player(result)]) for result in results]
 
 
 def _names(results: Sequence[Result]) -> dict[Player, str]:
@@ -266,7 +267,7 @@ def _names(results: Sequence[Result]) -> dict[Player, str]:
     for result in results:
         of_agent = series.setdefault((result.task, result.agent), {})
         of_agent.setdefault(result.series, {})[result.settings_id] = result.settings
-    players = {_player(result) for result in results}
+    players = {player(result) for result in results}
     told = {(*of, one): differences(found) for of, own in series.items() for one, found in own.items()}
     updates: dict[tuple[str, ...], set[int]] = {}
     for *of, done in players:

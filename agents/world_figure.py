@@ -11,10 +11,10 @@ import numpy as np
 from agents.bootstrap import RESAMPLES
 from agents.cli import ConfigError
 from agents.figure import FAINT, GRID, INK, image, short_number
-from agents.plot import FOREIGN, GREY, Drawn
+from agents.plot import GREY, Drawn
 from agents.prediction import line
 from agents.results import ORACLE, Result
-from agents.statistics import SummaryRow, named, summarize, summary_notes
+from agents.statistics import FOREIGN, SummaryRow, named, summarize, summary_notes
 from data.atomic_file import atomic_file
 
 if TYPE_CHECKING:

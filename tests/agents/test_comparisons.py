@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from agents.cli import ConfigError
-from agents.comparisons import difference, gap, trend
+from agents.comparisons import compared, difference, gap, trend
 from agents.results import Result
 
 QUERIES = 4
@@ -96,3 +96,17 @@ def test_a_rise_is_told_from_none(hard):
     assert 0.25 < np.mean(flat) < 0.75
     assert np.mean(np.array(flat) < 0.1) < 0.3
     assert trend(played(hard, seen=0)) is None
+
+
+def test_every_context_stands_beside_none(hard):
+    results = played(hard * 0.3, seen=0) + played(hard * 0.3 + 3, seen=64) + played(hard * 0.3 + 1.5, seen=32)
+    results += played(hard * 0.3 + 0.1, seen=64, context="foreign") + played(hard[:8], seen=16)
+    half, whole, foreign = compared(results)
+    assert (half.agent, half.context_trajectories, half.context_tokens) == ("at, 64 places", 32, 512)
+    assert half.more == pytest.approx((1.5, 1.5, 1.5))
+    assert half.beyond == pytest.approx((0, 0, 0), abs=1e-6)
+    assert whole.beyond == pytest.approx((0, 0, 0), abs=1e-6)
+    assert foreign.agent == "at, 64 places (foreign context)"
+    assert foreign.more == pytest.approx((0.1, 0.1, 0.1))
+    assert foreign.beyond is None
+    assert foreign.rise is None

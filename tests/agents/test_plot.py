@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from agents.cli import ConfigError
+from agents.comparisons import compared
 from agents.figure import compose, short_number, spread
 from agents.plot import FOREIGN, curves, episodes_of_mode, main, plot
 from agents.report import write_report
@@ -393,7 +394,8 @@ def test_a_report_needs_nothing_but_itself(tmp_path: Path):
     images = [base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in page.links]
     assert images == [drawn.path.read_bytes(), own.path.read_bytes()]
     assert not re.search(r"https?://|@import|url\(|<script|<b>|<it>", text)
-    assert page.rows == (len(drawn.rows) + len(own.rows) + 1) + (len(rows) + 1) + 1  # drawn, all, one version
+    beside = len(compared(results)) + 1
+    assert page.rows == (len(drawn.rows) + len(own.rows) + 1) + (len(rows) + 1) + beside + 1  # drawn, all, one version
     for words in (
         "Does <it> help?",
         "make quickstart",
