@@ -90,7 +90,8 @@ def _comparisons(results: Sequence[Result]) -> list[str]:
         lines.append(f"<tr class={'first' if is_first else 'more'}>{texts}{''.join(f'<td>{n}' for n in numbers)}")
     note = (
         "Paired by goal, 95 % intervals. Rise: slope of the mean over log2(1 + trajectories). p: the chance of as "
-        "steep a rise if contexts made no difference; they are permuted within each goal (of a map, each world), one-sided."
+        "steep a rise if contexts made no difference; they are permuted within each goal (of a map, within each "
+        "world), one-sided."
     )
     table = f"<div class=wide><table><tr>{chr(10).join(lines)}</table></div>"
     return ["<h2>Does more history help?</h2>", table, f"<p class=note>{note}</p>"]
