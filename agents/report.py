@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def _figure(drawn: Drawn) -> str:
 
 def _table(rows: Sequence[SummaryRow]) -> str:
     """Returns the rows in the order of the summary, with a rule above each agent."""
-    heads = ("agent", "context", "tokens", "statistic", "interquartile mean", "mean", "goals", "seeds", "episodes",
+    heads = ("agent", "context", "tokens", "statistic", "mean", "predicted", "interquartile mean", "goals", "seeds", "episodes",
              "interval over", "task", "mode")  # fmt: skip
     texts = {"agent", "task", "mode", "statistic", "interval over"}
     kind = ["text" if head in texts else "number" for head in heads]
@@ -120,8 +121,9 @@ def _table(rows: Sequence[SummaryRow]) -> str:
             _context(row),
             f"{row.context_tokens:,}",
             row.statistic,
-            f"{row.iqm:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]",
             f"{row.mean:.2f} [{row.mean_ci_low:.2f}, {row.mean_ci_high:.2f}]",
+            "" if math.isnan(row.predicted) else f"{row.predicted:.2f}",
+            f"{row.iqm:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]",
             str(row.groups),
             str(row.seeds),
             f"{row.episodes:,}",

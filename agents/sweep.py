@@ -246,9 +246,10 @@ def show(folder: Path) -> None:
     for row in csv.DictReader((folder / SUMMARY).read_text().splitlines()):
         if row["statistic"] == "mean":
             print(
-                f"{row['agent']:24} {row['context_trajectories']:>4} trajectories: "
-                f"interquartile mean {float(row['iqm']):.2f} "
-                f"[{float(row['ci_low']):.2f}, {float(row['ci_high']):.2f}], mean {float(row['mean']):.2f}"
+                f"{row['agent']:24} {row['context_trajectories']:>5} trajectories: mean {float(row['mean']):.2f} "
+                f"[{float(row['mean_ci_low']):.2f}, {float(row['mean_ci_high']):.2f}]"
+                + (f", predicted {float(row['predicted']):.2f}" if row["predicted"] else "")
+                + f", interquartile mean {float(row['iqm']):.2f}"
             )
 
 
