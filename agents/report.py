@@ -109,8 +109,8 @@ def _figure(drawn: Drawn) -> str:
 
 def _table(rows: Sequence[SummaryRow]) -> str:
     """Returns the rows in the order of the summary, with a rule above each agent."""
-    heads = ("agent", "context", "tokens", "statistic", "mean", "predicted", "interquartile mean", "goals", "seeds", "episodes",
-             "interval over", "task", "mode")  # fmt: skip
+    heads = ("agent", "context", "tokens", "statistic", "mean", "predicted", "interquartile mean", "goals", "seeds",
+             "episodes", "interval over", "task", "mode")  # fmt: skip
     texts = {"agent", "task", "mode", "statistic", "interval over"}
     kind = ["text" if head in texts else "number" for head in heads]
     lines = ["".join(f"<th class={k}>{head}</th>" for head, k in zip(heads, kind, strict=True))]
