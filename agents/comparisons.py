@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Float
 
 from agents.bootstrap import RESAMPLES, Interval, intervals, mean_weights
+from agents.cells import FOREIGN, cells, player
 from agents.cli import ConfigError
 from agents.prediction import CERTAIN, is_predicted, share_known
 from agents.results import Result
-from agents.statistics import FOREIGN, cells, player, queries_of, reduced, strata_of
+from agents.statistics import queries_of, reduced, strata_of
 
 PERMUTATIONS = 10_000
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agents.bootstrap import RESAMPLES
+from agents.cells import FOREIGN, cells
 from agents.cli import ConfigError, run
 from agents.figure import Curve, Point, compose, image
 from agents.results import MODES, ORACLE, Result, read_results
-from agents.statistics import FOREIGN, STATISTICS, SummaryRow, cells, maximum_null, summarize, summary_notes
+from agents.statistics import STATISTICS, SummaryRow, maximum_null, summarize, summary_notes
 from data.atomic_file import atomic_file
 from rlring.cli import Parser
 

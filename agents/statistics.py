@@ -5,11 +5,9 @@ maximum gains by luck alone.
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,17 +22,14 @@ from agents.bootstrap import (
     intervals,
     maximum_weights,
 )
+from agents.cells import Player, cells, player
 from agents.cli import ConfigError
 from agents.config import EvaluateConfig
 from agents.goals import GROUPS_OF_A_SEED
-from agents.identity import differences
 from agents.prediction import Line, is_predicted, line, share_known
 from agents.results import ORACLE, Result
 from data.atomic_file import atomic_file
 
-Player = tuple[str, str, str, str, int]  # task, agent, series, settings, updates: what may be averaged
-
-FOREIGN = " (foreign context)"  # what the summary calls the control
 STATISTICS = ("first", "mean", "last", "max")
 
 _REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
@@ -216,24 +211,6 @@ def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESA
     return Estimate(iqm, mean, "episodes")
 
 
-def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Result]]:
-    """Returns the episodes behind each (task, mode, agent as the summary calls it, context_trajectories)."""
-    names = _names(results)
-    found: dict[tuple[str, str, str, int], dict[tuple[int, int, int], Result]] = {}
-    for result in results:
-        agent = names[player(result)]
-        if result.places:
-            agent = f"{agent}, {result.places:,} places"
-        if result.met:
-            agent = f"{agent}, p = {Fraction(result.met).limit_denominator(1 << 20)}"
-        if result.context == "foreign":
-            agent += FOREIGN
-        # Keyed by episode: the oracle of two experiments on the same goals must not count twice.
-        cell = found.setdefault((result.task, result.mode, agent, result.context_trajectories), {})
-        cell[result.seed, result.group, result.episode_index] = result
-    return {key: list(episodes.values()) for key, episodes in found.items()}
-
-
 def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
     """Returns the line of each agent on each map."""
     own: dict[Player, list[Result]] = {}
@@ -246,40 +223,6 @@ def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
 def _predicted(lines: dict[Player, Line | None], member: Result) -> float:
     found = lines.get(player(member)) if is_predicted(member) else None
     return math.nan if found is None else found.at(share_known(member))
-
-
-def player(result: Result) -> Player:
-    """Returns what results share that may be averaged: the updates too, unless each run shows its best checkpoint."""
-    is_any = result.agent == ORACLE or result.settings.get("evaluate.checkpoint") == "best"
-    updates = 0 if is_any else result.checkpoint_step
-    return result.task, result.agent, result.series, result.settings_id, updates
-
-
-def named(results: Sequence[Result]) -> list[Result]:
-    """Returns the results with their agents called as the summary calls them, series and settings included."""
-    names = _names(results)
-    return [replace(result, agent=names[player(result)]) for result in results]
-
-
-def _names(results: Sequence[Result]) -> dict[Player, str]:
-    """Returns what each player is called, so that only what may be averaged shares a name."""
-    series: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
-    for result in results:
-        of_agent = series.setdefault((result.task, result.agent), {})
-        of_agent.setdefault(result.series, {})[result.settings_id] = result.settings
-    players = {player(result) for result in results}
-    told = {(*of, one): differences(found) for of, own in series.items() for one, found in own.items()}
-    updates: dict[tuple[str, ...], set[int]] = {}
-    for *of, done in players:
-        updates.setdefault(tuple(of), set()).add(done)
-    names = {}
-    for task, agent, one, key, done in players:
-        parts = [one] * (len(series[task, agent]) > 1) + [told[task, agent, one][key]]
-        parts += [f"{done:,} updates"] * (len(updates[task, agent, one, key]) > 1)
-        parts = [part for part in parts if part]
-        is_plain = agent == ORACLE or not parts
-        names[task, agent, one, key, done] = agent if is_plain else f"{agent} [{'; '.join(parts)}]"
-    return names
 
 
 def _returns(results: Sequence[Result]) -> dict[tuple[int, int], list[float]]:

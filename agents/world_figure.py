@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from agents.bootstrap import RESAMPLES
+from agents.cells import FOREIGN, named
 from agents.cli import ConfigError
 from agents.figure import FAINT, GRID, INK, image, short_number
 from agents.plot import GREY, Drawn
 from agents.prediction import line
 from agents.results import ORACLE, Result
-from agents.statistics import FOREIGN, SummaryRow, named, summarize, summary_notes
+from agents.statistics import SummaryRow, summarize, summary_notes
 from data.atomic_file import atomic_file
 
 if TYPE_CHECKING:

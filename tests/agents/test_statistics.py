@@ -237,6 +237,8 @@ def test_seeds_of_other_checkpoints_are_rows_of_their_own():
     ]
     best = [replace(one, settings={"evaluate.checkpoint": "best"}) for one in few + many]
     assert [(row.agent, row.seeds, row.mean) for row in summarize(best, statistics=["mean"])] == [("at", 2, 2)]
+
+
 def test_the_queries_of_a_world_are_no_independent_goals():
     random = np.random.default_rng(8)
     returns = (random.normal(5, 2, size=(16, 1)) + random.normal(0, 0.1, size=(16, 8))).reshape(-1, 1)
