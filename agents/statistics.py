@@ -156,7 +156,7 @@ def summary_notes(results: Sequence[Result], rows: Sequence[SummaryRow]) -> list
         )
     seeds = max((row.seeds for row in rows if row.agent != ORACLE), default=0)
     if seeds == 1:
-        notes.append("One training seed: the intervals are over the goals drawn, and leave out the luck of training.")
+        notes.append("One training seed: the intervals are over what was asked, and leave out the luck of training.")
     elif 1 < seeds < 5:
         notes.append(f"With {seeds} training seeds the intervals know the luck of training only roughly.")
     return notes

@@ -93,12 +93,12 @@ def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], a
             tokens = np.linspace(math.log2(seen[0]) - 0.6, math.log2(size * per_visit), 60)
             axes.plot(tokens, [predicted.at(2**t / per_visit / size) for t in tokens], "--", color=colour,
                       linewidth=1.3, zorder=3)  # fmt: skip
-        _name(axes, x[-1], own[-1].mean, f"{size:,} places", colour, bold=True)
+        _name(axes, x[-1], own[-1].mean, f"{size:,} places", colour)
         for row in rows:
             if row.agent == f"{agent}, {size:,} places{FOREIGN}" and row.context_trajectories == size:
                 axes.plot([place[row.context_tokens]], [row.mean], "x", color=colour, markersize=7, zorder=4)
                 if size == sizes[-1]:
-                    _name(axes, place[row.context_tokens], row.mean, "history of\nanother world", FAINT, bold=False)
+                    _name(axes, place[row.context_tokens], row.mean, "history of\nanother world", FAINT, below=True)
     for name in sorted({result.agent for result in results} - {agent}):
         level = float(np.mean([result.return_ for result in results if result.agent == name]))
         axes.axhline(level, color=GREY, linewidth=1.3, linestyle=(0, (7, 3)) if name == ORACLE else (0, (1, 1.5)))
@@ -136,9 +136,11 @@ def _draw_seeds(axes: "Axes", results: Sequence[Result], place: dict[int, float]
         axes.plot([place[t] for t in tokens], [np.mean(own[t]) for t in tokens], color=colour, linewidth=0.7, alpha=0.7)
 
 
-def _name(axes: "Axes", x: float, y: float, text: str, colour: str, *, bold: bool) -> None:
-    axes.annotate(text, (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=9, color=colour,
-                  fontweight="bold" if bold else "normal", annotation_clip=False)  # fmt: skip
+def _name(axes: "Axes", x: float, y: float, text: str, colour: str, *, below: bool = False) -> None:
+    """Names a line at its end, in bold; or what a control is, below it, where no line's name stands."""
+    axes.annotate(text, (x, y), (0, -9 if below else 9), textcoords="offset points", ha="center", fontsize=9,
+                  va="top" if below else "bottom", color=colour, fontweight="normal" if below else "bold",
+                  annotation_clip=False)  # fmt: skip
 
 
 def _caption(rows: Sequence[SummaryRow], trained: int | None, resamples: int) -> str:

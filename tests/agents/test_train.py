@@ -262,12 +262,8 @@ def test_refusals(tiny, trained, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained):
-    folder = trained()
-    config = json.loads((folder / "config.json").read_text())
-    config["model"]["width"] = 32
-    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"a checkpoint of another model .*in the checkpoint.*in the config"):
-        load_agent(folder)
+        load_agent(trained(), ["model.width=32"])
 
 
 def test_a_full_disk_ends_with_one_line(write_config, tiny_disk, monkeypatch, capsys):
