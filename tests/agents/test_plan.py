@@ -11,7 +11,11 @@ def row(printed: str) -> list[str]:
     return next(line for line in printed.splitlines() if line.startswith("| tiny")).strip("| ").split(" | ")
 
 
-@pytest.mark.parametrize("how", [[], ["model.fsdp=true", "model.remat=all", "train.accumulate=2"]], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param([], marks=pytest.mark.slow), ["model.fsdp=true", "model.remat=all", "train.accumulate=2"]],
+    ids=str,
+)
 def test_a_plan_for_virtual_devices(write_config, tmp_path, capsys, how):
     path = tmp_path / "plan.json"
     arguments = [str(write_config), "--topology", "cpu:4", "mesh.ring=2", "mesh.data=2", *how, "--json", str(path)]

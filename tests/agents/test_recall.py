@@ -80,6 +80,7 @@ def test_every_question_is_answered_by_an_earlier_line(path):
     assert (texts(config, 4, 5).bytes != made.bytes).any()
 
 
+@pytest.mark.slow
 def test_the_mesh_changes_no_loss_and_a_run_goes_on(path, tmp_path, capsys):
     assert main([str(path)]) == 0
     whole = losses(tmp_path / "runs" / "tiny")

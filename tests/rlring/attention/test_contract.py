@@ -137,7 +137,7 @@ def test_other_groupings(scheme, mesh, kv_heads):
     check(scheme, mesh, arrays(kv_heads), causal_masks())
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["gpu", slow("tpu")])
 @pytest.mark.parametrize(("ring", "kind"), [(4, "causal"), slow(4, "full"), slow(8, "causal"), slow(8, "full")])
 def test_the_ring_of_other_platforms(platform, ring, kind):
     """The order of transfer and compute of a GPU and of a TPU, run here."""

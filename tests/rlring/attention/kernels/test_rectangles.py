@@ -196,7 +196,7 @@ def check(scheme, kernel, mask):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1e-30), err_msg=name)
 
 
-@pytest.mark.parametrize("scheme", ["ring", "all_gather"])
+@pytest.mark.parametrize("scheme", ["ring", pytest.param("all_gather", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["causal", "zigzag", "padded", "zigzag_padded", "packed", "empty"])
 def test_the_tile_does_what_has_a_shape(scheme, name):
     check(scheme, PROVEN, masks()[name][0])
