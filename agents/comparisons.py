@@ -23,7 +23,7 @@ Key = tuple[int, int]  # training seed, group
 
 
 class Trend(NamedTuple):
-    """How the mean return changes when the tokens of history double, and the chance of as steep a rise by luck."""
+    """How much the mean return rises when the history doubles, and the chance of as steep a rise by luck."""
 
     slope: float
     p_value: float
@@ -99,11 +99,9 @@ def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RE
     drawn with them.
     """
     smallest = min(result.places for result in results)
-    at = {
-        "prior": [r for r in results if r.context_trajectories == 0],
-        "known": [r for r in results if r.places == smallest and r.context == "own" and share_known(r) >= CERTAIN],
-    }
-    prior, known, own = (reduced(part, "mean") for part in (at["prior"], at["known"], one))
+    without = [r for r in results if r.context_trajectories == 0]
+    whole = [r for r in results if r.places == smallest and r.context == "own" and share_known(r) >= CERTAIN]
+    prior, known, own = (reduced(part, "mean") for part in (without, whole, one))
     if not own or not own.keys() <= prior.keys() & known.keys():
         return None
     share = share_known(one[0])
@@ -118,7 +116,7 @@ def trend(results: Sequence[Result], *, permutations: int = PERMUTATIONS) -> Tre
     """Returns how the mean return of one agent rises with its history, tested by permuting the contexts of every goal
     (of a map, of every world); None where there are not two contexts of the same goals.
 
-    The slope is by least squares over log2(tokens + 1 trajectory), so that no history has a place on the axis.
+    The slope is by least squares over log2(1 + trajectories), so that no history has a place on the axis.
     """
     contexts: dict[int, list[Result]] = {}
     for result in results:

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from agents.agent import Now, Params, Sampler, Scales
+from agents.agent import Now, Params, Scales
+from agents.agentic_transformer import AgenticTransformer
 from agents.config import Config
 from agents.gaussian import Gaussian, GaussianHead
-from agents.return_conditioned import ReturnConditionedAgent, moments_of, moments_of_now
-from agents.samplers import chains
+from agents.return_conditioned import moments_of, moments_of_now
 from agents.tokens import Tokenizer
-from data import ChainBatch, TrajectoryStore
+from data import ChainBatch
 
 STATE = 2  # numbers of a layer's state for each of the width: its weights are then about as many as a Transformer's
 
@@ -57,14 +57,11 @@ class RecurrentNetwork(nnx.Module):
         return self.head(self.norm(x)), tuple(states)
 
 
-class RecurrentAgent(ReturnConditionedAgent):
+class RecurrentAgent(AgenticTransformer):
     """Learns from the chains of the Agentic Transformer, and remembers of them what its state holds."""
 
     def network(self, key: Array) -> RecurrentNetwork:
         return RecurrentNetwork(self.config, self.scales, self.action_size, self.longest_episode, rngs=nnx.Rngs(key))
-
-    def sampler(self, stores: list[TrajectoryStore]) -> Sampler:
-        return chains(self.config, stores, **self.config.chain.model_dump(exclude={"grow_until"}))
 
     def features(self, params: Params, batch: ChainBatch) -> Gaussian:
         return self._read(params, batch)[0]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from agents.agent import Now
 from agents.config import Config, dump, load
 from agents.train import train
+from data import ChainBatch
 from data.build import build
 from data.collect import collect
 
@@ -101,5 +103,15 @@ def trained(trained_once, tmp_path, monkeypatch):
     def make(*overrides: str) -> Path:
         shutil.copytree(trained_once(*overrides), "runs/tiny")
         return Path("runs/tiny")
+
+    return make
+
+
+@pytest.fixture
+def now_at():
+    """Gives a function `(batch, m) -> Now`: what an agent is told before moment `m` of a batch."""
+
+    def make(batch: ChainBatch, m: int) -> Now:
+        return Now(*(getattr(batch, name)[:, m] for name in Now._fields))
 
     return make

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agents.agent import Now
 from agents.checkpoint import versions
 from agents.cli import ConfigError
 from agents.episodes import Condition
@@ -47,7 +46,7 @@ SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2,
     ],
     ids=str,
 )
-def test_acting_step_by_step_equals_one_full_pass(trained, dataset, tokens, settings, mesh):
+def test_acting_step_by_step_equals_one_full_pass(trained, dataset, now_at, tokens, settings, mesh):
     """The action distribution that a cached rollout acts on is the one that training computes, to 1e-5."""
     folder = trained(f"agent.tokens={tokens}", *settings)
     _, agent, params, *_ = load_agent(folder, [f"evaluate.mesh.{mesh}"])
@@ -59,13 +58,7 @@ def test_acting_step_by_step_equals_one_full_pass(trained, dataset, tokens, sett
     memory = jax.jit(agent.start, static_argnums=2)(params, prompt, 16)
     act = jax.jit(agent.act)
     for m in range(48, 64):
-        now = Now(
-            batch.observation[:, m],
-            batch.previous_action[:, m],
-            batch.previous_reward[:, m],
-            batch.return_to_go[:, m],
-            batch.step[:, m],
-        )
+        now = now_at(batch, m)
         action, memory = act(params, memory, now, None)
         np.testing.assert_allclose(action, jnp.clip(full[:, m], -1, 1), atol=1e-5)
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from agents.agent import Now
 from agents.cli import ConfigError
 from agents.evaluate import evaluate, load_agent
 from agents.results import read_results
@@ -21,7 +20,7 @@ def loaded(trained, dataset):
     return agent, params, ChainSampler(TrajectoryStore.open(dataset[1]), trajectories=4, seed=7).sample(0, 2)
 
 
-def test_acting_step_by_step_equals_one_full_pass(loaded):
+def test_acting_step_by_step_equals_one_full_pass(loaded, now_at):
     agent, params, batch = loaded
     full = jax.jit(agent.features)(params, batch).mean
     for length in (0, 48):
@@ -29,13 +28,7 @@ def test_acting_step_by_step_equals_one_full_pass(loaded):
         memory = jax.jit(agent.start, static_argnums=2)(params, prompt, 16)
         act = jax.jit(agent.act)
         for m in range(length, length + 16):
-            now = Now(
-                batch.observation[:, m],
-                batch.previous_action[:, m],
-                batch.previous_reward[:, m],
-                batch.return_to_go[:, m],
-                batch.step[:, m],
-            )
+            now = now_at(batch, m)
             action, memory = act(params, memory, now, None)
             np.testing.assert_allclose(action, jnp.clip(full[:, m], -1, 1), atol=1e-5)
 

@@ -60,7 +60,7 @@ def test_a_little_memory_is_enough(trained, map_settings):
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("ring=1", marks=pytest.mark.slow), "ring=2"])
-def test_queries_that_share_a_history_act_as_one_full_pass(trained, map_settings, mesh):
+def test_queries_that_share_a_history_act_as_one_full_pass(trained, map_settings, now_at, mesh):
     """The actions after a shared history are those that training computes on the whole chain, to 1e-5."""
     config, agent, params, *_ = load_agent(trained(*map_settings), [f"evaluate.mesh.{mesh}"])
     store = TrajectoryStore.open(config.data.stores[0])
@@ -72,13 +72,7 @@ def test_queries_that_share_a_history_act_as_one_full_pass(trained, map_settings
     memory = jax.jit(_shared, static_argnums=1)(memory, 3)
     act = jax.jit(agent.act)
     for m in range(80, 96):
-        now = Now(
-            batch.observation[:, m],
-            batch.previous_action[:, m],
-            batch.previous_reward[:, m],
-            batch.return_to_go[:, m],
-            batch.step[:, m],
-        )
+        now = now_at(batch, m)
         action, memory = act(params, memory, Now(*(field.repeat(3, axis=0) for field in now)), None)
         np.testing.assert_allclose(action, np.clip(full[:, m], -1, 1).repeat(3, axis=0), atol=1e-5)
 
