@@ -5,7 +5,6 @@ DecisionTransformerModel where torch and transformers are installed: same width,
 and about as many weights. acting: the time of a step against the length of what is remembered.
 """
 
-import json
 import os
 import platform
 import shlex
@@ -24,9 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 from agents.cli import run
 from agents.learners import LAYERS, WIDTH, hugging_face, ours
-from data.atomic_file import write_text
 from rlring import Mask, Transformer, TransformerConfig, make_mesh, request_cpu_devices
-from rlring.cli import Parser, check_json, count, version
+from rlring.cli import Parser, check_json, count, version, write_json
 
 SHAPES = ((20, 64), (256, 8), (1024, 2))  # window in steps, rows of a batch
 HISTORIES = (1024, 16 * 1024, 128 * 1024, 512 * 1024)  # tokens
@@ -194,8 +192,8 @@ def main(argv: Sequence[str]) -> int:
         listed = ", ".join(f"{name} {number}" for name, number in known.items())
         print(f"\n`{command}`: width {WIDTH}, {LAYERS} layers, float32; {listed}.")
         if arguments.json is not None:
-            content = {"command": command, "versions": known, "rows": [row._asdict() for row in rows]}
-            write_text(arguments.json, json.dumps(content, indent=1) + "\n")
+            rows = [row._asdict() for row in rows]
+            write_json(arguments.json, {"command": command, "versions": known, "rows": rows})
 
     return run(body)
 

@@ -5,10 +5,15 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from agents.cli import ConfigError
+from data import DataError
+from data.atomic_file import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,11 +97,25 @@ def compose(
     return figure
 
 
-def image(figure: "Figure", file_format: str) -> bytes:
-    """Returns the file that shows a figure: png, svg or pdf."""
+def check_suffix(path: Path) -> None:
+    """ConfigError for a name that is none of a picture."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"a plot is a .png, .svg or .pdf file; got {path}")
+
+
+def check_picture(path: Path) -> None:
+    """DataError when `path` is a file that Matplotlib, which signs its pictures, did not make: a plot would replace
+    it."""
+    if path.is_file() and b"atplotlib" not in path.read_bytes():
+        raise DataError(f"{path} exists and is no plot; choose another --out, or move it")
+
+
+def write_image(figure: "Figure", path: Path) -> None:
+    """Writes the file that shows a figure, whole or not at all; DataError as for `check_picture`."""
     content = io.BytesIO()
-    figure.savefig(content, format=file_format, dpi=200)
-    return content.getvalue()
+    figure.savefig(content, format=path.suffix[1:], dpi=200)
+    with atomic_file(path, check_old=check_picture) as file:
+        file.write(content.getvalue())
 
 
 def _draw(axes: "Axes", drawn: Sequence[Curve], *, x_name: str, logarithmic: bool) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from agents.bootstrap import RESAMPLES
 from agents.cells import FOREIGN, cells
 from agents.cli import ConfigError, run
-from agents.figure import Curve, Point, compose, image
+from agents.figure import Curve, Point, check_picture, check_suffix, compose, write_image
 from agents.results import MODES, ORACLE, Result, read_results
 from agents.statistics import STATISTICS, SummaryRow, maximum_null, summarize, summary_notes
-from data.atomic_file import atomic_file
 from rlring.cli import Parser
 
 AGGREGATES = {"iqm": "interquartile mean", "mean": "mean"}
@@ -49,10 +48,10 @@ def plot(
         None takes prompted where there is any.
     aggregate: what the goals are reduced to: "iqm", with the means as dashes beside the line, or "mean".
 
-    ConfigError when there is nothing to draw, or an argument is none of these.
+    ConfigError when there is nothing to draw, or an argument is none of these; DataError when `out` is a file that is
+    no plot.
     """
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"a plot is a .png, .svg or .pdf file; got {out}")
+    check_suffix(out)
     if aggregate not in AGGREGATES:
         raise ConfigError(f"unknown aggregate {aggregate!r}; choose from {', '.join(AGGREGATES)}")
     mode = mode or next((name for name in MODES if any(result.mode == name for result in results)), None)
@@ -73,8 +72,7 @@ def plot(
         x_name="trajectories" if mode == "prompted" else "episodes",
         logarithmic=mode == "prompted",
     )
-    with atomic_file(out) as file:
-        file.write(image(figure, out.suffix[1:]))
+    write_image(figure, out)
     return Drawn(out, caption, rows)
 
 
@@ -254,9 +252,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--mode", choices=MODES, help="prompted, or self (prompted where there is any)")
     parser.add_argument("--aggregate", choices=list(AGGREGATES), default="iqm", help="over the goals (iqm)")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
 
     def body() -> None:
+        check_suffix(options.out)
+        check_picture(options.out)
         results = read_results(*options.runs)
         if any(result.places for result in results):
             from agents.world_figure import plot_worlds  # which draws with the colours of this module

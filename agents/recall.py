@@ -242,7 +242,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.recall", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     def body() -> None:
         config = load(RecallConfig, arguments.config, arguments.overrides)

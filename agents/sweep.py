@@ -258,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", type=Path, help="TOML file of a sweep")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as shared.evaluate.groups=64")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     def body() -> None:
         config = load(SweepConfig, arguments.config, arguments.overrides)

@@ -11,12 +11,11 @@ import numpy as np
 from agents.bootstrap import RESAMPLES
 from agents.cells import FOREIGN, named
 from agents.cli import ConfigError
-from agents.figure import FAINT, GRID, INK, image, short_number
+from agents.figure import FAINT, GRID, INK, check_suffix, short_number, write_image
 from agents.plot import GREY, Drawn
 from agents.prediction import line
 from agents.results import ORACLE, Result
 from agents.statistics import SummaryRow, summarize, summary_notes
-from data.atomic_file import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +41,7 @@ def plot_worlds(
     """
     from matplotlib.figure import Figure  # slow to import
 
+    check_suffix(out)
     shown = named([result for result in results if result.places or result.agent == ORACLE])
     rows = summarize(shown, statistics=["mean"], resamples=resamples)
     # Who sees no history is a level in everybody's panel, as is the oracle, and has no panel of its own.
@@ -67,8 +67,7 @@ def plot_worlds(
         axes.set_ylim(0, top * 1.08)
         if len(agents) > 1:
             axes.set_title(agent, loc="left", fontsize=9.5, fontweight="bold", color=INK)
-    with atomic_file(out) as file:
-        file.write(image(figure, out.suffix[1:]))
+    write_image(figure, out)
     return Drawn(out, caption, rows)
 
 

@@ -5,6 +5,11 @@ Importing touches no device.
 
 from typing import TYPE_CHECKING
 
+from rlring.interrupts import guard_imports, is_command
+
+if is_command():  # of all other programs Ctrl-C is their own business
+    guard_imports()
+
 from rlring.attention import (
     AttentionConfig,
     Mask,

@@ -20,7 +20,7 @@ import jaxlib
 from rlring.attention import SparsePattern
 from rlring.attention.kernels import KERNELS
 from rlring.candidates import EXACT, ONE_DEVICE, Settings
-from rlring.cli import Parser, check_json, count, memory_errors, version, write_json
+from rlring.cli import Parser, check_json, count, memory_errors, run, version, write_json
 from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
 from rlring.timing import Measurement, measure
@@ -49,52 +49,49 @@ class Versions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb and returns its exit status: 0, 2 for arguments that cannot work, 130 when interrupted."""
+    """Runs the command and returns its exit status: 0, 2 for arguments that cannot work, 130 when interrupted."""
     arguments = _arguments(argv)
-    try:
-        if arguments.heads % arguments.kv_heads:
-            raise UsageError(
-                f"--heads is a multiple of --kv-heads; got {arguments.heads} and {arguments.kv_heads}. "
-                "Leave --kv-heads out for as many."
-            )
-        if (arguments.matmul or 0) > LARGEST_MATMUL:
-            raise UsageError(f"--matmul is at most {LARGEST_MATMUL}; got {arguments.matmul}. Leave it out.")
-        if arguments.traffic:
-            print(traffic_table(arguments.heads, arguments.kv_heads))
-            return 0
-        check_json(arguments.json)
-        if not set(arguments.schemes) <= set(ONE_DEVICE):
-            request_cpu_devices(max(arguments.devices))
-        command = shlex.join(["python", "-m", "rlring.bench", *(sys.argv[1:] if argv is None else argv)])
-        versions = _versions(command)
-        settings = Settings(
-            schemes=tuple(arguments.schemes),
-            lengths=tuple(arguments.lengths),
-            devices=tuple(arguments.devices),
-            heads=arguments.heads,
-            kv_heads=arguments.kv_heads,
-            head_size=arguments.head_size,
-            batch=arguments.batch,
-            type=arguments.type,
-            repeats=arguments.repeats,
-            matmul=arguments.matmul or MATMUL.get(versions.platform, LARGE_MATMUL),
-            kernel=arguments.kernel,
-            blocks=tuple(arguments.blocks) if arguments.blocks else None,
-            hops=arguments.hops,
-            sparse=tuple(arguments.sparse),
+    command = shlex.join(["python", "-m", "rlring.bench", *(sys.argv[1:] if argv is None else argv)])
+    return run(lambda: _main(arguments, command))
+
+
+def _main(arguments: argparse.Namespace, command: str) -> None:
+    if arguments.heads % arguments.kv_heads:
+        raise UsageError(
+            f"--heads is a multiple of --kv-heads; got {arguments.heads} and {arguments.kv_heads}. "
+            "Leave --kv-heads out for as many."
         )
-        with memory_errors("Lower --lengths, --batch or --matmul, or leave out the scheme 'dense'."):
-            measurements = list(measure(settings))
-        print(table(measurements, settings, versions))
-        if arguments.json is not None:
-            content = {"versions": asdict(versions), "settings": asdict(settings)}
-            write_json(arguments.json, content | {"measurements": [asdict(m) for m in measurements]})
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if (arguments.matmul or 0) > LARGEST_MATMUL:
+        raise UsageError(f"--matmul is at most {LARGEST_MATMUL}; got {arguments.matmul}. Leave it out.")
+    if arguments.traffic:
+        print(traffic_table(arguments.heads, arguments.kv_heads))
+        return
+    check_json(arguments.json)
+    if not set(arguments.schemes) <= set(ONE_DEVICE):
+        request_cpu_devices(max(arguments.devices))
+    versions = _versions(command)
+    settings = Settings(
+        schemes=tuple(arguments.schemes),
+        lengths=tuple(arguments.lengths),
+        devices=tuple(arguments.devices),
+        heads=arguments.heads,
+        kv_heads=arguments.kv_heads,
+        head_size=arguments.head_size,
+        batch=arguments.batch,
+        type=arguments.type,
+        repeats=arguments.repeats,
+        matmul=arguments.matmul or MATMUL.get(versions.platform, LARGE_MATMUL),
+        kernel=arguments.kernel,
+        blocks=tuple(arguments.blocks) if arguments.blocks else None,
+        hops=arguments.hops,
+        sparse=tuple(arguments.sparse),
+    )
+    with memory_errors("Lower --lengths, --batch or --matmul, or leave out the scheme 'dense'."):
+        measurements = list(measure(settings))
+    print(table(measurements, settings, versions))
+    if arguments.json is not None:
+        content = {"versions": asdict(versions), "settings": asdict(settings)}
+        write_json(arguments.json, content | {"measurements": [asdict(m) for m in measurements]})
 
 
 def table(measurements: Iterable[Measurement], settings: Settings, versions: Versions) -> str:

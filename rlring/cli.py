@@ -1,10 +1,11 @@
-"""What the verbs rlring.bench and rlring.plan share: one-line errors, counts, and files written whole."""
+"""What the commands rlring.bench and rlring.plan share: their ends, one-line errors, counts, files written whole."""
 
 import argparse
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +13,7 @@ from typing import NoReturn
 import jax
 
 from rlring.errors import UsageError
+from rlring.interrupts import INTERRUPTED, end_guard
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +21,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
+
+
+def run(body: Callable[[], object]) -> int:
+    """Runs `body` and returns the exit status: 0 done, 2 for arguments that cannot work, 130 interrupted."""
+    try:
+        end_guard()
+        body()
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
+    return 0
 
 
 def count(text: str) -> int:
@@ -49,7 +65,7 @@ def version(package: str) -> str | None:
 
 
 def check_json(path: Path | None) -> None:
-    """Raises UsageError, before the long work, where write_json() could not write."""
+    """Raises UsageError, before the long work, where write_json() could or may not write."""
     if path is None:
         return
     if not path.absolute().parent.is_dir():
@@ -58,13 +74,30 @@ def check_json(path: Path | None) -> None:
         raise UsageError(f"--json {path}: that is a folder. Give the name of a file in it.")
     if not os.access(path.absolute().parent, os.W_OK):
         raise UsageError(f"--json {path}: nobody may write in {path.parent}. Choose another folder.")
+    if path.exists() and not _is_measured(path):
+        raise UsageError(
+            f"--json {path}: that file holds something else than such measurements, and would be replaced. "
+            "Choose another name, or move it."
+        )
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file whole or not at all. `content` has the command that made it as "command", or in "versions"; no
+    other file is replaced (UsageError)."""
+    check_json(path)  # again: what stood there before the long work may not be what stands there now
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _is_measured(path: Path) -> bool:
+    """Returns whether write_json() wrote a file."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):  # no text, no JSON, or thousands of brackets
+        return False
+    command = {**content.get("versions", {}), **content}.get("command") if isinstance(content, dict) else None
+    return isinstance(command, str) and command.startswith("python -m ")

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rlring.cli import Parser, check_json, count, version, write_json
+from rlring.cli import Parser, check_json, count, run, version, write_json
 from rlring.errors import UsageError
 from rlring.language_model import PRESETS, Training, preset
 from rlring.mesh import make_mesh
@@ -147,23 +147,21 @@ def _wanted(refusal: str) -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns its exit status: 0, 2 for arguments that cannot work, 130 when interrupted.
+    """Runs the command; returns its exit status: 0, 2 for arguments that cannot work, 130 when interrupted.
 
     Whether the model fits is no error: it is in the table.
     """
     arguments = _arguments(argv)
-    try:
+    command = ["python", "-m", "rlring.plan", *(sys.argv[1:] if argv is None else argv)]
+
+    def body() -> None:
         check_json(arguments.json)
         jax.config.update("jax_platforms", "cpu")  # nothing runs: a TPU that is here is left alone
         request = _request(arguments)
         plans = list(search(request, _reported)) if arguments.search else [_reported(request)]
-        publish(plans, ["python", "-m", "rlring.plan", *(sys.argv[1:] if argv is None else argv)], arguments.json)
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        publish(plans, command, arguments.json)
+
+    return run(body)
 
 
 def publish(plans: Sequence[Plan], command: Sequence[str], path: Path | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 NO_CONFIG = r"no config at nope. Give the path of a TOML file"
+SOMETHING_ELSE = "--json mine.json: that file holds something else than such measurements, and would be replaced"
 TOPOLOGY = ("--topology", "cpu:1")
 ARGUMENTS = [
     ("agents.train", ("nope",), NO_CONFIG),
@@ -30,9 +31,13 @@ ARGUMENTS = [
     ("agents.plot", ("nope", "--out", "a.png"), "there are no results at nope"),
     ("agents.plot", ("bytes", "--out", "a.png"), "line 1 of bytes is no result"),
     ("agents.plot", ("folder",), "the following arguments are required: --out"),
+    ("agents.plot", ("folder", "--out", "mine.png"), "mine.png exists and is no plot; choose another --out"),
+    ("agents.plot", ("folder", "--out", "a.jpg"), "a plot is a .png, .svg or .pdf file; got a.jpg"),
     ("agents.plan", ("nope", *TOPOLOGY), NO_CONFIG),
     ("agents.plan", ("tiny.toml", "--topology", "cpu:0"), "a topology is a generation and how many chips"),
     ("agents.plan", ("tiny.toml", *TOPOLOGY, "--json", "folder"), "that is a folder. Give the name of a file in it"),
+    ("agents.plan", ("tiny.toml", *TOPOLOGY, "--json", "mine.json"), SOMETHING_ELSE),
+    ("agents.bench", ("acting", "--json", "mine.json"), SOMETHING_ELSE),
     ("agents.bench", ("nope",), "invalid choice: 'nope'"),
     ("agents.bench", ("acting", "--devices", "0"), "'0' is not a whole number of at least 1"),
     ("agents.bench", ("acting", "--json", "no/x"), "there is no folder no. Make it first"),
@@ -44,11 +49,14 @@ ARGUMENTS = [
     ("rlring.bench", ("--lengths", "9" * 30), "is not a whole number of at least 1 and below 2^31"),
     ("rlring.bench", ("--matmul", "999999999"), "--matmul is at most 131072; got 999999999"),
     ("rlring.bench", ("--json", "folder"), "that is a folder"),
+    ("rlring.bench", ("--json", "bytes"), "that file holds something else than such measurements"),
+    ("rlring.bench", ("--json", "mine.json"), SOMETHING_ELSE),
     ("rlring.bench", ("--sparse", "1,2"), "'1,2' is not BLOCK,LOCAL,STRIDE"),
     ("rlring.plan", ("--model", "no", *TOPOLOGY, "--tokens", "8"), "no"),
     ("rlring.plan", ("--model", "3b", *TOPOLOGY, "--tokens", "-1"), "'-1' is not a whole number of at least 1"),
     ("rlring.plan", ("--model", "3b"), "the following arguments are required"),
     ("rlring.plan", ("--model", "3b", *TOPOLOGY, "--tokens", "8", "--json", "folder"), "that is a folder"),
+    ("rlring.plan", ("--model", "3b", *TOPOLOGY, "--tokens", "8", "--json", "mine.json"), SOMETHING_ELSE),
 ]
 
 
@@ -57,6 +65,8 @@ def test_one_line(write_config, capsys, module, arguments, message):
     Path("folder").mkdir()
     Path("bytes").write_bytes(bytes(range(256)))
     Path("recall.toml").write_text('name = "r"')
+    for mine in ("mine.json", "mine.png"):
+        Path(mine).write_text('{"mine": 1}')
     try:
         status = importlib.import_module(module).main(list(arguments))
     except SystemExit as end:  # how argparse ends
@@ -68,9 +78,16 @@ def test_one_line(write_config, capsys, module, arguments, message):
     assert message in printed.err
     assert not Path("runs").exists()
     assert not list(Path("folder").iterdir())
+    assert {Path(mine).read_text() for mine in ("mine.json", "mine.png")} == {'{"mine": 1}'}
 
 
-@pytest.mark.parametrize("module", ["agents.train", "agents.plot", "data.collect"])
+@pytest.mark.parametrize(("module", "option"), [("agents.train", "--resume"), ("agents.sweep", "--dry-run")])
+def test_options_stand_between_overrides(write_config, capsys, module, option):
+    assert importlib.import_module(module).main([str(write_config), "seed=0", option, "no.such=1"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {write_config}: unknown key")
+
+
+@pytest.mark.parametrize("module", ["agents.train", "agents.plot", "data.collect", "rlring.bench", "rlring.plan"])
 def test_an_interrupt_while_modules_are_imported_is_one_line(module):
     command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
