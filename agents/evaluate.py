@@ -33,6 +33,7 @@ from agents.identity import (
     settings_id,
 )
 from agents.kinds import make_agent
+from agents.processes import evaluating
 from agents.prompts import context_tokens, held_out, laid_out
 from agents.results import Result, append_results, read_results
 from agents.rollout import first_between, make_environments, play
@@ -83,7 +84,20 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = Tr
 
 
 def evaluation(folder: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> Evaluation:
-    """`evaluate`, and what it measured with these settings so far."""
+    """`evaluate`, and what it measured with these settings so far. DataError when another process evaluates the run."""
+    check_run(folder)
+    with evaluating(folder):
+        return _evaluation(folder, overrides, progress=progress)
+
+
+def check_run(folder: Path) -> None:
+    """ConfigError when a folder is none of a trained agent."""
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} is no run: it has no config.json. Give the folder of a training run, runs/NAME.")
+    check_command(folder, "agents.train")
+
+
+def _evaluation(folder: Path, overrides: Sequence[str], *, progress: bool) -> Evaluation:
     loaded = load_agent(folder, overrides)
     config, made_with = loaded.config, settings_id(loaded.settings)
     check_existing(config.data, folder, loaded.meta.stores)
@@ -117,9 +131,7 @@ def evaluation(folder: Path, overrides: Sequence[str] = (), *, progress: bool = 
 def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     """Returns the agent of a run's newest (or best) checkpoint, on the mesh of `evaluate.mesh`, weights whole on every
     device."""
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} is no run: it has no config.json. Give the folder of a training run, runs/NAME.")
-    check_command(folder, "agents.train")
+    check_run(folder)
     check_overrides(folder, overrides)
     config = load(Config, folder / "config.json", overrides)
     config = config.model_copy(update={"model": config.model.model_copy(update={"fsdp": False})})
@@ -229,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as evaluate.groups=64")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     def body() -> None:
         new, results = evaluation(arguments.run, arguments.overrides)

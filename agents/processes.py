@@ -2,12 +2,14 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -15,7 +17,11 @@ from agents.checkpoint import Checkpoints
 from agents.cli import ConfigError
 from data import DataError
 from data.atomic_file import lock
-from rlring import processes
+from data.cli import describe
+from rlring import UsageError, processes
+
+Made = TypeVar("Made")
+LONGEST_TOLD = 4096  # bytes of a message
 
 
 def check_processes(mesh: Mesh | None) -> None:
@@ -28,25 +34,74 @@ def check_processes(mesh: Mesh | None) -> None:
         )
 
 
-def wait_for_all(what: str) -> None:
-    """Waits until every process is here: what the first one has written is there."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+def by_the_first(step: Callable[[], Made]) -> Made | None:
+    """Returns what `step` does in the first process, and None in the others, which wait for it.
+
+    Where it fails for a reason that a user can mend, all processes fail with that reason: none is left waiting.
+    """
+    if jax.process_count() == 1:
+        return step()
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = step()
+        except (ConfigError, DataError, UsageError, OSError) as failed:
+            error = failed
+    told = _told("" if error is None else describe(error) if isinstance(error, OSError) else str(error))
+    if error is not None:
+        raise error
+    if told:
+        raise ConfigError(f"the first process says: {told}")
+    return result
+
+
+def _told(text: str) -> str:
+    """Returns the text of the first process, or its beginning, in all of them."""
+    letters = np.zeros(LONGEST_TOLD, np.uint8)
+    written = np.frombuffer(text.encode()[:LONGEST_TOLD], np.uint8)
+    letters[: len(written)] = written
+    return np.asarray(multihost_utils.broadcast_one_to_all(letters)).tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the folder of a run, or of a sweep, for the first process; DataError when another command trains it.
+    """Holds the folder of a run, or of a sweep; DataError when another command trains it. Of several processes the
+    first holds it, and all of them learn that it cannot (ConfigError).
 
     The lock is a file beside the folder, which may move or vanish meanwhile; it dies with its process.
     """
-    if processes() > 1 and jax.process_index():  # asked of one process, JAX would start its devices
-        yield
-        return
     path = folder.with_name(f".{folder.name}.training")
     message = f"another process trains {folder} right now; wait for it, or choose another name=..."
-    made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+
+        def hold() -> None:
+            for parent in [parent for parent in path.parents if not parent.exists()][::-1]:
+                parent.mkdir()
+                held.callback(_remove_empty, parent)
+            held.enter_context(_held(path, message))
+
+        if processes() == 1:  # JAX, asked how many, would start its devices
+            hold()
+        else:
+            by_the_first(hold)
+        yield
+
+
+@contextmanager
+def evaluating(folder: Path) -> Iterator[None]:
+    """Holds the results of a run; DataError when another command evaluates it: both would play the same episodes."""
+    with _held(folder / ".evaluating", f"another process evaluates {folder} right now; wait for it to end"):
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # not empty: the run is in it
+        folder.rmdir()
+
+
+@contextmanager
+def _held(path: Path, message: str) -> Iterator[None]:
+    """Holds a lock file while the body runs; DataError with `message` when another process has it."""
     with path.open("ab") as file:
         lock(file, message)
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -55,9 +110,6 @@ def alone(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # not empty: the run is in it
-                for parent in made:
-                    parent.rmdir()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,12 +36,12 @@ from agents.identity import check_total, records
 from agents.kinds import make_agent
 from agents.metrics import check_wandb, claim, metrics_log
 from agents.optimizer import make_optimizer, schedule
-from agents.processes import alone, check_processes, stop_requests, wait_for_all
+from agents.processes import alone, by_the_first, check_processes, stop_requests
 from agents.update import first_state, make_update
 from data import ChainSampler, TrajectoryStore
 from data.tasks import goal_task
 from rlring import UsageError, join_cluster, make_mesh, processes, request_cpu_devices
-from rlring.cli import Parser
+from rlring.cli import Parser, count
 
 RUNS = Path("runs")
 DETECTED = "detected"
@@ -66,17 +67,14 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
     mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
     check_processes(mesh)
     is_first = jax.process_index() == 0
-    if starts_over and is_first:
-        set_aside(folder)
-    wait_for_all("a free folder")
+    # Asked of every process: the first may have freed the folder before another looked at it.
+    by_the_first(lambda: starts_over and set_aside(folder))
     first, before = newest(folder)
     check_trained_so_far(folder, before, config)
     check_total(folder, first, config.train.updates)
     kept = before.stores if before is not None else {}
-    if is_first:
-        stores = open_stores(config.data, owner=folder, kept=kept)
-    wait_for_all("data")
-    if not is_first:
+    stores = by_the_first(partial(open_stores, config.data, owner=folder, kept=kept))
+    if stores is None:  # the first process has made what was missing
         stores = open_stores(config.data.model_copy(update={"collect": None}), owner=folder, kept=kept)
     if before is not None and is_first:
         note_changes(folder, before, versions())
@@ -85,8 +83,7 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
     sampler = agent.sampler(stores)
     if before is None:
         meta = meta._replace(targets=targets(sampler, stores))
-    wandb_run = claim(folder, config) if is_first else None
-    wait_for_all("folder")
+    wandb_run = by_the_first(partial(claim, folder, config))
     optimizer = make_optimizer(config)
     keeps = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
 
@@ -197,7 +194,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--processes", type=int, metavar="N", help="with --cluster HOST:PORT")
     parser.add_argument("--process", type=int, metavar="I", help="with --cluster HOST:PORT: which one this is, from 0")
     parser.add_argument(
-        "--patience", type=int, default=100, metavar="S", help="with --cluster: seconds until a silent process is dead"
+        "--patience",
+        type=count,
+        default=100,
+        metavar="S",
+        help="with --cluster: seconds until a silent process is dead",
     )
     arguments = parser.parse_intermixed_args(argv)
 

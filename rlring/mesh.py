@@ -115,8 +115,8 @@ def join_cluster(
     after which a process counts as dead, and the others end too.
 
     Raises:
-        UsageError: only some of the three were given, nothing that is known started this process, or the processes do
-            not find each other.
+        UsageError: only some of the three were given, the address is no HOST:PORT, or nothing that is known started
+            this process.
     """
     given = (address, processes, process)
     if None in given and given != (None, None, None):
@@ -125,7 +125,12 @@ def join_cluster(
             f"{process}. Give all three, or none where Slurm, Kubernetes, Open MPI or Cloud TPU starts the processes."
         )
     if processes is not None and not 0 <= process < processes:
-        raise UsageError(f"of {processes} processes one is number 0 to {processes - 1}; got {process}.")
+        raise UsageError(f"of {processes} processes one is number 0 to {max(0, processes - 1)}; got {process}.")
+    port = "1" if address is None else address.rpartition(":")[2]
+    if address is not None and (":" not in address or not port.isdecimal() or not 0 < int(port[:9]) < 2**16):
+        raise UsageError(f"a cluster's address is HOST:PORT, such as 10.0.0.1:1234; got {address!r}. Give that.")
+    if patience_s < 1:
+        raise UsageError(f"patience is a number of seconds, at least 1; got {patience_s}. Leave it out for 100.")
     try:
         jax.distributed.initialize(address, processes, process, heartbeat_timeout_seconds=patience_s)
     except ValueError as nothing_found:

@@ -16,6 +16,7 @@ import pytest
 from agents.checkpoint import read_metrics
 from agents.train import main
 from data import ChainSampler, TrajectoryStore
+from data.atomic_file import lock
 from data.build import build
 from data.collect import collect
 from data.store_file import seal
@@ -208,6 +209,27 @@ def test_a_process_that_is_told_to_end_takes_the_other_with_it(folder):
     assert (folder / f"runs/ended/checkpoints/{last}").is_dir()
 
 
+def assert_told_by_both(printed: list[str], message: str) -> None:
+    for text, beginning in zip(printed, ("error: ", "error: the first process says: "), strict=True):
+        assert any(line.startswith(beginning + message) for line in text.splitlines()), text  # gloo speaks too
+
+
+def test_a_folder_that_another_command_trains_ends_both_with_a_message(folder):
+    with (folder / "runs/.two.training").open("w") as held:
+        lock(held, "")
+        printed = finish(start_two(folder, "name=two"), codes=(2,))
+    assert_told_by_both(printed, "another process trains runs/two right now")
+    assert not (folder / "runs/two").exists()
+
+
+@pytest.mark.slow
+def test_a_store_that_is_not_there_ends_both_with_a_message(folder):
+    printed = finish(start_two(folder, "name=two", 'data.stores=["no.h5"]'), codes=(2,))
+    assert_told_by_both(printed, "no store at no.h5")
+    assert not (folder / "runs/two").exists()
+    assert not (folder / "runs/.two.training").exists()
+
+
 def test_what_cannot_be_a_cluster(tmp_path, capsys):
     config = tmp_path / "config.toml"
     config.write_text(CONFIG.format(task=TASK, folder=tmp_path))
@@ -215,6 +237,9 @@ def test_what_cannot_be_a_cluster(tmp_path, capsys):
         (["--process", "1"], "error: --processes and --process go with --cluster HOST:PORT"),
         (["--cluster", "127.0.0.1:1", "--process", "0"], "error: a cluster takes an address, the number of processes"),
         (["--cluster", "127.0.0.1:1", "--processes", "2", "--process", "2"], "error: of 2 processes one is number 0"),
+        (["--cluster", "127.0.0.1", "--processes", "2", "--process", "1"], "error: a cluster's address is HOST:PORT"),
+        (["--cluster", "here:x", "--processes", "2", "--process", "1"], "error: a cluster's address is HOST:PORT"),
+        (["--cluster", "here:99999", "--processes", "2", "--process", "1"], "error: a cluster's address is HOST:PORT"),
     ):
         assert main([str(config), *arguments]) == 2
         printed = capsys.readouterr().err
