@@ -2,6 +2,7 @@
 # make test         the tests
 # make lint         style, types, and who may import whom
 # make bench        attention: time and memory by scheme and length
+# make docs         the documentation, as a site in site/
 #
 # All of them first make .venv and install the locked packages; PYTHON=... picks another Python, VENV=... another place.
 
@@ -10,7 +11,7 @@ CANDIDATES = $(PYTHON) python3.12 python3.11 python3 python
 RUN = $(VENV)/bin/python
 export MUJOCO_GL ?= disabled
 
-.PHONY: quickstart test test-slow lint bench lock
+.PHONY: quickstart test test-slow lint bench docs lock
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/installed
@@ -31,6 +32,9 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) -m rlring.bench
 
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 # A Python of the supported range: asked by running it, because a name on the PATH may be a shim for nothing.
 $(VENV)/installed: requirements.lock pyproject.toml
 	@for python in $(CANDIDATES); do \
@@ -44,6 +48,13 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
+$(VENV)/docs-installed: $(VENV)/installed docs/requirements.lock
+	$(RUN) -m pip install --quiet --require-hashes -r docs/requirements.lock
+	@touch $@
+
 # Needs uv: python -m pip install uv
+LOCK = uv pip compile --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate --generate-hashes pyproject.toml
 lock:
-	uv pip compile --universal --python-version 3.11 --all-extras --no-emit-index-url --no-header --no-annotate --generate-hashes pyproject.toml --output-file requirements.lock
+	$(LOCK) --extra stack --extra test --extra build --output-file requirements.lock
+	$(LOCK) --extra docs --constraints requirements.lock --output-file docs/requirements.lock
+	sed -i '1i # Pinned for Python 3.11 and 3.12. Made by `make lock` from pyproject.toml.' requirements.lock docs/requirements.lock

@@ -1,4 +1,6 @@
-"""Trains one agent from a config: python -m agents.train CONFIG.toml [section.key=value ...] [--resume]
+"""Trains one agent from a config.
+
+    python -m agents.train CONFIG.toml [section.key=value ...] [--resume]
 
 On several hosts every one runs the same command with --cluster, and sees the same folder; the first writes results.
 """

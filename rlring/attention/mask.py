@@ -268,7 +268,7 @@ def striped_order(length: int, ring: int) -> np.ndarray:
 
 
 def inverse_order(order: np.ndarray) -> np.ndarray:
-    """Returns the order that undoes `order`: x[order][inverse_order(order)] is x."""
+    """Returns the order that undoes `order`: `x[order][inverse_order(order)]` is x."""
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order))
     return inverse
