@@ -5,10 +5,8 @@ The head is HDF5's "user block", which the HDF5 library skips: 512 bytes, filled
     rlring trajectory store 2
     crc32 9ae0daaf of 123456 bytes
 
-and written last. It is compared before the HDF5 library sees anything else, because that answers damage with any of a
-dozen errors, wrong numbers, or by never coming back. All bytes are covered, because a store is small beside the memory
-that trains on it, and CRC-32 reads 2.7 GB a second (one core of the machine it was tried on; SHA-256 1.0, and HDF5's
-own Fletcher-32 takes a chunk of zeros for whole).
+and written last. It covers all bytes and is compared before the HDF5 library reads anything, because that library
+answers damage with wrong numbers, or never returns (docs/notebook.md has what other checksums cost).
 """
 
 import os

@@ -1,0 +1,90 @@
+"""README and guides say what is so: their Python runs, their commands, files, flags and settings are there."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agents.config import Config, load
+
+ROOT = Path(__file__).parents[2]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
+BLOCK = re.compile(r'^```(?P<language>\w*)(?: title="(?P<file>[^"]+)")?\n(?P<code>.*?)^```$', re.DOTALL | re.MULTILINE)
+SLOW = {"docs/library.md", "docs/training.md"}
+WITH_PYTHON = [page for page in PAGES if "```python" in PAGES[page]]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Returns the words of every `python -m ...` and `make ...` in code: in blocks and between backticks."""
+    blocks = [line for block in BLOCK.finditer(text) for line in block["code"].splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+    found = (re.match(r"(?:\S*/)?(python -m|make) [^#(]+", code.strip()) for code in blocks + spans)
+    return [[w if "=[" in w else w.strip("[]") for w in one[0].split()] for one in found if one]
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in WITH_PYTHON])
+def test_the_python_of_a_page_runs(page, tmp_path):
+    blocks = list(BLOCK.finditer(PAGES[page]))
+    for block in blocks:
+        if block["file"]:
+            (tmp_path / block["file"]).write_text(block["code"])
+    code = "\n".join(block["code"] for block in blocks if block["language"] == "python")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_page_with_python_was_lost():
+    assert {"README.md", "docs/library.md", "docs/training.md", "docs/data.md"} <= set(WITH_PYTHON)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(PAGES[page])])
+def test_the_commands_of_a_page_are_there(page, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    for words in commands(PAGES[page]):
+        if words[0].endswith("make"):
+            assert words[1] in targets, words
+            continue
+        if words[2] in ("pip", "venv"):
+            continue
+        module = importlib.import_module(words[2])
+        with pytest.raises(SystemExit) as asked:
+            module.main(["--help"])
+        assert asked.value.code == 0
+        known = capsys.readouterr().out
+        assert not [w for w in words[3:] if w.startswith("--") and w.split("=")[0] not in known], words
+        files = [w for w in words[3:] if w.startswith("configs/") and "CONFIG" not in w and "X.toml" not in w]
+        assert all(Path(file).exists() for file in files), words
+
+
+def test_the_settings_that_pages_name_are_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = tmp_path / "dark.toml"
+    config.write_text(next(block["code"] for block in BLOCK.finditer(PAGES["docs/training.md"]) if block["file"]))
+    for words in (words for text in PAGES.values() for words in commands(text)):
+        settings = [word for word in words[3:] if "=" in word and not word.startswith(("-", "section."))]
+        if words[1] == "-m" and words[2] in ("agents.train", "agents.evaluate") and settings:
+            load(Config, words[3] if Path(words[3]).is_file() else config, settings)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", BLOCK.sub("", PAGES[page]))
+    assert all(((ROOT / page).parent / link).exists() for link in links)
+
+
+def test_docstrings_hold_no_accidental_links():
+    # Markdown takes `[a][b]` outside of code for a link, and the documentation would not build.
+    def docstrings(path):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                yield re.sub(r"`[^`]*`|^ {4}.*$", "", text, flags=re.MULTILINE)
+
+    paths = [path for package in ("rlring", "data", "agents") for path in (ROOT / package).rglob("*.py")]
+    assert not [path for path in paths for text in docstrings(path) if re.search(r"\w\[[^\]]+\] ?\[", text)]
