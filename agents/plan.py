@@ -25,10 +25,9 @@ from data import ChainBatch
 from rlring import TransformerConfig, make_mesh
 from rlring.cli import Parser, check_json
 from rlring.language_model import LanguageModelConfig
-from rlring.plan import Plan, compiled_plan, publish, reported
+from rlring.plan import Plan, Request, StepCost, compiled_plan, publish, reported, topology_devices
+from rlring.plan.topology import EXAMPLES
 from rlring.sharding import TOKENS, state_sharding
-from rlring.topology import EXAMPLES, topology_devices
-from rlring.work import Request, Work
 
 
 def plan(config: Config, topology: str) -> Plan:
@@ -78,8 +77,8 @@ def plan(config: Config, topology: str) -> Plan:
         config.model.remat,
     )
     transformer = LanguageModelConfig(0, TransformerConfig(**config.model.shape(rope_fraction=1.0)))
-    work = Work.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes[0])))
-    return reported(request, lambda: compiled_plan(request, work, update.lower(shapes, batch)))
+    cost = StepCost.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes[0])))
+    return reported(request, lambda: compiled_plan(request, cost, update.lower(shapes, batch)))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""How every verb of this package ends: an exit status, and one line on stderr for what the user can mend."""
+"""How every command of this package ends: an exit status, and one line on stderr for what the user can mend."""
 
 import argparse
 import errno

@@ -99,7 +99,7 @@ def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Tr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb and returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = Parser(prog="python -m data.collect", description="Roll out a policy into episodes.")
     parser.add_argument("--task", required=True, help="domain-task, such as walker-walk or point_mass-dark")
     parser.add_argument("--policy", required=True, help=", ".join(POLICIES))

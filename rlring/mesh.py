@@ -34,7 +34,7 @@ _CPU_FLAGS = {
 def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh ("data", "ring", "ulysses") over the first data * ring * ulysses devices.
 
-    devices: those of another cluster (rlring.topology), to compile for it. None: this process' own.
+    devices: those of another cluster (rlring.plan.topology), to compile for it. None: this process' own.
 
     Raises:
         UsageError: an axis is smaller than 1, or there are too few devices.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import collect as verb
+from data import collect as command
 from data.collect import collect, main, roll_out
 from data.dmc import make
 from data.errors import DataError
@@ -51,7 +51,7 @@ def test_an_episode_on_disk(tmp_path):
 
 
 def test_the_same_episodes_whatever_the_workers_and_the_interruptions(tmp_path, monkeypatch):
-    monkeypatch.setattr(verb, "_CHUNK", 2)
+    monkeypatch.setattr(command, "_CHUNK", 2)
     collect("reacher-easy", "pink", 6, seed=4, out=tmp_path / "one", progress=False, episode_steps=5)
     collect("reacher-easy", "pink", 6, seed=4, out=tmp_path / "two", workers=2, progress=False, episode_steps=5)
 
@@ -64,7 +64,7 @@ def test_the_same_episodes_whatever_the_workers_and_the_interruptions(tmp_path, 
             raise KeyboardInterrupt
         return roll_out(*arguments)
 
-    monkeypatch.setattr(verb, "roll_out", interrupted)
+    monkeypatch.setattr(command, "roll_out", interrupted)
     options = {"seed": 4, "out": tmp_path / "three", "progress": False, "episode_steps": 5}
     with pytest.raises(KeyboardInterrupt):
         collect("reacher-easy", "pink", 6, **options)
@@ -73,7 +73,7 @@ def test_the_same_episodes_whatever_the_workers_and_the_interruptions(tmp_path, 
     damaged = list_episodes(tmp_path / "three")[1]
     damaged.write_bytes(damaged.read_bytes()[:-30])
     (tmp_path / "three" / ".episode_000005_5.npz.rlring-partial").write_bytes(b"PK")
-    monkeypatch.setattr(verb, "roll_out", roll_out)
+    monkeypatch.setattr(command, "roll_out", roll_out)
     collect("reacher-easy", "pink", 6, **options)
 
     expected = content(tmp_path / "one")

@@ -45,8 +45,10 @@ def answer(main, arguments, capsys):
     return status, capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("verb", "name", "value"), [("collect", *c) for c in COLLECT] + [("build", *b) for b in BUILD])
-def test_a_setting_at_its_edge(episodes, tmp_path, monkeypatch, capsys, verb, name, value):
+@pytest.mark.parametrize(
+    ("command", "name", "value"), [("collect", *c) for c in COLLECT] + [("build", *b) for b in BUILD]
+)
+def test_a_setting_at_its_edge(episodes, tmp_path, monkeypatch, capsys, command, name, value):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -54,12 +56,12 @@ def test_a_setting_at_its_edge(episodes, tmp_path, monkeypatch, capsys, verb, na
     file.write_text("precious")
     folder.mkdir()
     (strange / "episode_000000_5.npz").mkdir(parents=True)
-    if verb == "collect":
+    if command == "collect":
         arguments = {"--task": "cartpole-swingup", "--policy": "uniform", "--episodes": "1", "--out": "made"}
     else:
         arguments = {"--exorl": str(episodes), "--task": "cartpole-swingup", "--out": "made"}
     arguments[name] = value.format(file=file, folder=folder, strange=strange)
-    status, error = answer({"collect": collect, "build": build}[verb].main, arguments, capsys)
+    status, error = answer({"collect": collect, "build": build}[command].main, arguments, capsys)
     assert status == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1, error
@@ -68,11 +70,11 @@ def test_a_setting_at_its_edge(episodes, tmp_path, monkeypatch, capsys, verb, na
     assert list(work.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", [collect, build])
-def test_a_setting_that_is_missing_or_unknown(capsys, verb):
+@pytest.mark.parametrize("command", [collect, build])
+def test_a_setting_that_is_missing_or_unknown(capsys, command):
     for arguments in ([], ["--nonsense", "1"]):
         with pytest.raises(SystemExit) as end:
-            verb.main(arguments)
+            command.main(arguments)
         assert end.value.code == 2
         error = capsys.readouterr().err
         assert error.startswith("error: the following arguments are required: ")

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from rlring import AttentionConfig, Mask, UsageError, attention, make_mesh
 from rlring.mesh import SEQUENCE_AXES
-from rlring.schedule import permutes
-from rlring.topology import topology_devices
+from rlring.plan.hlo_schedule import permutes
+from rlring.plan.topology import topology_devices
 
 
 class Case(NamedTuple):

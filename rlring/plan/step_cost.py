@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlring.language_model import LanguageModelConfig
+from rlring.plan.hlo_schedule import Transfer
+from rlring.plan.links import GRADIENT_BYTES, NUMBER_BYTES, Link
 from rlring.remat import Remat
-from rlring.schedule import Transfer
-from rlring.traffic import GRADIENT_BYTES, NUMBER_BYTES, Link
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepCost:
     """What a device computes and sends in a step, counted from the shapes."""
 
     parameters: int
@@ -36,7 +36,7 @@ class Work:
     hop_bytes: float  # of keys and values
 
     @classmethod
-    def of(cls, config: LanguageModelConfig, request: Request, parameters: int) -> "Work":
+    def of(cls, config: LanguageModelConfig, request: Request, parameters: int) -> "StepCost":
         model = config.transformer
         D, N, K, H, F = model.sizes
         layers, tokens = model.layers, request.rows * request.tokens

@@ -91,7 +91,7 @@ def hidden_from(
     return travelling / link.bandwidth * link.flops * peak_share / operations
 
 
-def traffic_table(heads: int = 1, kv_heads: int = 1) -> str:
+def links_table(heads: int = 1, kv_heads: int = 1) -> str:
     """Returns the Markdown table of all links, in thousands of tokens a device."""
     columns = "device", "link", "TFLOP/s", "GB/s one way", "block c", "sequence 6c", "causal forward", "causal backward"
     lines = [f"| {' | '.join(columns)} | source |", f"| --- | --- |{' ---: |' * 6} --- |"]

@@ -1,4 +1,4 @@
-"""The plan verb: what the compiler says comes out as it is, and what is counted is what the program does."""
+"""The plan command: what the compiler says comes out as it is, and what is counted is what the program does."""
 
 import dataclasses
 import json
@@ -11,9 +11,11 @@ import jax
 import pytest
 
 from rlring import AttentionConfig, TransformerConfig, make_mesh, plan
-from rlring.language_model import LanguageModelConfig, Training
-from rlring.schedule import Transfer, permutes
-from rlring.traffic import Link
+from rlring.language_model import LanguageModelConfig, Training, preset
+from rlring.plan import command, compiled
+from rlring.plan.hlo_schedule import Transfer, permutes
+from rlring.plan.links import Link
+from rlring.plan.table import table
 
 CPU = ["--model", "350m", "--topology", "cpu:8", "--tokens", "512"]
 
@@ -26,7 +28,8 @@ def tiny(name: str, **changes) -> LanguageModelConfig:
 
 @pytest.fixture
 def tiny_models(monkeypatch):
-    monkeypatch.setattr(plan, "preset", tiny)
+    for module in (command, compiled):
+        monkeypatch.setattr(module, "preset", tiny)
 
 
 def fake(request: plan.Request, *, fits_up_to: int) -> plan.Plan:
@@ -51,7 +54,7 @@ def test_search(longest, tried):
 
 
 def test_table():
-    header, _, row = plan.table([fake(REQUEST, fits_up_to=5000)]).splitlines()
+    header, _, row = table([fake(REQUEST, fits_up_to=5000)]).splitlines()
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
     assert cells["total of GiB"] == "4.00 of 4.88"
     assert (cells["tokens"], cells["a device"], cells["fits"]) == ("4,096", "256", "yes")
@@ -72,19 +75,19 @@ def test_table():
     ],
 )
 def test_what_a_refused_program_wanted(message, gib):
-    assert plan._wanted(message) == pytest.approx(gib * 2**30)
+    assert compiled._wanted(message) == pytest.approx(gib * 2**30)
 
 
 def test_operations_of_a_model():
     """6 operations for every weight and token, and 12 T D for attention that sees everything: half of it, causal."""
     request = dataclasses.replace(REQUEST, tokens=2**20)
-    config = plan.preset("7b")
-    work = plan.Work.of(config, dataclasses.replace(request, ring=8), 6_738_415_616)
+    config = preset("7b")
+    cost = plan.StepCost.of(config, dataclasses.replace(request, ring=8), 6_738_415_616)
     matrices = 6_738_415_616 - 32_000 * 4096 - 65 * 4096  # without the embedding and the norms
     dense = 6 * matrices * 2**20
     attended = 32 * 14 * 4096 * 2**40 / 2  # 4 forward, 10 backward
-    assert work.flops * 8 == pytest.approx(dense + attended)
-    assert work.computed_flops * 8 == pytest.approx(
+    assert cost.flops * 8 == pytest.approx(dense + attended)
+    assert cost.computed_flops * 8 == pytest.approx(
         dense * 4 / 3 + attended * 18 / 14
     )  # the forward of everything once more
 
@@ -108,23 +111,23 @@ def test_bytes_of_the_ring_are_those_of_the_program(remat, data, ring, ulysses):
     sent = 3 * sum(x.bytes for x in permutes(compiled))  # the program of a layer runs three times
     turns = 3 if remat == "all" else 2  # of keys: forward, again, backward
     positions = 3 * turns * (ring - 1) * 8 * 256 / ring
-    assert plan.Work.of(training.config, request, 1).ring_bytes == sent - positions
+    assert plan.StepCost.of(training.config, request, 1).ring_bytes == sent - positions
 
 
 def test_hidden_share():
     """The hops of a layer, of which the loop of the ring has nearly all, and the way home outside of it."""
-    work = plan.Work(1, 1.0, 1.0, 1.0, 1.0, hop_flops=100.0, hop_bytes=100.0)
+    cost = plan.StepCost(1, 1.0, 1.0, 1.0, 1.0, hop_flops=100.0, hop_bytes=100.0)
     forward = Transfer("while/shard_map/while/ppermute", 100, True, True, True)
     keys = forward._replace(source="transpose(while)/shard_map/while/ppermute")
     gradients = keys._replace(bytes=200)
     last = gradients._replace(is_hidden=False, source="transpose(while)/shard_map/ppermute")
     fast, slow = Link("", "", 1.0, 1.5, ""), Link("", "", 1.0, 0.5, "")
     # Sent in the time of 100 / 1.5 and 300 / 1.5, computed in that of 100 and 250: all but the way home is hidden.
-    assert work.hidden_share(fast, [forward, keys, gradients, last]) == 1
+    assert cost.hidden_share(fast, [forward, keys, gradients, last]) == 1
     # A third as fast: 200 and 600.
-    assert work.hidden_share(slow, [forward, keys, gradients, last]) == pytest.approx((100 + 250) / 800)
+    assert cost.hidden_share(slow, [forward, keys, gradients, last]) == pytest.approx((100 + 250) / 800)
     exposed = keys._replace(is_hidden=False)
-    assert work.hidden_share(fast, [forward, exposed, gradients]) == pytest.approx((100 + 200) / 400)
+    assert cost.hidden_share(fast, [forward, exposed, gradients]) == pytest.approx((100 + 200) / 400)
 
 
 def test_a_plan_for_virtual_devices(tiny_models, tmp_path, capsys):
@@ -141,8 +144,8 @@ def test_a_plan_for_virtual_devices(tiny_models, tmp_path, capsys):
     assert {"rlring", "jax", "jaxlib"} <= set(written["versions"])
 
 
-def rows_of_a_tpu(*argv: str, program: str = "import rlring.plan as plan") -> list[list[str]]:
-    """Returns the rows that the verb prints, run in a process of its own."""
+def rows_of_a_tpu(*argv: str, program: str = "from rlring import plan") -> list[list[str]]:
+    """Returns the rows that the command prints, run in a process of its own."""
     command = [sys.executable, "-c", f"{program}; raise SystemExit(plan.main())", "--model", "350m", *argv]
     ran = subprocess.run(command, env=os.environ, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
@@ -152,10 +155,11 @@ def rows_of_a_tpu(*argv: str, program: str = "import rlring.plan as plan") -> li
 def with_model(width: int, heads: int, scheme: str, kernel: str = "jax") -> str:
     """Returns a program in which every preset is this model of two layers."""
     return (
-        "import rlring.plan as plan; from rlring import *; from rlring.language_model import LanguageModelConfig;"
+        "from rlring import *; from rlring import plan; from rlring.plan import compiled;"
+        "from rlring.language_model import LanguageModelConfig;"
         f"config = TransformerConfig(width={width}, layers=2, heads={heads}, fsdp=True, remat='all',"
         f"compute_type='bfloat16', attention=AttentionConfig('{scheme}', kernel='{kernel}'));"
-        "plan.preset = lambda name, **how: LanguageModelConfig(512, config)"
+        "compiled.preset = lambda name, **how: LanguageModelConfig(512, config)"
     )
 
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 from rlring.attention.ulysses import check_heads
-from rlring.candidates import (
+from rlring.bench.candidates import (
     ONE_DEVICE,
     Run,
     Settings,

@@ -1,16 +1,12 @@
-"""How fast attention is, and how much it holds: python -m rlring.bench [--schemes ring ...] [--lengths 4096 ...]
-
-Prints a Markdown table; --traffic prints instead when the links of known devices hide the ring. Progress is on stderr.
-rlring.timing says how it is measured, rlring.traffic what the model of the traffic assumes.
-"""
+"""python -m rlring.bench: the arguments, and the order in which things are measured, printed and written."""
 
 import argparse
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,33 +15,17 @@ import jaxlib
 
 from rlring.attention import SparsePattern
 from rlring.attention.kernels import KERNELS
-from rlring.candidates import EXACT, ONE_DEVICE, Settings
+from rlring.bench.candidates import EXACT, ONE_DEVICE, Settings
+from rlring.bench.table import Versions, table
+from rlring.bench.timing import measure
 from rlring.cli import Parser, check_json, count, memory_errors, run, version, write_json
 from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
-from rlring.timing import Measurement, measure
-from rlring.traffic import traffic_table
+from rlring.plan.links import links_table
 
 MATMUL = {"cpu": 2048}  # the side of the square matrices; elsewhere:
 LARGE_MATMUL = 8192
 LARGEST_MATMUL = 2**17  # beyond some size XLA aborts the process
-
-
-@dataclass(frozen=True)
-class Versions:
-    """What the numbers hold for."""
-
-    command: str
-    date: str
-    rlring: str
-    jax: str
-    jaxlib: str
-    torch: str | None
-    python: str
-    platform: str
-    device_kind: str
-    system: str
-    cores: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +44,7 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
     if (arguments.matmul or 0) > LARGEST_MATMUL:
         raise UsageError(f"--matmul is at most {LARGEST_MATMUL}; got {arguments.matmul}. Leave it out.")
     if arguments.traffic:
-        print(traffic_table(arguments.heads, arguments.kv_heads))
+        print(links_table(arguments.heads, arguments.kv_heads))
         return
     check_json(arguments.json)
     if not set(arguments.schemes) <= set(ONE_DEVICE):
@@ -92,36 +72,6 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
     if arguments.json is not None:
         content = {"versions": asdict(versions), "settings": asdict(settings)}
         write_json(arguments.json, content | {"measurements": [asdict(m) for m in measurements]})
-
-
-def table(measurements: Iterable[Measurement], settings: Settings, versions: Versions) -> str:
-    """Returns the measurements as a Markdown table, with what was measured and where below it."""
-    measurements = list(measurements)
-    beside_jax = any(m.forward.ratio_to_jax is not None for m in measurements)
-    columns = ["scheme", "tokens", "devices", "mesh"]
-    for name in ("forward", "forward+backward"):
-        columns += [f"{name} ms (min)", "x blockwise", *["x jax.nn"] * beside_jax, "of peak", "temporary MiB"]
-    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * 2 + " --- |" + " ---: |" * (len(columns) - 4)]
-    for m in measurements:
-        axes = [f"{name} {size}" for name, size in (("ring", m.ring), ("ulysses", m.ulysses)) if size > 1]
-        cells = [m.scheme, str(m.length), str(m.devices), " x ".join(axes) or "-"]
-        for one in (m.forward, m.forward_backward):
-            ratios = [one.ratio_to_blockwise, *[one.ratio_to_jax] * beside_jax]
-            held = "-" if one.temporary_bytes is None else f"{one.temporary_bytes / 2**20:.1f}"
-            cells += [f"{one.median_ms:.1f} ({one.min_ms:.1f})", *("-" if r is None else f"{r:.2f}" for r in ratios)]
-            cells += [f"{one.share_of_peak:.0%}", held]
-        lines.append("| " + " | ".join(cells) + " |")
-    torch = f", torch {versions.torch}" if versions.torch else ""
-    note = (
-        f"`{versions.command}`: causal, batch {settings.batch}, {settings.heads} query heads over {settings.kv_heads} "
-        f"key/value heads of size {settings.head_size}, {settings.type}, kernel {settings.kernel}; "
-        f"median (min) of {settings.repeats} "
-        f"interleaved rounds; peak: a product of {settings.matmul} x {settings.matmul} matrices on each device; "
-        f"temporary memory of one device, from the compiler. {versions.device_kind} ({versions.platform}), "
-        f"{versions.cores} cores, rlring {versions.rlring}, jax {versions.jax}, jaxlib {versions.jaxlib}{torch}, "
-        f"{versions.date}."
-    )
-    return "\n".join([*lines, "", note])
 
 
 def _versions(command: str) -> Versions:
@@ -182,7 +132,3 @@ def _pattern(text: str) -> SparsePattern:
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK,LOCAL,STRIDE, such as 64,16,8")
     return SparsePattern(*map(count, numbers))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

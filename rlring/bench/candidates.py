@@ -1,4 +1,4 @@
-"""What rlring.timing measures: the schemes, a ring that takes turns on one device, S2, and what others offer."""
+"""What `rlring.bench.timing` measures: the schemes, a ring that takes turns on one device, S2, and other libraries."""
 
 import importlib
 import importlib.util

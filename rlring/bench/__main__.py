@@ -1,0 +1,3 @@
+from rlring.bench.command import main
+
+raise SystemExit(main())

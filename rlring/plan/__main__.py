@@ -1,0 +1,3 @@
+from rlring.plan.command import main
+
+raise SystemExit(main())
