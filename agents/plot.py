@@ -42,11 +42,12 @@ def plot(
 ) -> Drawn:
     """Draws return against context into `out` (.png, .svg or .pdf) and returns the caption that stands below it.
 
-    statistic: what the episodes of a goal are reduced to: first, mean, last or max; None takes mean for prompted and
-        last, which is the return of episode x, for self.
-    mode: "prompted" (x is the trajectories given) or "self" (x is the episodes played, the statistic over these);
-        None takes prompted where there is any.
-    aggregate: what the goals are reduced to: "iqm", with the means as dashes beside the line, or "mean".
+    Args:
+        statistic: What the episodes of a goal are reduced to: first, mean, last or max. None: mean for prompted, and
+            last, which is the return of episode x, for self.
+        mode: "prompted" (x is the trajectories given) or "self" (x is the episodes played, the statistic over these).
+            None: prompted where there is any.
+        aggregate: What the goals are reduced to: "iqm", with the means as dashes beside the line, or "mean".
 
     ConfigError when there is nothing to draw, or an argument is none of these; DataError when `out` is a file that is
     no plot.

@@ -21,18 +21,24 @@ CONTEXTS = ("own", "foreign", "none")
 class Result:
     """One evaluated episode.
 
-    group: the goal (or chain) of the episode. Episodes of one group were played one after the other; groups are what a
-        bootstrap resamples. The same (seed, group) under another context must be the same goal, or nothing can be
-    paired. mode: "prompted" when a context is given, "self" when the agent has its own earlier episodes of the group
-    alone. context: what is given: trajectories of the episode's own goal, of a foreign one (the control), or none.
-    context_trajectories, context_tokens: how much is given before the first episode of the group.
-    places: of the world, where the task is a map; 0 elsewhere.
-    met: the chance with which a trajectory of the context had met the goal; 0 where that was left to the data.
-    episode_index: place of the episode within its group, from 0; it sees the episodes before it, in both modes.
-    run: the training run that played. series: what it is a seed of; seeds of one series are averaged, series never.
-    settings_id, settings: what the episode was made with (`agents.identity`): equal for equal settings, and those that
-        are not the default, by dotted name. Results of other settings are never pooled. Lines of before have none.
-    versions: of the packages that played; trained_with: of those that trained.
+    Attributes:
+        group: The goal (or chain) of the episode. Episodes of one group were played one after the other; a bootstrap
+            resamples groups. The same (seed, group) under another context must be the same goal, so that the two can
+            be paired.
+        mode: "prompted" when a context is given, "self" when the agent has its own earlier episodes of the group alone.
+        context: What is given: trajectories of the episode's "own" goal, of a "foreign" one (the control), or "none".
+        context_trajectories: How much is given before the first episode of the group.
+        context_tokens: The same in tokens.
+        places: Of the world, where the task is a map; else 0.
+        met: The chance with which a trajectory of the context had met the goal; 0 where that was left to the data.
+        episode_index: Place of the episode within its group, from 0; it sees the episodes before it, in both modes.
+        run: The training run that played.
+        series: The seeds of one series are averaged; two series never are.
+        settings_id: Equal for equal settings (`agents.identity`); results of other settings are never pooled. Old lines
+            have none.
+        settings: The settings that are not the default, by dotted name.
+        versions: Of the packages that played.
+        trained_with: Of the packages that trained.
     """
 
     experiment: str

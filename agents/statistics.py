@@ -44,10 +44,12 @@ _REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
 class SummaryRow:
     """One line of summary.csv.
 
-    statistic: how the episodes of a goal become one number. ci_low and ci_high belong to the iqm of these numbers.
-    groups: goals (of the seed with the most). episodes: all episodes behind the row. episodes_per_group: of the goal
-        with the most; where it is 1, first, mean, last and max are the same number.
-    interval_over: what was resampled, and so all that the intervals speak of.
+    Attributes:
+        statistic: How the episodes of a goal become one number. ci_low and ci_high belong to the iqm of these numbers.
+        groups: Goals (of the seed with the most).
+        episodes: All episodes behind the row.
+        episodes_per_group: Of the goal with the most; where it is 1, first, mean, last and max are the same number.
+        interval_over: What was resampled: all that the intervals speak of.
     """
 
     agent: str

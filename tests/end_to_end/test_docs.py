@@ -3,6 +3,7 @@
 import ast
 import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -71,6 +72,17 @@ def test_the_settings_that_pages_name_are_settings(tmp_path, monkeypatch):
         settings = [word for word in words[3:] if "=" in word and not word.startswith(("-", "section."))]
         if words[1] == "-m" and words[2] in ("agents.train", "agents.evaluate") and settings:
             load(Config, words[3] if Path(words[3]).is_file() else config, settings)
+
+
+def test_what_the_api_pages_describe_is_there():
+    for text in (text for page, text in PAGES.items() if page.startswith("docs/api/")):
+        for name, members in re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?", text, re.MULTILINE):
+            found = pkgutil.resolve_name(name)
+            assert not [member for member in members.split(", ") if member and not is_member(found, member)], name
+
+
+def is_member(found: object, name: str) -> bool:
+    return hasattr(found, name) or name in getattr(found, "__annotations__", {})
 
 
 @pytest.mark.parametrize("page", PAGES)
