@@ -16,9 +16,8 @@ class PointMassDark:
     """dm_control's point mass, started in one corner of a square, looking for a goal anywhere in it.
 
     A held action of 1 moves the mass at 0.1 m/s and an episode lasts 3.84 s: every goal can be reached, the far ones
-    late. Started in the middle instead, a controller that knows the goal is paid in 10 of the 16 actions and more, or
-    the radius is so small that a random waypoint meets a random goal one time in ten; from the corner both are moderate
-    (7.5 of 16, one in four).
+    late. A controller that knows the goal is paid in 7.5 of the 16 actions, and a random waypoint meets a random goal
+    one time in four. (docs/notebook.md: a start in the middle.)
     """
 
     name: str = "point_mass-dark"
