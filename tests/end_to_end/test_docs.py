@@ -86,9 +86,12 @@ def is_member(found: object, name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_links_of_a_page_lead_to_files(page):
+def test_the_files_that_a_page_names_are_there(page):
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", BLOCK.sub("", PAGES[page]))
     assert all(((ROOT / page).parent / link).exists() for link in links)
+    named = re.findall(r"(?:rlring|data|agents|tests|configs|docs)/[\w./-]*\w\.(?:py|toml|md|yaml|sbatch)", PAGES[page])
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert not {name for name in missing if "CONFIG" not in name and "/X.toml" not in name}
 
 
 def test_docstrings_hold_no_accidental_links():
