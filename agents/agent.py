@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
@@ -13,16 +14,31 @@ Memory = Any  # a value: what an agent carries from one step to the next
 Metrics = dict[str, Array]
 
 
-class Now(NamedTuple):
-    """What an agent is told before it acts, one row an environment."""
+class Timesteps(NamedTuple):
+    """What is known just before each action: at every timestep of a chain [B, M], or at one of each row [B]."""
 
-    observation: Float[Array, "B O"]
-    previous_action: Float[Array, "B A"]
-    """Of the moment before, also across the border of two episodes; zeros at the first moment of all."""
-    previous_reward: Float[Array, " B"]
-    return_to_go: Float[Array, " B"]
-    step: Int[Array, " B"]
+    observation: Float[Array, "*B O"]
+    previous_action: Float[Array, "*B A"]
+    """Of the timestep before, also across the border of two episodes; zeros at the first timestep of all."""
+    previous_reward: Float[Array, "*B"]
+    return_to_go: Float[Array, "*B"]
+    step: Int[Array, "*B"]
     """Step within the episode, from 0."""
+    position: Int[Array, "*B"] | None = None
+    """Index of the timestep in its chain. None while acting: the agent's memory knows it."""
+    segment: Int[Array, "*B"] | None = None
+    """Index of the chain in its row, or -1 for padding. None while acting."""
+
+    @classmethod
+    def of(cls, batch: ChainBatch) -> "Timesteps":
+        """Returns what was known at every timestep of a batch."""
+        return cls(*(jnp.asarray(getattr(batch, name)) for name in cls._fields))
+
+    def at(self, position: Int[Array, ""] | int) -> "Timesteps":
+        """Returns one timestep of each row, [B], as a chain of one, [B, 1], at this position."""
+        fields = [field[:, None] for field in self[:-2]]
+        rows = self.observation.shape[0]
+        return Timesteps(*fields, jnp.full((rows, 1), position, jnp.int32), jnp.zeros((rows, 1), jnp.int32))
 
 
 class Scales(NamedTuple):
@@ -37,10 +53,14 @@ class Scales(NamedTuple):
 class Sampler(Protocol):
     """Where batches come from: a pure function of (seed, step, row, place)."""
 
-    moments: int
+    timesteps: int
 
     def sample(self, step: int, rows: np.ndarray, places: np.ndarray) -> ChainBatch:
-        """Returns of these rows the moments at these places; padding where there is no such place."""
+        """Returns of these rows the timesteps at these places; padding where there is no such place."""
+        ...
+
+    def typical_targets(self) -> dict[str, float]:
+        """Returns the typical return that its chains ask for, by task."""
         ...
 
 
@@ -49,7 +69,7 @@ class Agent(Protocol):
 
     context: bool
     """Whether it can use trajectories other than the one it is in."""
-    tokens_per_moment: int
+    tokens_per_timestep: int
     longest_episode: int | None
     """Steps of the longest episode that it can be in; None: any."""
 
@@ -57,8 +77,8 @@ class Agent(Protocol):
         """Returns the source of its training batches."""
         ...
 
-    def order(self, moments: int) -> np.ndarray | None:
-        """Returns the order and padding (-1) of moments in which it wants its batches; None for as they are."""
+    def order(self, timesteps: int) -> np.ndarray | None:
+        """Returns the order and padding (-1) of timesteps in which it wants its batches; None for as they are."""
         ...
 
     def init(self, key: Array) -> Params: ...
@@ -68,10 +88,12 @@ class Agent(Protocol):
         ...
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> Memory:
-        """Returns the memory of a context (`prompt` may hold no moments) with room for `steps` more moments."""
+        """Returns the memory of a context (`prompt` may hold no timesteps) with room for `steps` more timesteps."""
         ...
 
-    def act(self, params: Params, memory: Memory, now: Now, key: Array | None) -> tuple[Float[Array, "B A"], Memory]:
-        """Returns actions in [-1, 1], sampled with `key` or the distribution's mean without, and the memory after
-        them."""
+    def act(
+        self, params: Params, memory: Memory, now: Timesteps, key: Array | None
+    ) -> tuple[Float[Array, "B A"], Memory]:
+        """Returns actions in [-1, 1] for one timestep of each row, sampled with `key` or the distribution's mean
+        without, and the memory after them."""
         ...

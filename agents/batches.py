@@ -44,8 +44,8 @@ def batches(
     The batches are the same for every `train.workers`. Close the generator to end the workers; they also end when this
     process is killed. ConfigError when a worker was killed.
     """
-    order = agent.order(sampler.moments)
-    order = np.arange(sampler.moments) if order is None else order
+    order = agent.order(sampler.timesteps)
+    order = np.arange(sampler.timesteps) if order is None else order
     part = BatchPart.of((config.train.batch, len(order)), mesh)
     make = Batches(sampler, part.rows, order[part.places])
     updates = range(first, config.train.updates)

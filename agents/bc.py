@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from agents.agent import Metrics, Now, Params, Sampler, Scales
+from agents.agent import Metrics, Params, Sampler, Scales, Timesteps
 from agents.config import Config
 from agents.gaussian import GaussianHead, action_loss
 from agents.samplers import chains
@@ -38,7 +38,7 @@ class BehaviourCloning:
     """
 
     context = False
-    tokens_per_moment = 1
+    tokens_per_timestep = 1
     longest_episode = None
 
     def __init__(self, config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None):
@@ -54,7 +54,7 @@ class BehaviourCloning:
         best = self.config.agent.top_fraction
         return chains(self.config, stores, trajectories=1, sort="time", target="own", best=best)
 
-    def order(self, moments: int) -> None:
+    def order(self, timesteps: int) -> None:
         return None
 
     def init(self, key: Array) -> Params:
@@ -68,5 +68,5 @@ class BehaviourCloning:
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> None:
         return None
 
-    def act(self, params: Params, memory: None, now: Now, key: Array | None) -> tuple[Array, None]:
+    def act(self, params: Params, memory: None, now: Timesteps, key: Array | None) -> tuple[Array, None]:
         return nnx.merge(self.graph, params)(now.observation).act(key), None

@@ -115,9 +115,7 @@ def _batch(window: int, batch: int) -> ChainBatch:
         previous_action=np.tanh(normal(ACTION)),
         previous_reward=normal(),
         step=places,
-        trajectory=np.zeros_like(places),
         last=zeros + 1,
-        completion=zeros,
         position=places,
         segment=np.zeros_like(places),
     )

@@ -33,7 +33,7 @@ from rlring.sharding import TOKENS, state_sharding
 def plan(config: Config, topology: str) -> Plan:
     """Returns what the compiler says of an update.
 
-    Its work is that of the Transformer: what turns moments into tokens, and the action head, are not counted.
+    Its work is that of the Transformer: what turns timesteps into tokens, and the action head, are not counted.
 
     Raises:
         ConfigError: an agent that is no Transformer, or another number of devices than the mesh of the config has.
@@ -57,8 +57,8 @@ def plan(config: Config, topology: str) -> Plan:
     shapes = jax.eval_shape(partial(new_state, agent, optimizer), jax.random.key(0))
     sharding = state_sharding(shapes, mesh, fsdp=config.model.fsdp)
     shapes = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, sharding)
-    order = agent.order(sampler.moments)
-    places = sampler.moments if order is None else len(order)
+    order = agent.order(sampler.timesteps)
+    places = sampler.timesteps if order is None else len(order)
 
     def field(one: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = config.train.batch, places, *one.shape[2:]
@@ -69,7 +69,7 @@ def plan(config: Config, topology: str) -> Plan:
     request = Request(
         config.name,
         topology,
-        places * agent.tokens_per_moment,
+        places * agent.tokens_per_timestep,
         sizes.data,
         sizes.ring,
         sizes.ulysses,

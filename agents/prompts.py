@@ -6,7 +6,7 @@ from agents.agent import Agent
 from agents.config import Config
 from data import ChainBatch, ChainSampler, GoalSampling, TrajectoryStore
 
-SHORTEST_PROMPT = 256  # moments; shorter ones are padded to it, so that small contexts share one compiled program
+SHORTEST_PROMPT = 256  # timesteps; shorter ones are padded to it, so that small contexts share one compiled program
 
 
 def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainSampler:
@@ -25,13 +25,13 @@ def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainS
 
 def laid_out(agent: Agent, prompt: ChainBatch) -> ChainBatch:
     """Returns a prompt padded to a power of two, in the order that the agent's mesh wants."""
-    moments = prompt.position.shape[1]
-    length = max(SHORTEST_PROMPT, 1 << (moments - 1).bit_length())
+    timesteps = prompt.position.shape[1]
+    length = max(SHORTEST_PROMPT, 1 << (timesteps - 1).bit_length())
     order = agent.order(length)
     order = np.arange(length) if order is None else order
-    return prompt.take(np.where(order < moments, order, -1))
+    return prompt.take(np.where(order < timesteps, order, -1))
 
 
 def context_tokens(agent: Agent, prompt: ChainBatch) -> int:
     """Returns the tokens of the longest context in the batch."""
-    return int((prompt.segment >= 0).sum(axis=1).max(initial=0)) * agent.tokens_per_moment
+    return int((prompt.segment >= 0).sum(axis=1).max(initial=0)) * agent.tokens_per_timestep

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from agents.agent import Now, Params, Scales
+from agents.agent import Params, Scales, Timesteps
 from agents.agentic_transformer import AgenticTransformer
 from agents.config import Config
 from agents.gaussian import Gaussian, GaussianHead
-from agents.return_conditioned import moments_of, moments_of_now
 from agents.tokens import Tokenizer
 from data import ChainBatch
 
@@ -69,13 +68,13 @@ class RecurrentAgent(AgenticTransformer):
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> State:
         return self._read(params, prompt)[1]
 
-    def act(self, params: Params, memory: State, now: Now, key: Array | None) -> tuple[Array, State]:
+    def act(self, params: Params, memory: State, now: Timesteps, key: Array | None) -> tuple[Array, State]:
         network = nnx.merge(self.graph, params)
-        x, _, segment = network.tokenizer(moments_of_now(now, 0))
+        x, _, segment = network.tokenizer(now.at(0))
         gaussian, memory = network(x, segment < 0, segment == 0, memory)
         return Gaussian(*(field[:, 0] for field in gaussian)).act(key), memory
 
     def _read(self, params: Params, batch: ChainBatch) -> tuple[Gaussian, State]:
         network = nnx.merge(self.graph, params)
-        x, position, segment = network.tokenizer(moments_of(batch))
+        x, position, segment = network.tokenizer(Timesteps.of(batch))
         return network(x, position == 0, segment >= 0, network.empty(len(x)))

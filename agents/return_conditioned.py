@@ -1,5 +1,5 @@
-"""What DT and AT share: moments become tokens, a causal Transformer reads them, a Gaussian head predicts each
-action."""
+"""What the return-conditioned agents share: timesteps become tokens, a causal Transformer reads them, and a Gaussian
+head predicts each action. What they learn from, and their losses, are in files of their own."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from agents.agent import Metrics, Now, Params, Scales
+from agents.agent import Params, Scales, Timesteps
 from agents.config import Config
-from agents.gaussian import Gaussian, GaussianHead, action_loss
-from agents.tokens import ROPE_FRACTION, TOKENS_PER_MOMENT, Moments, Tokenizer
+from agents.gaussian import Gaussian, GaussianHead
+from agents.tokens import ROPE_FRACTION, TOKENS_PER_TIMESTEP, Tokenizer
 from data import ChainBatch
 from rlring import AttentionConfig, KVCache, Mask, Transformer, TransformerConfig, zigzag_order
 from rlring.sharding import SMALLEST_SPLIT, STACKED, gathered
@@ -46,8 +46,8 @@ class Memory(NamedTuple):
     """Everything an acting agent has seen."""
 
     cache: KVCache
-    moment: Int[Array, ""]
-    """Index of the next moment in the chain."""
+    position: Int[Array, ""]
+    """Index of the next timestep in the chain."""
 
 
 class ReturnConditionedAgent:
@@ -71,53 +71,39 @@ class ReturnConditionedAgent:
         return Network(self.config, self.scales, self.action_size, self.longest_episode, attention, rngs=nnx.Rngs(key))
 
     @property
-    def tokens_per_moment(self) -> int:
-        return TOKENS_PER_MOMENT[self.config.agent.tokens]
+    def tokens_per_timestep(self) -> int:
+        return TOKENS_PER_TIMESTEP[self.config.agent.tokens]
 
     @property
     def window(self) -> int | None:
         """Tokens that a token sees."""
         steps = self.config.agent.window
-        return None if steps is None else steps * self.tokens_per_moment
+        return None if steps is None else steps * self.tokens_per_timestep
 
     def init(self, key: Array) -> Params:
         return jax.jit(lambda key: nnx.split(self.network(key))[1])(key)
 
-    def order(self, moments: int) -> np.ndarray | None:
-        """Returns which moment stands at which place (-1: padding), so that the ring is balanced; None for as they are.
+    def order(self, timesteps: int) -> np.ndarray | None:
+        """Returns which timestep stands at which place (-1: padding), so that the ring is balanced; None: as they are.
 
         Short shards stay as they are: each is one block of attention, and of one block nothing can be skipped.
         """
         ring = 1 if self.mesh is None else self.mesh.shape["ring"]
-        balances = ring > 1 and moments * self.tokens_per_moment >= ring * SHORTEST_ZIGZAG
+        balances = ring > 1 and timesteps * self.tokens_per_timestep >= ring * SHORTEST_ZIGZAG
         multiple = 2 * self.shards if balances else self.shards
-        length = -(-moments // multiple) * multiple
-        if length == moments and not balances:
+        length = -(-timesteps // multiple) * multiple
+        if length == timesteps and not balances:
             return None
         order = zigzag_order(length, ring) if balances else np.arange(length)
-        return np.where(order < moments, order, -1)
+        return np.where(order < timesteps, order, -1)
 
     def features(self, params: Params, batch: ChainBatch) -> Gaussian:
-        """Returns the action distribution at every moment of a batch."""
+        """Returns the action distribution at every timestep of a batch."""
         network = nnx.merge(self.graph, self._whole(params))
-        x, position, segment = network.tokenizer(moments_of(batch))
+        x, position, segment = network.tokenizer(Timesteps.of(batch))
         mask = Mask.causal(position, segment, window=self.window)
         y = network.transformer(x, mask, mesh=self.mesh)
         return network.head(network.tokenizer.acting(y))
-
-    def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
-        whole = batch if whole is None else whole
-        gaussian = self.features(params, batch)
-        loss, metrics = action_loss(gaussian, batch.action, self._weight(batch), self._weight(whole))
-        # Where a context can help: its own number, because the many actions before cannot be foretold by anyone.
-        of_last, _ = action_loss(gaussian, batch.action, batch.last, whole.last)
-        return loss, metrics | {"loss/last_trajectory": of_last}
-
-    def _weight(self, batch: ChainBatch) -> Float[Array, "B M"]:
-        """Returns how much each action counts."""
-        real = (batch.segment >= 0).astype(jnp.float32)
-        last = jnp.maximum(batch.last, self.config.agent.loss_elsewhere * real)
-        return {"last": last, "all": real, "all+last": real + batch.last}[self.config.agent.loss_on]
 
     def _whole(self, params: Params) -> Params:
         """Returns weights that are all there, but for the blocks', which gather their own."""
@@ -131,13 +117,13 @@ class ReturnConditionedAgent:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> Memory:
-        """Returns the memory of a prompt (arranged, maybe of no moments) with room for `steps` moments."""
+        """Returns the memory of a prompt (arranged, maybe of no timesteps) with room for `steps` timesteps."""
         network = nnx.merge(self.graph, params)
-        transformer, k = network.transformer, self.tokens_per_moment
+        transformer, k = network.transformer, self.tokens_per_timestep
         if self.config.agent.window is not None and prompt.position.shape[1] == 0:
             steps = min(steps, self.config.agent.window + 1)  # older slots are written again: memory is bounded
-        x, position, segment = network.tokenizer(moments_of(prompt))
-        moment = jnp.max(jnp.where(prompt.segment >= 0, prompt.position, -1), initial=-1) + 1
+        x, position, segment = network.tokenizer(Timesteps.of(prompt))
+        next_position = jnp.max(jnp.where(prompt.segment >= 0, prompt.position, -1), initial=-1) + 1
         multiple = k * self.shards
         capacity = -(-(x.shape[1] + steps * k) // multiple) * multiple
         if x.shape[1]:
@@ -145,36 +131,13 @@ class ReturnConditionedAgent:
             _, cache = transformer.prefill(x, mask, capacity=capacity, mesh=self.mesh)
         else:
             cache = transformer.empty_cache(x.shape[0], capacity=capacity, mesh=self.mesh)
-        return Memory(cache, moment.astype(jnp.int32))
+        return Memory(cache, next_position.astype(jnp.int32))
 
-    def act(self, params: Params, memory: Memory, now: Now, key: Array | None) -> tuple[Array, Memory]:
+    def act(self, params: Params, memory: Memory, now: Timesteps, key: Array | None) -> tuple[Array, Memory]:
         network = nnx.merge(self.graph, params)
-        x, position, segment = network.tokenizer(moments_of_now(now, memory.moment))
+        x, position, segment = network.tokenizer(now.at(memory.position))
         y, cache = network.transformer.decode(
             x, position, segment, memory.cache, window=self.window, mesh=self.mesh if self.shards > 1 else None
         )
         gaussian = network.head(network.tokenizer.acting(y)[:, 0])
-        return gaussian.act(key), Memory(cache, memory.moment + 1)
-
-
-def moments_of(batch: ChainBatch) -> Moments:
-    """Returns what tokens are made of, out of a batch."""
-    return Moments(
-        observation=jnp.asarray(batch.observation),
-        previous_action=jnp.asarray(batch.previous_action),
-        previous_reward=jnp.asarray(batch.previous_reward),
-        return_to_go=jnp.asarray(batch.return_to_go),
-        step=jnp.asarray(batch.step),
-        position=jnp.asarray(batch.position),
-        segment=jnp.asarray(batch.segment),
-    )
-
-
-def moments_of_now(now: Now, moment: Int[Array, ""] | int) -> Moments:
-    """Returns what the tokens of one moment are made of, of this index in the chain."""
-    rows = now.observation.shape[0]
-    return Moments(
-        *(field[:, None] for field in now),
-        position=jnp.full((rows, 1), moment, jnp.int32),
-        segment=jnp.zeros((rows, 1), jnp.int32),
-    )
+        return gaussian.act(key), Memory(cache, memory.position + 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from agents.agent import Memory, Now
+from agents.agent import Memory, Timesteps
 from agents.cli import ConfigError, Diverged
 from agents.goals import held_out_goals
 from data import ChainBatch
@@ -101,7 +101,7 @@ def episode_of_all(
         running = ~environments.over
         if not running.any():
             break
-        now = Now(observation, action, reward, return_to_go, np.full(rows, step, np.int32))
+        now = Timesteps(observation, action, reward, return_to_go, np.full(rows, step, np.int32))
         key, sampling = jax.random.split(key)
         action, memory = act(loaded.params, memory, now, sampling if loaded.config.evaluate.sample else None)
         check_action(loaded, action, running, step)
@@ -125,7 +125,7 @@ def check_action(loaded: "Loaded", action: Array, running: np.ndarray, step: int
 
 
 def last_of(values: np.ndarray, prompt: ChainBatch) -> np.ndarray:
-    """Returns the entry of each row's last real moment, zeros where there is none: values [B, M, ...] -> [B, ...]."""
+    """Returns the entry of each row's last real timestep, zeros where there is none: values [B, M, ...] -> [B, ...]."""
     if not values.shape[1]:
         return np.zeros((len(values), *values.shape[2:]), np.float32)
     position = np.where(prompt.segment >= 0, prompt.position, -1)

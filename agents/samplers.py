@@ -15,10 +15,10 @@ class MixedSampler:
 
     def __init__(self, samplers: Sequence[ChainSampler | WorldSampler]):
         self.samplers = list(samplers)
-        self.moments = max(sampler.moments for sampler in samplers)
+        self.timesteps = max(sampler.timesteps for sampler in samplers)
 
     def sample(self, step: int, rows: Sequence[int] | np.ndarray, places: np.ndarray | None = None) -> ChainBatch:
-        rows, places = np.asarray(rows), np.arange(self.moments) if places is None else places
+        rows, places = np.asarray(rows), np.arange(self.timesteps) if places is None else places
         owner = (step + rows) % len(self.samplers)
         parts, order = [], []
         for index, sampler in enumerate(self.samplers):
@@ -28,6 +28,10 @@ class MixedSampler:
                 order.append(own)
         order = np.argsort(np.concatenate(order))
         return ChainBatch(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
+
+    def typical_targets(self) -> dict[str, float]:
+        """Returns the typical return that the chains of each task ask for."""
+        return {task: target for sampler in self.samplers for task, target in sampler.typical_targets().items()}
 
 
 def chains(

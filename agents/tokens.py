@@ -1,44 +1,30 @@
-"""Moments of a chain -> token embeddings, and features of tokens -> features of moments."""
+"""Timesteps of a chain -> token embeddings, and features of tokens -> features of timesteps."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agents.agent import Scales
+from agents.agent import Scales, Timesteps
 from agents.standardizer import Standardizer
 
-TOKENS_PER_MOMENT = {"fused": 1, "rsar": 4}
+TOKENS_PER_TIMESTEP = {"fused": 1, "rsar": 4}
 # Fused tokens need no positions, and without them what was learnt on short chains holds on long ones: trained on 17
-# trajectories, the return with 256 rose from 2.0 to 6.5. The four tokens of a moment are bound by their places alone.
+# trajectories, the return with 256 rose from 2.0 to 6.5. The four tokens of a timestep are bound by their places alone.
 ROPE_FRACTION = {"fused": 0.0, "rsar": 1.0}
 
 
-class Moments(NamedTuple):
-    """What tokens are made of: each moment as it is known just before its action."""
-
-    observation: Float[Array, "B M O"]
-    previous_action: Float[Array, "B M A"]
-    previous_reward: Float[Array, "B M"]
-    return_to_go: Float[Array, "B M"]
-    step: Int[Array, "B M"]
-    position: Int[Array, "B M"]
-    """Index of the moment in the chain."""
-    segment: Int[Array, "B M"]
-    """0, or -1 where there is nothing."""
-
-
 class Tokenizer(nnx.Module):
-    """Embeds moments as tokens, the token that predicts a moment's action always the last of its moment.
+    """Embeds timesteps as tokens, the token that predicts a timestep's action always the last of its timestep.
 
     The papers' stream is R s a r R s a r ...; cut before each action's return it is the same stream:
 
-        rsar    | a0 r0 R1 s1 | a1 r1 R2 s2 | ...     four tokens a moment, the last sees all that is known before
-        acting fused   |   [s1 a0 r0 R1]   |   [s2 a1 r1 R2]   | ...     one token a moment
+        rsar    | a0 r0 R1 s1 | a1 r1 R2 s2 | ...     four tokens a timestep, the last sees all that is known before
+        acting fused   |   [s1 a0 r0 R1]   |   [s2 a1 r1 R2]   | ...     one token a timestep
 
-    so acting appends whole moments, and training and acting share one code path. Before the first moment of a chain
+    so acting appends whole timesteps, and training and acting share one code path. Before the first timestep of a chain
     there is no action and no reward: those two tokens are "nothing" (segment -1).
     """
 
@@ -65,6 +51,7 @@ class Tokenizer(nnx.Module):
             )
 
         if kind == "fused":
+            # "moment" is the name of these weights in checkpoints: a timestep's one token.
             self.moment = perceptron(observation_size + action_size + 2)
         else:
             self.action = perceptron(action_size)
@@ -74,33 +61,33 @@ class Tokenizer(nnx.Module):
         self.step = nnx.Embed(episode_steps, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
 
     @property
-    def per_moment(self) -> int:
-        return TOKENS_PER_MOMENT[self.kind]
+    def per_timestep(self) -> int:
+        return TOKENS_PER_TIMESTEP[self.kind]
 
-    def __call__(self, moments: Moments) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], Int[Array, "B T"]]:
-        """Returns the tokens of moments, with position and segment of each."""
-        state = self.standardized(moments.observation)
-        return_to_go = moments.return_to_go[..., None] / self.return_scale
-        reward = moments.previous_reward[..., None]
-        step = self.step(moments.step)
+    def __call__(self, timesteps: Timesteps) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], Int[Array, "B T"]]:
+        """Returns the tokens of timesteps, with position and segment of each."""
+        state = self.standardized(timesteps.observation)
+        return_to_go = timesteps.return_to_go[..., None] / self.return_scale
+        reward = timesteps.previous_reward[..., None]
+        step = self.step(timesteps.step)
         if self.kind == "fused":
-            x = self.moment(jnp.concatenate([state, moments.previous_action, reward, return_to_go], axis=-1)) + step
-            return x, moments.position, moments.segment
+            x = self.moment(jnp.concatenate([state, timesteps.previous_action, reward, return_to_go], axis=-1)) + step
+            return x, timesteps.position, timesteps.segment
         parts = [
-            self.action(moments.previous_action),
+            self.action(timesteps.previous_action),
             self.reward(reward),
             self.return_to_go(return_to_go),
             self.state(state),
         ]
         x_BMkD = jnp.stack(parts, axis=2) + step[:, :, None]
         B, M, k, D = x_BMkD.shape
-        position = moments.position[..., None] * k + jnp.arange(k, dtype=moments.position.dtype)
-        nothing = (moments.position == 0)[..., None] & (jnp.arange(k) < 2)
-        segment = jnp.where(nothing, -1, moments.segment[..., None])
+        position = timesteps.position[..., None] * k + jnp.arange(k, dtype=timesteps.position.dtype)
+        nothing = (timesteps.position == 0)[..., None] & (jnp.arange(k) < 2)
+        segment = jnp.where(nothing, -1, timesteps.segment[..., None])
         return x_BMkD.reshape(B, M * k, D), position.reshape(B, M * k), segment.reshape(B, M * k)
 
     def acting(self, y: Float[Array, "B T D"]) -> Float[Array, "B M D"]:
         """Returns the features of the tokens that predict actions."""
-        k = self.per_moment
+        k = self.per_timestep
         B, T, D = y.shape
         return y.reshape(B, T // k, k, D)[:, :, -1]

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from agents.agent import Sampler, Scales
+from agents.agent import Scales
 from agents.batches import batches
 from agents.checkpoint import Checkpoints, Meta, read_metrics, versions
 from agents.cli import run
@@ -84,7 +84,7 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
     agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
     sampler = agent.sampler(stores)
     if before is None:
-        meta = meta._replace(targets=targets(sampler, stores))
+        meta = meta._replace(targets=sampler.typical_targets())
     wandb_run = by_the_first(partial(claim, folder, config))
     optimizer = make_optimizer(config)
     keeps = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
@@ -94,7 +94,7 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
         if first:
             state = checkpoints.restore(state, sharding)
         update_state = make_update(agent, optimizer, mesh, sharding, accumulate=config.train.accumulate)
-        tokens = config.train.batch * sampler.moments * agent.tokens_per_moment
+        tokens = config.train.batch * sampler.timesteps * agent.tokens_per_timestep
         show = progress and is_first
         bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not show)
         made = batches(config, agent, sampler, first, mesh)
@@ -159,12 +159,6 @@ def return_scale(config: Config, store: TrajectoryStore) -> float:
     return ChainSampler(
         store, trajectories=1, target="own", seed=config.seed, held_out=config.data.held_out
     ).typical_target()
-
-
-def targets(sampler: Sampler, stores: Sequence[TrajectoryStore]) -> dict[str, float]:
-    """Returns the typical return that training chains ask for, by task."""
-    samplers = getattr(sampler, "samplers", [sampler])
-    return {store.task: float(own.typical_target()) for store, own in zip(stores, samplers, strict=True)}
 
 
 def peak_bytes() -> int:

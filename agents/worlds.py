@@ -247,10 +247,10 @@ def _pieces(loaded: "Loaded", before: Sequence[Result], first_group: int) -> Ite
 
 def _row_bytes(loaded: "Loaded", history: History) -> int:
     """Returns the bytes of the keys and values of one query."""
-    model, moments = loaded.config.model, (history.seen + 1) * loaded.meta.episode_steps
+    model, timesteps = loaded.config.model, (history.seen + 1) * loaded.meta.episode_steps
     size = {"float32": 4, "bfloat16": 2}[model.compute_type]
     kept = model.layers * 2 * (model.kv_heads or model.heads) * (model.width // model.heads) * size
-    return moments * loaded.agent.tokens_per_moment * kept
+    return timesteps * loaded.agent.tokens_per_timestep * kept
 
 
 def _limit(loaded: "Loaded", history: History) -> int:

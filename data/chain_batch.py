@@ -6,7 +6,7 @@ import numpy as np
 
 
 class ChainBatch(NamedTuple):
-    """B rows of M moments: one chain each, or several side by side, told apart by their segment.
+    """B rows of M timesteps: one chain each, or several side by side, told apart by their segment.
 
     Padding, always at the end of a chain, has segment -1 and zeros elsewhere.
     """
@@ -15,17 +15,15 @@ class ChainBatch(NamedTuple):
     action: np.ndarray  # f32[B, M, A]
     reward: np.ndarray  # f32[B, M]
     return_to_go: np.ndarray  # f32[B, M]
-    previous_action: np.ndarray  # f32[B, M, A], of the chain's moment before; zeros at moment 0
+    previous_action: np.ndarray  # f32[B, M, A], of the chain's timestep before; zeros at timestep 0
     previous_reward: np.ndarray  # f32[B, M], likewise
     step: np.ndarray  # i32[B, M], time step within its trajectory
-    trajectory: np.ndarray  # i32[B, M], index within the chain
     last: np.ndarray  # f32[B, M], 1 in the last trajectory of the chain; of a map, in every second visit to a place
-    completion: np.ndarray  # f32[B, M], 1 at the last step of a trajectory that reached the chain's best return
-    position: np.ndarray  # i32[B, M], moment index within the chain, padding counted on
+    position: np.ndarray  # i32[B, M], timestep index within the chain, padding counted on
     segment: np.ndarray  # i32[B, M], index of the chain within the row, or -1 for padding
 
     def take(self, order: np.ndarray) -> "ChainBatch":
-        """Returns the moments in another order: place i holds moment `order[i]`.
+        """Returns the timesteps in another order: place i holds timestep `order[i]`.
 
         An index outside 0..M-1 gives padding, so an order longer than M pads (`zigzag_order` of the padded length).
         """

@@ -1,17 +1,16 @@
 """ChainSampler: (seed, step, row) -> a chain of N trajectories, by default sorted from worst to best.
 
 A chain of hindsight (Liu & Abbeel 2023, "Emergent Agentic Transformer from Chain of Hindsight Experience", arXiv
-2305.16554): whole trajectories of one task, one after the other, each told to reach the return R* of the best of them,
+2305.16554): whole trajectories of one task, one after the other, each told to reach the return R* of the best of them:
 
-    RTG_t = R* - sum_{k<t} r_k     within each trajectory,
+    RTG_t = R* - sum_{k<t} r_k     within each trajectory
 
-and a completion flag of 1 only at the last step of those that reach R*. Three trajectories of two steps:
+Three trajectories of two steps:
 
     trajectory         0  0    1  1    2  2
     reward             0  0    0  1    1  1        R* = 2
     return_to_go       2  2    2  2    2  1
-    completion         0  0    0  0    0  1
-    previous_reward    0  0    0  0    1  1        of the moment before, across trajectories
+    previous_reward    0  0    0  0    1  1        of the timestep before, across trajectories
 
 With `lengths="mixed"` every row is cut at random into shorter chains that stand side by side as segments, so that a
 model learns to act after any number of trajectories, and from several last ones a row:
@@ -32,9 +31,9 @@ from data.draws import CUT, PROMPT, SAMPLE, TARGET, generator_of, row_indices, s
 from data.errors import DataError
 from data.growth import Growth
 from data.hindsight import GoalSampling, HindsightGoals, hidden_goal_task
-from data.moments import Chains, StoredMoments
 from data.store import TrajectoryStore
 from data.tasks import GoalTask
+from data.timesteps import Chains, StoredTimesteps
 
 Sort = Literal["ascending", "descending", "random", "time"]
 Split = Literal["train", "held_out", "all"]
@@ -94,7 +93,7 @@ class ChainSampler:
         self.task: GoalTask | None = hidden_goal_task(store, goals)
         self.goals = goals or GoalSampling()
         self._pools = split_episodes(store.episodes, held_out)
-        self._moments: StoredMoments | None = None
+        self._timesteps: StoredTimesteps | None = None
         self._goals: HindsightGoals | None = None
         if best < 1:
             self._pools[split] = self._highest(self._pools[split], best)
@@ -105,7 +104,7 @@ class ChainSampler:
             )
 
     @property
-    def moments(self) -> int:
+    def timesteps(self) -> int:
         """M of a sampled chain: `trajectories` times the longest episode of the store."""
         return self.trajectories * self.longest
 
@@ -118,13 +117,13 @@ class ChainSampler:
         self, step: int, rows: int | Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray | None = None
     ) -> ChainBatch:
         """Returns the chains of training step `step` with these row indices (a number n means rows 0 to n-1), or of
-        each only the moments at these places, as `ChainBatch.take` would.
+        each only the timesteps at these places, as `ChainBatch.take` would.
 
-        A moment is the same whichever others are asked for with it, and of the store no others are read: hosts and
+        A timestep is the same whichever others are asked for with it, and of the store no others are read: hosts and
         workers may share a batch, and a chain.
         """
         indices = row_indices(rows)
-        places = np.arange(self.moments) if places is None else np.asarray(places, np.int64)
+        places = np.arange(self.timesteps) if places is None else np.asarray(places, np.int64)
         batch = self._stored().empty(len(indices), places)
         for length, cuts in sorted(self._cuts(step, indices).items()):
             # Chains of one length are drawn together, which is fast; those of other hosts not at all.
@@ -166,7 +165,7 @@ class ChainSampler:
         """Returns contexts for evaluation: `trajectories` random episodes of the split a row, sorted as in training.
 
         Rewards are those under each row's `goal` [B, G] (None where the task hides none); every trajectory is told to
-        reach `target`, and one that does carries the completion flag. The draw depends on neither goal (but where
+        reach `target`. The draw depends on neither goal (but where
         `goals.met` says how many have met it) nor target, and the episodes drawn for n trajectories are among those
         drawn for more. With 0 trajectories, M is 0.
         """
@@ -219,6 +218,10 @@ class ChainSampler:
             best.append(self._rewards(episodes, goal)[0].max(-1))
         return float(np.percentile(np.concatenate(best), 90))
 
+    def typical_targets(self) -> dict[str, float]:
+        """Returns `typical_target` by the task of the store."""
+        return {self.store.task: self.typical_target()}
+
     def _highest(self, pool: np.ndarray, best: float) -> np.ndarray:
         """Returns the episodes of highest return, until they make up `best` of the pool's time steps; ties by index."""
         hindsight = self._hindsight()
@@ -230,10 +233,10 @@ class ChainSampler:
         steps = np.cumsum(self.store.lengths[ranked])
         return np.sort(ranked[: max(1, int(np.searchsorted(steps, best * steps[-1], side="right")))])
 
-    def _stored(self) -> StoredMoments:
-        if self._moments is None:
-            self._moments = StoredMoments(self.store)
-        return self._moments
+    def _stored(self) -> StoredTimesteps:
+        if self._timesteps is None:
+            self._timesteps = StoredTimesteps(self.store)
+        return self._timesteps
 
     def _hindsight(self) -> HindsightGoals | None:
         if self._goals is None and self.task is not None:
@@ -265,13 +268,12 @@ class ChainSampler:
         order = self._order(episodes, total)
         episodes, total = (np.take_along_axis(values, order, 1) for values in (episodes, total))
         best = total.max(axis=1, keepdims=True, initial=-np.inf)
-        told: np.ndarray | float = best if self.target == "max" else total
+        asked: np.ndarray | float = best if self.target == "max" else total
         if target is not None or not isinstance(self.target, str):
-            told = float(self.target) if target is None else target
+            asked = float(self.target) if target is None else target
         return Chains(
             episodes,
-            told=np.broadcast_to(told, total.shape),
-            is_reached=total >= (best if target is None else target),
+            target=np.broadcast_to(asked, total.shape),
             reward=None if reward is None else np.take_along_axis(reward, order[..., None], 1),
         )
 
@@ -283,14 +285,14 @@ class ChainSampler:
         return np.argsort(key, axis=1, kind="stable")
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_moments": None, "_goals": None}
+        return {**self.__dict__, "_timesteps": None, "_goals": None}
 
 
 class _Cut(NamedTuple):
     """A chain within a row."""
 
     row: int  # of the batch
-    start: int  # the place of its first moment
+    start: int  # the place of its first timestep
     chain: int  # number within the row
 
 

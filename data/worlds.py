@@ -1,13 +1,13 @@
 """WorldSampler: (seed, step, row) -> chains of visits to the places of a world, for the map tasks.
 
-A place has a sign, which every moment of a visit shows, and a goal, which pays. In training each place of a chain is
+A place has a sign, which every timestep of a visit shows, and a goal, which pays. In training each place of a chain is
 visited twice, at random times, by two stored trajectories that come to rest within its radius; the second visit is the
 query, which the first one helps to act in:
 
     place              2  0  1  0  3  2  3  1
     last               0  0  0  1  0  1  1  1        1 in the queries
 
-A visit begins anew: the previous action and reward of its first moment are 0, and no return is asked for, so that
+A visit begins anew: the previous action and reward of its first timestep are 0, and no return is asked for, so that
 nothing but the sign ties two visits together.
 """
 
@@ -24,11 +24,11 @@ from data.draws import VISITS, WORLD, generator_of, row_indices
 from data.errors import DataError
 from data.growth import Growth
 from data.hindsight import GoalSampling, HindsightGoals, hidden_goal_task
-from data.moments import Chains, StoredMoments
 from data.store import TrajectoryStore
 from data.tasks.map import sample_signs
+from data.timesteps import Chains, StoredTimesteps
 
-NEAR = 0.7  # radii of the goal within which a visit comes to rest: it is paid for its last moments, not for one
+NEAR = 0.7  # radii of the goal within which a visit comes to rest: it is paid for its last timesteps, not for one
 
 
 class Visits(NamedTuple):
@@ -79,11 +79,11 @@ class WorldSampler:
         self.longest = store.longest
         chosen = ChainSampler(store, trajectories=1, seed=seed, split=split, held_out=held_out, best=best)
         self.pool = chosen.pool
-        self._moments: StoredMoments | None = None
+        self._timesteps: StoredTimesteps | None = None
         self._resting: _Resting | None = None
 
     @property
-    def moments(self) -> int:
+    def timesteps(self) -> int:
         """M of a sampled row: `trajectories` times the longest episode of the store."""
         return self.trajectories * self.longest
 
@@ -91,12 +91,12 @@ class WorldSampler:
         self, step: int, rows: int | Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray | None = None
     ) -> ChainBatch:
         """Returns the rows of training step `step` with these indices (a number n means rows 0 to n-1), or of each only
-        the moments at these places; a moment is the same whichever others are asked for with it."""
+        the timesteps at these places; a timestep is the same whichever others are asked for with it."""
         indices = row_indices(rows)
-        places = np.arange(self.moments) if places is None else np.asarray(places, np.int64)
+        places = np.arange(self.timesteps) if places is None else np.asarray(places, np.int64)
         length = self.growth.at(step, self.trajectories)
         span = length * self.longest
-        column = np.flatnonzero((places >= 0) & (places < self.moments))
+        column = np.flatnonzero((places >= 0) & (places < self.timesteps))
         numbers, own = np.unique(places[column] // span, return_inverse=True)
         generators = [generator_of(self.seed, VISITS, step, row, chain) for row in indices for chain in numbers]
         visits = self._rests().pairs(generators, max(2, length))
@@ -124,28 +124,32 @@ class WorldSampler:
         whole = Visits(*(field[row, visited] for field in drawn))
         pick = row, place
         last = Visits(*(field[:, places - seen :] for field in whole))
-        moments = np.arange(seen * self.longest)
-        chain, at = (grid.ravel() for grid in np.indices((len(indices), len(moments))))
-        prompt = self._put(last, chain, at, (chain, at), np.zeros_like(chain), (len(indices), moments))
+        timesteps = np.arange(seen * self.longest)
+        chain, at = (grid.ravel() for grid in np.indices((len(indices), len(timesteps))))
+        prompt = self._put(last, chain, at, (chain, at), np.zeros_like(chain), (len(indices), timesteps))
         return prompt, Queries(place, whole.goal[pick], whole.sign[pick])
 
     def typical_target(self) -> float:
         """Returns 0: no return is asked for."""
         return 0.0
 
+    def typical_targets(self) -> dict[str, float]:
+        """Returns `typical_target` by the task of the store."""
+        return {self.store.task: self.typical_target()}
+
     def _put(self, visits: Visits, chain, place, at, segment, shape: tuple[int, np.ndarray]) -> ChainBatch:
-        """Returns a batch with moments at `place` [L] of `chain` [L] written to `at`, row [L] and column [L]."""
-        if self._moments is None:
-            self._moments = StoredMoments(self.store)
-        batch = self._moments.empty(*shape)
+        """Returns a batch with timesteps at `place` [L] of `chain` [L] written to `at`, row [L] and column [L]."""
+        if self._timesteps is None:
+            self._timesteps = StoredTimesteps(self.store)
+        batch = self._timesteps.empty(*shape)
         signs = np.zeros((*batch.segment.shape, self.task.sign_size), np.float32)
         if len(chain):
             reward = self._rests().reward(visits.episodes, visits.goal)
             nothing = np.zeros(visits.episodes.shape)
-            chains = Chains(visits.episodes, told=nothing, is_reached=nothing > 0, reward=reward)
-            self._moments.put(chains, chain, place, batch, at, segment)
+            chains = Chains(visits.episodes, target=nothing, reward=reward)
+            visit = self._timesteps.put(chains, chain, place, batch, at, segment)
             real = batch.segment[at] >= 0
-            at, visit = (at[0][real], at[1][real]), (chain[real], batch.trajectory[at][real])
+            at, visit = (at[0][real], at[1][real]), (chain[real], visit)
             signs[at] = visits.sign[visit]
             batch.last[at] = visits.is_query[visit]
         begins = batch.step == 0
@@ -162,7 +166,7 @@ class WorldSampler:
         return self._resting
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_moments": None, "_resting": None}
+        return {**self.__dict__, "_timesteps": None, "_resting": None}
 
 
 class _Resting:

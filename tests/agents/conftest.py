@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.agent import Now
+from agents.agent import Timesteps
 from agents.config import Config, dump, load
 from agents.train import train
 from data import ChainBatch
@@ -109,9 +109,9 @@ def trained(trained_once, tmp_path, monkeypatch):
 
 @pytest.fixture
 def now_at():
-    """Gives a function `(batch, m) -> Now`: what an agent is told before moment `m` of a batch."""
+    """Gives a function `(batch, m) -> Timesteps`: what an agent knows before timestep `m` of a batch."""
 
-    def make(batch: ChainBatch, m: int) -> Now:
-        return Now(*(getattr(batch, name)[:, m] for name in Now._fields))
+    def make(batch: ChainBatch, m: int) -> Timesteps:
+        return Timesteps(*(getattr(batch, name)[:, m] for name in Timesteps._fields[:-2]))
 
     return make

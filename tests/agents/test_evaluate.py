@@ -124,9 +124,9 @@ def test_foreign_contexts_and_the_oracle(tiny, trained):
     assert np.mean([result.return_ for result in oracle]) > 6
 
 
-def test_last_of_a_prompt_is_that_of_the_last_real_moment(dataset):
+def test_last_of_a_prompt_is_that_of_the_last_real_timestep(dataset):
     batch = ChainSampler(TrajectoryStore.open(dataset[1]), trajectories=2, seed=0).sample(0, 3)
-    order = np.random.default_rng(0).permutation(40)  # 32 moments and 8 paddings in any order
+    order = np.random.default_rng(0).permutation(40)  # 32 timesteps and 8 paddings in any order
     np.testing.assert_array_equal(last_of(batch.take(order).action, batch.take(order)), batch.action[:, -1])
     nothing = batch.take(np.full(4, -1))
     assert not last_of(nothing.reward, nothing).any()

@@ -50,9 +50,9 @@ def test_the_weights_are_those_of_the_run(write_config, tmp_path, capsys):
     agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, None)
     state, _ = first_state(config, agent, make_optimizer(config), None)
     sampler = agent.sampler(stores)
-    batch = sampler.sample(0, np.arange(4), np.arange(sampler.moments))
+    batch = sampler.sample(0, np.arange(4), np.arange(sampler.timesteps))
     assert one["parameters"] == sum(x.size for x in jax.tree.leaves(state[0]))
-    read = {"reward", "completion", "trajectory"}  # fields that the loss does not read may be left out by the compiler
+    read = {"reward"}  # a field that the loss does not read may be left out by the compiler
     most = sum(x.nbytes for x in jax.tree.leaves((state, batch)))
     least = most - sum(getattr(batch, name).nbytes for name in read)
     assert least <= one["argument_bytes"] <= most + 1024

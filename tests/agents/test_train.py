@@ -93,7 +93,7 @@ def test_memory_of_a_train_step_is_linear_in_length(tiny, ring, remat):
     mesh = make_mesh(ring=ring) if ring > 1 else None
     scales = Scales(np.zeros(4), np.ones(4), 1.0)
 
-    def temporary_bytes(moments: int) -> int:
+    def temporary_bytes(timesteps: int) -> int:
         agent = make_agent(config, scales, 2, 1000, mesh)
         optimizer = make_optimizer(config)
         params = jax.eval_shape(agent.init, jax.random.key(0))
@@ -102,7 +102,7 @@ def test_memory_of_a_train_step_is_linear_in_length(tiny, ring, remat):
         whole = {"step", "trajectory", "position", "segment"}
         batch = ChainBatch(
             *(
-                jax.ShapeDtypeStruct((1, moments, *sizes.get(name, ())), np.int32 if name in whole else np.float32)
+                jax.ShapeDtypeStruct((1, timesteps, *sizes.get(name, ())), np.int32 if name in whole else np.float32)
                 for name in ChainBatch._fields
             )
         )

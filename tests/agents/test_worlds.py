@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from agents.agent import Now
+from agents.agent import Timesteps
 from agents.evaluate import evaluate, load_agent, main
 from agents.prompts import laid_out
 from agents.results import read_results
@@ -73,7 +73,7 @@ def test_queries_that_share_a_history_act_as_one_full_pass(trained, map_settings
     act = jax.jit(agent.act)
     for m in range(80, 96):
         now = now_at(batch, m)
-        action, memory = act(params, memory, Now(*(field.repeat(3, axis=0) for field in now)), None)
+        action, memory = act(params, memory, Timesteps(*(field.repeat(3, axis=0) for field in now[:-2])), None)
         np.testing.assert_allclose(action, np.clip(full[:, m], -1, 1).repeat(3, axis=0), atol=1e-5)
 
 

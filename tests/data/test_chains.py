@@ -66,11 +66,19 @@ def assert_same(left, right):
         np.testing.assert_array_equal(one, other, err_msg=name)
 
 
+def trajectory_index(batch):
+    """The trajectory that each step belongs to, counted within its chain; 0 in padding."""
+    begins = (batch.step == 0) & (batch.segment >= 0)
+    count = begins.cumsum(axis=1)
+    first = np.maximum.accumulate(np.where(begins & (batch.position == 0), count, 0), axis=1)
+    return np.where(batch.segment >= 0, count - first, 0)
+
+
 def trajectories_of(batch, row):
     """Takes a chain apart again: for each trajectory, its fields over its own steps."""
-    real = batch.segment[row] == 0
-    for index in range(batch.trajectory[row][real].max() + 1):
-        at = real & (batch.trajectory[row] == index)
+    real, trajectory = batch.segment[row] == 0, trajectory_index(batch)[row]
+    for index in range(trajectory[real].max() + 1):
+        at = real & (trajectory == index)
         yield {name: values[row][at] for name, values in zip(batch._fields, batch, strict=True)}
 
 
@@ -87,8 +95,8 @@ def test_a_chain_is_whole_trajectories_ascending_to_one_target(request, kind, tr
     store = request.getfixturevalue(kind)
     sampler = ChainSampler(store, trajectories=trajectories, seed=seed)
     batch = sampler.sample(step, 3)
-    assert sampler.moments == trajectories * store.longest
-    assert batch.observation.shape == (3, sampler.moments, 2)
+    assert sampler.timesteps == trajectories * store.longest
+    assert batch.observation.shape == (3, sampler.timesteps, 2)
     for row in range(3):
         parts = list(trajectories_of(batch, row))
         drawn = [int(part["observation"][0, 0]) for part in parts]
@@ -96,7 +104,7 @@ def test_a_chain_is_whole_trajectories_ascending_to_one_target(request, kind, tr
         assert set(drawn) <= set(sampler.pool.tolist())
         totals = [store.returns[episode] for episode in drawn]
         assert totals == sorted(totals)
-        for episode, total, part in zip(drawn, totals, parts, strict=True):
+        for episode, part in zip(drawn, parts, strict=True):
             expected = store.trajectory(episode)
             np.testing.assert_array_equal(part["observation"], expected.observation[:-1])
             np.testing.assert_array_equal(part["action"], expected.action)
@@ -105,9 +113,6 @@ def test_a_chain_is_whole_trajectories_ascending_to_one_target(request, kind, tr
             assert part["return_to_go"][0] == max(totals)
             earned_before = np.concatenate([[0], np.cumsum(expected.reward)[:-1]])
             np.testing.assert_array_equal(part["return_to_go"], np.float32(max(totals) - earned_before))
-            flags = np.zeros(expected.length)
-            flags[-1] = total == max(totals)
-            np.testing.assert_array_equal(part["completion"], flags)
 
 
 @pytest.mark.parametrize("kind", ["even", "ragged"])
@@ -192,12 +197,6 @@ def test_target(even):
     np.testing.assert_array_equal(own.return_to_go[:, ::STEPS], returns_of(own))
     fixed = ChainSampler(even, trajectories=6, seed=2, target=42.0).sample(0, 20)
     assert (fixed.return_to_go[:, ::STEPS] == 42).all()
-    # What the completion flag says does not depend on what was asked for.
-    best = ChainSampler(even, trajectories=6, seed=2).sample(0, 20)
-    for batch in (own, fixed):
-        np.testing.assert_array_equal(batch.completion, best.completion)
-    reached = returns_of(best) == returns_of(best).max(1, keepdims=True)
-    np.testing.assert_array_equal(best.completion[:, STEPS - 1 :: STEPS], reached)
 
 
 def test_split(even):
@@ -350,7 +349,6 @@ def test_prompt_is_sorted_and_aims_at_the_target(even):
     assert returns.shape == (10, 7)
     assert (np.diff(returns) >= 0).all()
     assert (batch.return_to_go[:, ::STEPS] == 8).all()
-    np.testing.assert_array_equal(batch.completion[:, STEPS - 1 :: STEPS], returns >= 8)
     assert not np.array_equal(batch.observation, sampler.prompt(4, 10, 7, None, 8.0).observation)
 
 
@@ -487,21 +485,21 @@ def test_mixed_lengths_pack_whole_chains_side_by_side(dark, ragged):
     for store in (dark, ragged):
         sampler = ChainSampler(store, trajectories=7, seed=3, lengths="mixed")
         batch = sampler.sample(5, 12)
-        seen = set()
+        trajectory, seen = trajectory_index(batch), set()
         for row in range(12):
             chains = batch.segment[row].max() + 1
             counts = []
             for chain in range(chains):
                 own = batch.segment[row] == chain
-                count = batch.trajectory[row, own].max() + 1
+                count = trajectory[row, own].max() + 1
                 counts.append(count)
                 # A chain like any other: positions from 0, one best trajectory at its end, one target.
                 np.testing.assert_array_equal(batch.position[row, own], np.arange(own.sum()))
-                np.testing.assert_array_equal(batch.last[row, own], batch.trajectory[row, own] == count - 1)
+                np.testing.assert_array_equal(batch.last[row, own], trajectory[row, own] == count - 1)
                 assert not batch.previous_action[row, own][0].any()
                 starts = own & (batch.step[row] == 0)
                 assert np.ptp(batch.return_to_go[row, starts]) == 0
-                totals = np.bincount(batch.trajectory[row, own], batch.reward[row, own])
+                totals = np.bincount(trajectory[row, own], batch.reward[row, own])
                 assert (np.diff(totals) >= 0).all()
             assert sum(counts) == 7
             seen |= set(counts)
@@ -513,18 +511,22 @@ def test_mixed_lengths_pack_whole_chains_side_by_side(dark, ragged):
 
 @pytest.mark.parametrize("kind", ["even", "ragged", "dark"])
 @pytest.mark.parametrize("lengths", ["full", "mixed"])
-def test_a_moment_is_the_same_whichever_others_are_asked_for(request, kind, lengths):
+def test_a_timestep_is_the_same_whichever_others_are_asked_for(request, kind, lengths):
     store = request.getfixturevalue(kind)
     sampler = ChainSampler(store, trajectories=6, seed=4, lengths=lengths)
     whole = sampler.sample(7, 5)
     rng = np.random.default_rng(0)
-    for places in (rng.permutation(sampler.moments)[:20], np.r_[-1, 3, 0, 10_000, sampler.moments - 1], np.arange(4)):
+    for places in (
+        rng.permutation(sampler.timesteps)[:20],
+        np.r_[-1, 3, 0, 10_000, sampler.timesteps - 1],
+        np.arange(4),
+    ):
         part = ChainSampler(store, trajectories=6, seed=4, lengths=lengths).sample(7, [3, 1], places)
         rows = type(whole)(*(values[[3, 1]] for values in whole))
         assert_same(part, rows.take(places))
 
 
-def test_only_the_moments_asked_for_are_read(tmp_path):
+def test_only_the_timesteps_asked_for_are_read(tmp_path):
     store = write_store(tmp_path / "s.h5", numbered([1000] * 64), task="walker-walk", source="a test")
     part = ChainSampler(store, trajectories=8, seed=0)
     part.sample(0, 2, np.arange(2000, 4000))

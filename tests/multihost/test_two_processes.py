@@ -132,7 +132,7 @@ def test_each_process_reads_only_its_part(made, folder):
 
 
 def poisoned(source: Path, path: Path, *, process: int) -> Path:
-    """Writes a copy of a store with NaN where no moment of this process is, for two updates of two rows."""
+    """Writes a copy of a store with NaN where no timestep of this process is, for two updates of two rows."""
     shutil.copy(source, path)
     with h5py.File(path, "r+") as file:
         kept = {}

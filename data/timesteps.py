@@ -1,4 +1,4 @@
-"""The moments of chains, each computed on its own: of a chain of any length, only those asked for ever exist."""
+"""The timesteps of chains, each computed on its own: of a chain of any length, only those asked for ever exist."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,12 @@ class Chains(NamedTuple):
     """C chains of N trajectories, in their order."""
 
     episodes: np.ndarray  # i64[C, N]
-    told: np.ndarray  # f64[C, N], the return that each trajectory is told to reach
-    is_reached: np.ndarray  # bool[C, N], whether it reached that of the chain
+    target: np.ndarray  # f64[C, N], the return that each trajectory is asked for
     reward: np.ndarray | None  # f32[C, N, longest], padded with 0; None: what the store says
 
 
-class StoredMoments:
-    """The moments of a store, by chain and place in it."""
+class StoredTimesteps:
+    """The timesteps of a store, by chain and place in it."""
 
     def __init__(self, store: TrajectoryStore) -> None:
         self.store = store
@@ -35,11 +34,11 @@ class StoredMoments:
         batch: ChainBatch,
         at: tuple[np.ndarray, np.ndarray],
         segment: np.ndarray | int,
-    ) -> None:
-        """Writes moments into a batch, as of `segment`: those at `place` [L] of `chain` [L] go to `at`, row [L] and
-        column [L].
+    ) -> np.ndarray:
+        """Writes timesteps into a batch, as of `segment`: those at `place` [L] of `chain` [L] go to `at`, row [L] and
+        column [L]. Returns of each that is no padding the index of its trajectory in the chain.
 
-        A place behind the last moment of its chain is padding, and but for its position stays as the batch has it.
+        A place behind the last timestep of its chain is padding, and but for its position stays as the batch has it.
         """
         segment = np.broadcast_to(segment, chain.shape)
         batch.position[at] = place
@@ -57,7 +56,7 @@ class StoredMoments:
         episode = chains.episodes[chain, trajectory]
         row = start[episode] + step
 
-        # The moment before: a step earlier, or the last of the trajectory before. The first moment has none.
+        # The timestep before: a step earlier, or the last of the trajectory before. The first timestep has none.
         crosses, has_before = (step == 0) & (place > 0), place > 0
         trajectory_before = trajectory - crosses
         step_before = np.where(crosses, length[chain, trajectory_before], step) - 1
@@ -81,19 +80,18 @@ class StoredMoments:
         batch.observation[at] = self.observation[row + episode]
         batch.action[at] = self.action[row]
         batch.reward[at] = reward
-        batch.return_to_go[at] = chains.told[chain, trajectory] - earned_before
+        batch.return_to_go[at] = chains.target[chain, trajectory] - earned_before
         batch.previous_action[at] = np.where(has_before[:, None], self.action[row_before], np.float32(0))
         batch.previous_reward[at] = np.where(has_before, reward_before, np.float32(0))
         batch.segment[at] = segment
         batch.step[at] = step
-        batch.trajectory[at] = trajectory
         batch.last[at] = trajectory == count - 1
-        batch.completion[at] = chains.is_reached[chain, trajectory] & (step == length[chain, trajectory] - 1)
+        return trajectory
 
     def empty(self, rows: int, places: np.ndarray) -> ChainBatch:
         """Returns padding in so many rows, one place after the other."""
         size = (rows, len(places))
-        whole = {"step", "trajectory", "position", "segment"}
+        whole = {"step", "position", "segment"}
         wide = {
             "observation": self.store.observation_size,
             "action": self.store.action_size,
