@@ -3,31 +3,42 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from agents.identity import differences
-from agents.results import ORACLE, Result
+from agents.results import ORACLE, Goal, Result
 
 Player = tuple[str, str, str, str, int]  # task, agent, series, settings, updates: what may be averaged
 
 FOREIGN = " (foreign context)"  # what the summary calls the control
 
 
-def cells(results: Sequence[Result]) -> dict[tuple[str, str, str, int], list[Result]]:
-    """Returns the episodes behind each (task, mode, agent as the summary calls it, context_trajectories)."""
+class Cell(NamedTuple):
+    """What a row of the summary is of. agent: as the summary calls it. control_of: the agent whose mismatched-goal
+    control this is, likewise; empty elsewhere."""
+
+    task: str
+    mode: str
+    agent: str
+    context_trajectories: int
+    control_of: str
+
+
+def cells(results: Sequence[Result]) -> dict[Cell, list[Result]]:
+    """Returns the episodes behind each row of the summary."""
     names = _names(results)
-    found: dict[tuple[str, str, str, int], dict[tuple[int, int, int], Result]] = {}
+    found: dict[Cell, dict[tuple[Goal, int], Result]] = {}
     for result in results:
         agent = names[player(result)]
         if result.places:
             agent = f"{agent}, {result.places:,} places"
         if result.met:
             agent = f"{agent}, p = {Fraction(result.met).limit_denominator(1 << 20)}"
-        if result.context == "foreign":
-            agent += FOREIGN
+        control_of = agent if result.context == "foreign" else ""
+        called = agent + FOREIGN if control_of else agent
+        cell = Cell(result.task, result.mode, called, result.context_trajectories, control_of)
         # Keyed by episode: the oracle of two experiments on the same goals must not count twice.
-        cell = found.setdefault((result.task, result.mode, agent, result.context_trajectories), {})
-        cell[result.seed, result.group, result.episode_index] = result
+        found.setdefault(cell, {})[result.goal, result.episode_index] = result
     return {key: list(episodes.values()) for key, episodes in found.items()}
 
 

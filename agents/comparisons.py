@@ -11,15 +11,13 @@ import numpy as np
 from jaxtyping import Float
 
 from agents.bootstrap import RESAMPLES, Interval, intervals, mean_weights
-from agents.cells import FOREIGN, cells, player
+from agents.cells import cells, player
 from agents.cli import ConfigError
 from agents.prediction import CERTAIN, is_predicted, share_known
-from agents.results import Result
-from agents.statistics import queries_of, reduced, strata_of
+from agents.results import Goal, Result
+from agents.statistics import reduced, strata_of
 
 PERMUTATIONS = 10_000
-
-Key = tuple[int, int]  # training seed, group
 
 
 class Trend(NamedTuple):
@@ -47,13 +45,13 @@ class Compared(NamedTuple):
 def compared(results: Sequence[Result], *, resamples: int = RESAMPLES) -> list[Compared]:
     """Returns every prompted context beside none, agent by agent as the summary calls them; those alone whose goals
     were asked without history too."""
-    curves: dict[tuple[str, str], dict[int, list[Result]]] = {}
-    for (task, mode, agent, seen), members in sorted(cells(results).items()):
+    curves: dict[tuple[str, str, str], dict[int, list[Result]]] = {}
+    for (task, mode, agent, seen, control_of), members in sorted(cells(results).items()):
         if mode == "prompted":
-            curves.setdefault((task, agent), {})[seen] = members
+            curves.setdefault((task, agent, control_of), {})[seen] = members
     rows = []
-    for (task, agent), curve in curves.items():
-        own = curves.get((task, agent.removesuffix(FOREIGN)), {})
+    for (task, agent, control_of), curve in curves.items():
+        own = curves.get((task, control_of or agent, ""), {})
         rise = trend([result for members in curve.values() for result in members])
         rows += [
             _beside(agent, members, own[0], results, rise, resamples)
@@ -63,8 +61,8 @@ def compared(results: Sequence[Result], *, resamples: int = RESAMPLES) -> list[C
     return rows
 
 
-def _asked(results: Sequence[Result]) -> set[Key]:
-    return {(result.seed, result.group) for result in results}
+def _asked(results: Sequence[Result]) -> set[Goal]:
+    return {result.goal for result in results}
 
 
 def _beside(
@@ -88,7 +86,7 @@ def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RES
             f"a difference needs the same goals and seeds on both sides; got {len(ours)} and {len(theirs)}, of which "
             f"{len(ours.keys() & theirs.keys())} are shared. Evaluate both contexts with the same groups and seeds."
         )
-    return _mean({key: ours[key] - theirs[key] for key in ours}, queries_of(a[0]), resamples)
+    return _mean({goal: ours[goal] - theirs[goal] for goal in ours}, resamples)
 
 
 def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval | None:
@@ -109,7 +107,7 @@ def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RE
     if scale <= 0:
         return None
     beyond = {key: (own[key] - prior[key] - share * (known[key] - prior[key])) / scale for key in own}
-    return _mean(beyond, queries_of(one[0]), resamples)
+    return _mean(beyond, resamples)
 
 
 def trend(results: Sequence[Result], *, permutations: int = PERMUTATIONS) -> Trend | None:
@@ -127,7 +125,7 @@ def trend(results: Sequence[Result], *, permutations: int = PERMUTATIONS) -> Tre
         return None
     x = np.log2([seen + 1 for seen in values])
     x -= x.mean()
-    columns = [strata_of({key: of[key] for key in shared}, queries_of(results[0])) for of in values.values()]
+    columns = [strata_of({goal: of[goal] for goal in shared}) for of in values.values()]
     units = np.stack([np.concatenate([_summed(part) for part in column]) for column in columns], axis=1)
     return Trend(float(units.sum(axis=0) @ x / (x @ x) / len(shared)), _p_value(units, x, permutations))
 
@@ -145,5 +143,5 @@ def _p_value(units: Float[np.ndarray, "units contexts"], x: Float[np.ndarray, " 
     return (1 + steep) / (1 + permutations)
 
 
-def _mean(values: dict[Key, float], queries: int, resamples: int) -> Interval:
-    return intervals(strata_of(values, queries), [mean_weights], resamples=resamples)[0]
+def _mean(values: dict[Goal, float], resamples: int) -> Interval:
+    return intervals(strata_of(values), [mean_weights], resamples=resamples)[0]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from agents.cli import ConfigError
 from agents.config import Config
-from agents.goals import foreign_goals, group_id, held_out_goals
+from agents.goals import foreign_goals, held_out_goals
 from agents.prompts import held_out
 from agents.results import Result
 from agents.worlds import histories, is_map
@@ -82,7 +82,7 @@ def check_contexts(config: Config, store: TrajectoryStore, *, has_context: bool 
 def episodes_of(condition: Condition, config: Config) -> set[Episode]:
     """Returns every episode of every group of a condition."""
     task, mode, trajectories, context, episodes, met = condition
-    groups = (group_id(config.evaluate.seed, index) for index in range(config.evaluate.groups))
+    groups = range(config.evaluate.groups)
     return {Episode(task, mode, 0, met, trajectories, context, group, i) for group in groups for i in range(episodes)}
 
 
@@ -113,6 +113,5 @@ def asked_for(results: Sequence[Result], config: Config) -> list[Result]:
         wanted |= episodes_of(condition, config)
     for task, places, seen in histories(config):
         for context in ["none"] if not seen else ["own", "foreign"] if own.foreign else ["own"]:
-            groups = (group_id(own.seed, index) for index in range(own.groups))
-            wanted |= {Episode(task, "prompted", places, 0.0, seen, context, group, 0) for group in groups}
+            wanted |= {Episode(task, "prompted", places, 0.0, seen, context, group, 0) for group in range(own.groups)}
     return [result for result in results if episode_of(result) in wanted]

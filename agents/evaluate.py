@@ -21,7 +21,7 @@ from agents.config import Config, load
 from agents.continuation import check_command
 from agents.datasets import check_existing
 from agents.episodes import Condition, check_contexts, conditions, episode_of, episodes_of, is_complete
-from agents.goals import foreign_goals, group_id, held_out_goals
+from agents.goals import foreign_goals, held_out_goals
 from agents.identity import (
     Settings,
     check_config,
@@ -124,7 +124,7 @@ def _evaluation(folder: Path, overrides: Sequence[str], *, progress: bool) -> Ev
             pause.forget(folder)
             bar.update()
     made = partial(Result, **common(loaded))
-    new += evaluate_worlds(loaded, path, before, made, first_group=group_id(config.evaluate.seed, 0), progress=progress)
+    new += evaluate_worlds(loaded, path, before, made, progress=progress)
     return Evaluation(new, measured() if new else before)
 
 
@@ -189,7 +189,7 @@ def missing(
                 episode_index=episode,
                 return_=float(returns[group]),
                 steps=int(steps[group]),
-                group=group_id(own.seed, group),
+                group=group,
                 context=condition.context,
                 met=condition.met,
             )
@@ -206,6 +206,7 @@ def common(loaded: Loaded) -> dict[str, Any]:
         "experiment": loaded.config.name,
         "agent": loaded.config.agent.kind,
         "seed": loaded.config.seed,
+        "evaluation_seed": loaded.config.evaluate.seed,
         "checkpoint_step": loaded.step,
         "versions": versions(),
         "trained_with": loaded.meta.versions,

@@ -4,14 +4,7 @@ import numpy as np
 
 from data.tasks import foreign_goal, goal_task
 
-GROUPS_OF_A_SEED = 1_000_000
 _FOREIGN = 1  # keeps these draws apart from the own goals'
-
-
-def group_id(seed: int, index: int) -> int:
-    """Returns the number by which results know a goal (or start): of two evaluation seeds no two groups are the
-    same."""
-    return seed * GROUPS_OF_A_SEED + index
 
 
 def held_out_goals(task: str, seed: int, groups: int) -> np.ndarray | None:

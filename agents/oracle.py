@@ -4,7 +4,7 @@ import numpy as np
 
 from agents.checkpoint import versions
 from agents.config import Config
-from agents.goals import group_id, held_out_goals
+from agents.goals import held_out_goals
 from agents.identity import settings_id
 from agents.results import ORACLE, Result
 from data.environment_batch import EnvironmentBatch
@@ -45,7 +45,8 @@ def evaluate_oracle(config: Config) -> list[Result]:
                 series=config.name,
                 settings_id=settings_id(settings),
                 settings=settings,
-                group=group_id(own.seed, index),
+                evaluation_seed=own.seed,
+                group=index,
                 context="none",
             )
             for index in range(own.groups)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agents.bootstrap import RESAMPLES
-from agents.cells import FOREIGN, cells
+from agents.cells import FOREIGN, Cell, cells
 from agents.cli import ConfigError, run
 from agents.figure import Curve, Point, check_picture, check_suffix, compose, write_image
 from agents.results import MODES, ORACLE, Result, read_results
@@ -102,11 +102,11 @@ def episodes_of_mode(results: Sequence[Result], mode: str) -> list[Result]:
         return shown + flat
     played: dict[tuple[object, ...], int] = {}
     for result in shown:
-        group = (*result.player, result.group)
+        group = (*result.player, result.goal)
         played[group] = max(result.episode_index + 1, played.get(group, 0))
     grown = []
     for result in shown:
-        last = played[*result.player, result.group]
+        last = played[*result.player, result.goal]
         for count in range(result.episode_index + 1, last + 1):
             grown.append(replace(result, context="own", context_trajectories=count))
     return grown + flat
@@ -126,7 +126,8 @@ def curves(
         drawn, dash = (iqm, row.mean) if aggregate == "iqm" else (mean, math.nan)
         own = points.setdefault(row.task, {}).setdefault(row.agent, [])
         own.append(Point(row.context_trajectories, row.context_tokens, *drawn, dash))
-    names = sorted({row.agent.removesuffix(FOREIGN) for row in rows} - {ORACLE})
+    names = sorted({row.control_of or row.agent for row in rows} - {ORACLE})
+    controls = {row.control_of: row.agent for row in rows if row.control_of}
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     panels = {}
     for task, of_agent in points.items():
@@ -137,10 +138,10 @@ def curves(
             own, colour, label = of_agent[name], colours[name], name.replace("_", " ")
             flat = len(own) == 1 and own[0].trajectories == 0
             panels[task].append(Curve(label, "flat" if flat else "agent", colour, tuple(own)))
-            if name + FOREIGN in of_agent:
+            if controls.get(name) in of_agent:
                 # No context is nobody's: both begin there.
                 start = [point._replace(other=math.nan) for point in own if point.trajectories == 0]
-                control = tuple(start + of_agent[name + FOREIGN])
+                control = tuple(start + of_agent[controls[name]])
                 panels[task].append(Curve(label + FOREIGN, "foreign", colour, control))
             expected = [row for row in rows if (row.task, row.agent) == (task, name) and math.isfinite(row.predicted)]
             if aggregate == "mean" and expected:  # of means alone is it known
@@ -162,7 +163,7 @@ def _null(own: Sequence[SummaryRow], results: Sequence[Result], aggregate: str, 
     points where there are too few of them, or no row took a maximum of several.
     """
     first = own[0]  # the least context: no other row has context-free episodes that it lacks
-    members = cells(results)[first.task, first.mode, first.agent, first.context_trajectories]
+    members = cells(results)[Cell(first.task, first.mode, first.agent, first.context_trajectories, first.control_of)]
     free = [result for result in members if result.context_free]
     most = max(row.episodes_per_group for row in own)
     if most == 1 or len(free) < most:
@@ -195,7 +196,7 @@ def describe(
     ]
     if aggregate == "iqm":
         sentences.append("Short dashes: the means of the same returns.")
-    if any(row.agent.endswith(FOREIGN) for row in rows):
+    if any(row.control_of for row in rows):
         sentences.append("Foreign context: trajectories of another goal, which must not help.")
     if any(row.agent == ORACLE for row in rows):
         sentences.append("Oracle: a scripted controller that is told what the agents must find out.")

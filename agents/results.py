@@ -4,143 +4,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from agents.cli import ConfigError
+from agents.config import EvaluateConfig
+from agents.result import CONTEXTS as CONTEXTS
+from agents.result import MODES as MODES
+from agents.result import NEW, Result
+from agents.result import ORACLE as ORACLE
+from agents.result import Goal as Goal
 from data.atomic_file import atomic_file
 
 FILE_NAME = "results.jsonl"
-ORACLE = "oracle"  # the agent name of a scripted controller that is told what the others must find out
-MODES = ("prompted", "self")
-CONTEXTS = ("own", "foreign", "none")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One evaluated episode.
-
-    Attributes:
-        group: The goal (or chain) of the episode. Episodes of one group were played one after the other; a bootstrap
-            resamples groups. The same (seed, group) under another context must be the same goal, so that the two can
-            be paired.
-        mode: "prompted" when a context is given, "self" when the agent has its own earlier episodes of the group alone.
-        context: What is given: trajectories of the episode's "own" goal, of a "foreign" one (the control), or "none".
-        context_trajectories: How much is given before the first episode of the group.
-        context_tokens: The same in tokens.
-        places: Of the world, where the task is a map; else 0.
-        met: The chance with which a trajectory of the context had met the goal; 0 where that was left to the data.
-        episode_index: Place of the episode within its group, from 0; it sees the episodes before it, in both modes.
-        run: The training run that played.
-        series: The seeds of one series are averaged; two series never are.
-        settings_id: Equal for equal settings (`agents.identity`); results of other settings are never pooled. Old lines
-            have none.
-        settings: The settings that are not the default, by dotted name.
-        versions: Of the packages that played.
-        trained_with: Of the packages that trained.
-    """
-
-    experiment: str
-    agent: str
-    task: str
-    seed: int
-    context_trajectories: int
-    context_tokens: int
-    mode: str
-    context: str
-    group: int
-    episode_index: int
-    return_: float
-    steps: int
-    checkpoint_step: int
-    versions: Mapping[str, str]
-    places: int = 0
-    met: float = 0.0
-    run: str = ""
-    series: str = ""
-    settings_id: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    trained_with: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("experiment", "agent", "task", "run", "series", "settings_id"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not _is_text(value) or not (value or name in _NEW):
-                raise ConfigError(f"a result's {name} must be a name; got {_shown(value)}")
-        # Lines of before: of a sweep's run "<sweep>/<agent>-<seed>" the series was all but the seed.
-        of_sweep = self.experiment.removesuffix(f"-{self.seed}") if "/" in self.experiment else self.experiment
-        for name, value in (("run", self.experiment), ("series", of_sweep)):
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-                limit = " and below 2^63" if isinstance(value, int) and value > 0 else ""
-                raise ConfigError(f"a result's {name} must be a whole number of 0 or more{limit}; got {_shown(value)}")
-        if not isinstance(self.met, int | float) or not 0 <= self.met <= 1:
-            raise ConfigError(f"a result's met must be a chance, from 0 to 1; got {_shown(self.met)}")
-        if self.mode not in MODES:
-            raise ConfigError(f"a result's mode must be one of {', '.join(MODES)}; got {_shown(self.mode)}")
-        if self.context not in CONTEXTS:
-            raise ConfigError(f"a result's context must be one of {', '.join(CONTEXTS)}; got {_shown(self.context)}")
-        if self.context == "none" and self.context_trajectories:
-            raise ConfigError(
-                f"a result without context has 0 context_trajectories; got {self.context_trajectories}. "
-                "Write context 'own' or 'foreign'."
-            )
-        if not isinstance(self.return_, int | float) or not abs(self.return_) <= sys.float_info.max:
-            raise ConfigError(f"a result's return must be a finite number; got {_shown(self.return_)}")
-        for name in ("versions", "settings", "trained_with"):
-            value = getattr(self, name)
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"a result's {name} must map names to values; got {_shown(value)}")
-
-    @property
-    def player(self) -> tuple[str | int, ...]:
-        """Names who played and how: the run, as whose agent it counts, and the settings."""
-        return self.experiment, self.series, self.run, self.agent, self.task, self.seed, self.settings_id
-
-    @property
-    def key(self) -> tuple[str | int | float, ...]:
-        """Names the episode: an evaluation that is started again skips the keys it finds, and of two lines with one key
-        the later counts.
-        """
-        return (
-            *self.player,
-            self.mode,
-            self.context,
-            self.context_trajectories,
-            self.places,
-            self.met,
-            self.group,
-            self.episode_index,
-            self.checkpoint_step,
-        )
-
-    @property
-    def context_free(self) -> bool:
-        """True when no earlier episode could have helped: no prompt, and no episode of the same group before it."""
-        return self.episode_index == 0 and (self.mode == "self" or self.context_trajectories == 0)
-
-
-_COUNTS = (
-    *("seed", "context_trajectories", "context_tokens", "places", "group", "episode_index", "steps"),
-    "checkpoint_step",
-)
 _JSON_KEYS = {one.name: one.name.rstrip("_") for one in fields(Result)}  # `return` is a word of Python's
-_NEW = {"places", "met", "run", "series", "settings_id", "settings", "trained_with"}  # which lines of before lack
-
-
-def _is_text(value: str) -> bool:
-    """Whether a string can be written to a file: JSON may hold half a character, "\\ud800"."""
-    return value.encode(errors="ignore").decode() == value
-
-
-def _shown(value: object) -> str:
-    """Returns the value as a message shows it: its beginning, where it is long."""
-    text = "a long number" if isinstance(value, int) and value.bit_length() > 1000 else repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def say_note(text: str) -> None:
@@ -151,9 +29,10 @@ def say_note(text: str) -> None:
 def to_json(result: Result) -> str:
     """Returns the line, without its end."""
     values = {key: getattr(result, name) for name, key in _JSON_KEYS.items()}
-    for name in ("places", "met"):
-        if not values[name]:
-            del values[name]
+    is_as_before = not result.evaluation_seed and result.group < _GROUPS_OF_A_SEED
+    left_out = {"places": not result.places, "world": not result.places, "met": not result.met}
+    for name in [*(name for name, is_out in left_out.items() if is_out), *["evaluation_seed"] * is_as_before]:
+        del values[name]
     plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     return json.dumps(plain, allow_nan=False)
 
@@ -170,10 +49,28 @@ def from_json(line: str) -> Result:
         raise ConfigError(f"not JSON that a result is written in ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"not a JSON object, but {type(values).__name__}")
-    missing = [key for key in _JSON_KEYS.values() if key not in values and key not in _NEW]
+    missing = [key for key in _JSON_KEYS.values() if key not in values and key not in NEW]
     if missing:
         raise ConfigError(f"lacks {', '.join(missing)}")
-    return Result(**{name: values[key] for name, key in _JSON_KEYS.items() if key in values})
+    return Result(**_as_now({name: values[key] for name, key in _JSON_KEYS.items() if key in values}))
+
+
+_GROUPS_OF_A_SEED = 1_000_000
+
+
+def _as_now(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a line, with those that older lines lack: their group was evaluation seed * 1,000,000 +
+    group, and the series of a sweep's run "<sweep>/<agent>-<seed>" was all but the seed."""
+    seed, experiment, group = (values[name] for name in ("seed", "experiment", "group"))
+    if not values.get("series") and isinstance(experiment, str) and "/" in experiment:
+        values["series"] = experiment.removesuffix(f"-{seed}")
+    if "evaluation_seed" not in values and isinstance(group, int) and group >= 0:
+        values["evaluation_seed"], values["group"] = divmod(group, _GROUPS_OF_A_SEED)
+    if values.get("places") and "world" not in values and isinstance(group, int):
+        settings = values.get("settings")
+        queries = settings.get("evaluate.queries") if isinstance(settings, dict) else None
+        values["world"] = values["group"] // (queries or EvaluateConfig().queries)
+    return values
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:

@@ -5,8 +5,8 @@ maximum gains by luck alone.
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,8 @@ from agents.bootstrap import (
 )
 from agents.cells import Player, cells, player
 from agents.cli import ConfigError
-from agents.config import EvaluateConfig
-from agents.goals import GROUPS_OF_A_SEED
 from agents.prediction import Line, is_predicted, line, share_known
-from agents.results import ORACLE, Result
+from agents.results import ORACLE, Goal, Result
 from data.atomic_file import atomic_file
 
 STATISTICS = ("first", "mean", "last", "max")
@@ -71,6 +69,8 @@ class SummaryRow:
     interval_over: str
     predicted: float = math.nan
     """Of a map, and where goals are rare: the mean that follows from prior and known (`agents.prediction`)."""
+    control_of: str = field(default="", metadata={"is_written": False})
+    """The agent whose mismatched-goal control this is, as the summary calls it; empty elsewhere."""
 
 
 def summarize(
@@ -86,16 +86,16 @@ def summarize(
     statistic that is none of STATISTICS.
     """
     rows, lines = [], _lines(results)
-    for (task, mode, agent, trajectories), members in sorted(cells(results).items()):
+    for (task, mode, agent, trajectories, control_of), members in sorted(cells(results).items()):
         episodes = [len(returns) for returns in _returns(members).values()]
         estimates: dict[tuple[float, ...], Estimate] = {}
         for statistic in statistics:
             values = reduced(members, statistic)
             numbers = tuple(values.values())
             if numbers not in estimates:  # with one episode a goal, all four statistics are the same numbers
-                estimates[numbers] = estimate(strata_of(values, queries_of(members[0])), resamples=resamples)
+                estimates[numbers] = estimate(strata_of(values), resamples=resamples)
             iqm, mean, over = estimates[numbers]
-            seeds = [seed for seed, _ in values]
+            seeds = [goal.seed for goal in values]
             rows.append(
                 SummaryRow(
                     agent=agent,
@@ -116,6 +116,7 @@ def summarize(
                     episodes_per_group=max(episodes),
                     interval_over=over,
                     predicted=_predicted(lines, members[0]),
+                    control_of=control_of,
                 )
             )
     return rows
@@ -125,7 +126,8 @@ def write_summary(path: Path, rows: Sequence[SummaryRow]) -> None:
     """Writes summary.csv: a header and a line a row; numbers with 6 digits, "nan" where there is no interval,
     nothing where there is no prediction."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(SummaryRow)], lineterminator="\n")
+    names = [one.name for one in fields(SummaryRow) if one.metadata.get("is_written", True)]
+    writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
         values = asdict(row).items()
@@ -142,7 +144,7 @@ def summary_notes(results: Sequence[Result], rows: Sequence[SummaryRow]) -> list
         notes.append("One episode a goal: first, mean, last and max are the same number.")
     unfinished = {
         agent
-        for (_, _, agent, _), members in cells(results).items()
+        for (_, _, agent, *_), members in cells(results).items()
         if len({len(returns) for returns in _returns(members).values()}) > 1
     }
     goals = {result.settings_id for result in results if result.agent == ORACLE}
@@ -227,37 +229,29 @@ def _predicted(lines: dict[Player, Line | None], member: Result) -> float:
     return math.nan if found is None else found.at(share_known(member))
 
 
-def _returns(results: Sequence[Result]) -> dict[tuple[int, int], list[float]]:
-    """Returns the returns of each (seed, group), in the order they were played."""
-    groups: dict[tuple[int, int], list[float]] = {}
-    for result in sorted(results, key=lambda result: (result.seed, result.group, result.episode_index)):
-        groups.setdefault((result.seed, result.group), []).append(result.return_)
-    return groups
+def _returns(results: Sequence[Result]) -> dict[Goal, list[float]]:
+    """Returns the returns of each goal, in the order they were played."""
+    goals: dict[Goal, list[float]] = {}
+    for result in sorted(results, key=lambda result: (result.goal[:3], result.episode_index)):
+        goals.setdefault(result.goal, []).append(result.return_)
+    return goals
 
 
-def reduced(results: Sequence[Result], statistic: str) -> dict[tuple[int, int], float]:
-    """Returns one number for each (seed, group)."""
+def reduced(results: Sequence[Result], statistic: str) -> dict[Goal, float]:
+    """Returns one number for each goal."""
     if statistic not in STATISTICS:
         raise ConfigError(f"unknown statistic {statistic!r}; choose from {', '.join(STATISTICS)}")
-    return {key: _REDUCTIONS[statistic](returns) for key, returns in _returns(results).items()}
+    return {goal: _REDUCTIONS[statistic](returns) for goal, returns in _returns(results).items()}
 
 
-def queries_of(result: Result) -> int:
-    """Returns how many queries share the history of a result: of a map those of its world, else the one."""
-    return result.settings.get("evaluate.queries", EvaluateConfig().queries) if result.places else 1
-
-
-def strata_of(values: dict[tuple[int, int], float], queries: int = 1) -> Strata:
-    """Returns what the bootstrap draws from: of every seed its goals, or its worlds of several queries."""
-    seeds = sorted({seed for seed, _ in values})
-    if queries == 1:
-        return [np.array([value for (own, _), value in values.items() if own == seed]) for seed in seeds]
-    strata = []
-    for seed in seeds:
-        worlds: dict[int, np.ndarray] = {}
-        for (own, group), value in values.items():
-            if own == seed:  # of two evaluation seeds no two worlds are the same
-                query = group % GROUPS_OF_A_SEED % queries
-                worlds.setdefault(group - query, np.full(queries, np.nan))[query] = value
-        strata.append(np.stack(list(worlds.values())))
-    return strata
+def strata_of(values: Mapping[Goal, float]) -> Strata:
+    """Returns what the bootstrap draws from: of every training seed its goals, or its worlds of several queries."""
+    seeds: dict[int, dict[tuple[int, int], list[float]]] = {}
+    for goal, value in values.items():
+        seeds.setdefault(goal.seed, {}).setdefault(goal.unit, []).append(value)
+    width = max(len(unit) for units in seeds.values() for unit in units.values())
+    if width == 1:
+        return [np.array([value for (value,) in seeds[seed].values()]) for seed in sorted(seeds)]
+    return [
+        np.array([unit + [math.nan] * (width - len(unit)) for unit in seeds[seed].values()]) for seed in sorted(seeds)
+    ]

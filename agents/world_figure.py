@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from agents.bootstrap import RESAMPLES
-from agents.cells import FOREIGN, named
+from agents.cells import named
 from agents.cli import ConfigError
 from agents.figure import FAINT, GRID, INK, check_suffix, short_number, write_image
 from agents.plot import GREY, Drawn
@@ -94,7 +94,7 @@ def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], a
                       linewidth=1.3, zorder=3)  # fmt: skip
         _name(axes, x[-1], own[-1].mean, f"{size:,} places", colour)
         for row in rows:
-            if row.agent == f"{agent}, {size:,} places{FOREIGN}" and row.context_trajectories == size:
+            if row.control_of == f"{agent}, {size:,} places" and row.context_trajectories == size:
                 axes.plot([place[row.context_tokens]], [row.mean], "x", color=colour, markersize=7, zorder=4)
                 if size == sizes[-1]:
                     _name(axes, place[row.context_tokens], row.mean, "history of\nanother world", FAINT, below=True)
@@ -153,7 +153,7 @@ def _caption(rows: Sequence[SummaryRow], trained: int | None, resamples: int) ->
         "Dashed: prior + (known - prior) × share seen; prior is the return without history, known that where all of "
         "the smallest world was seen; nothing is fitted.",
     ]
-    if any(FOREIGN in row.agent for row in rows):
+    if any(row.control_of for row in rows):
         sentences.append("Crosses: the history of another world.")
     if trained:
         sentences.append(f"Trained on chains of at most {trained:,} tokens.")

@@ -69,7 +69,6 @@ def evaluate_worlds(
     before: Sequence[Result],
     result: Callable[..., Result],
     *,
-    first_group: int,
     progress: bool = True,
 ) -> int:
     """Appends the missing results of all worlds to `path`, piece by piece, and returns how many they were.
@@ -78,10 +77,10 @@ def evaluate_worlds(
     """
     config = loaded.config
     has_maps = any(map(is_map, config.data.tasks))
-    pieces = list(_pieces(loaded, before, first_group)) if has_maps else []
+    pieces = list(_pieces(loaded, before)) if has_maps else []
     if not pieces:
         return 0
-    player = _Player(loaded, result, first_group)
+    player = _Player(loaded, result)
     player.check(pieces)
     if progress:
         print(player.described(pieces), file=sys.stderr)
@@ -100,8 +99,8 @@ def evaluate_worlds(
 class _Player:
     """Plays the queries of worlds; what is compiled and loaded serves all pieces."""
 
-    def __init__(self, loaded: "Loaded", result: Callable[..., Result], first_group: int) -> None:
-        self.loaded, self.result, self.first_group = loaded, result, first_group
+    def __init__(self, loaded: "Loaded", result: Callable[..., Result]) -> None:
+        self.loaded, self.result = loaded, result
         self.own = loaded.config.evaluate
         self.start = jax.jit(loaded.agent.start, static_argnums=2)
         self.act = jax.jit(loaded.agent.act, donate_argnums=1)
@@ -153,7 +152,8 @@ class _Player:
                     context=context,
                     context_trajectories=history.seen,
                     context_tokens=tokens,
-                    group=self.first_group + int(groups[row, query]),
+                    world=int(worlds[row]),
+                    group=int(groups[row, query]),
                     episode_index=0,
                     return_=float(returns[row, query]),
                     steps=int(steps[row, query]),
@@ -220,10 +220,10 @@ def _refuse_one_world(config: Config) -> None:
         )
 
 
-def _pieces(loaded: "Loaded", before: Sequence[Result], first_group: int) -> Iterator[Piece]:
+def _pieces(loaded: "Loaded", before: Sequence[Result]) -> Iterator[Piece]:
     """Yields the worlds that miss results, in pieces of one size a history."""
     own, worlds = loaded.config.evaluate, np.arange(_worlds(loaded.config))
-    there = {(r.task, r.places, r.context_trajectories, r.context, r.group - first_group) for r in before}
+    there = {(r.task, r.places, r.context_trajectories, r.context, r.group) for r in before}
 
     def is_played(history: History, world: int) -> bool:
         kinds = {"own" if history.seen else "none": world}

@@ -4,10 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agents.agent import Timesteps
 from agents.config import Config, dump, load
+from agents.results import Result
 from agents.train import train
 from data import ChainBatch
 from data.build import build
@@ -113,5 +115,43 @@ def now_at():
 
     def make(batch: ChainBatch, m: int) -> Timesteps:
         return Timesteps(*(getattr(batch, name)[:, m] for name in Timesteps._fields[:-2]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def episodes():
+    """Gives a function `(returns, **what) -> [Result]` of results of returns[group], or of returns[group][episode].
+
+    An agent without a `series` is a seed of "x/<agent>". `queries` of a map share a world.
+    """
+
+    def make(returns, *, agent="at", seed=0, trajectories=0, context=None, places=0, queries=1, **what) -> list[Result]:
+        values = {
+            "experiment": what.get("series") or f"x/{agent}-{seed}",
+            "series": f"x/{agent}",
+            "task": "a-b",
+            "mode": "prompted",
+            "steps": 16,
+            "checkpoint_step": 1,
+            "versions": {},
+        }
+        return [
+            Result(
+                agent=agent,
+                seed=seed,
+                context_trajectories=trajectories,
+                context_tokens=16 * trajectories,
+                context=context or ("own" if trajectories else "none"),
+                places=places,
+                world=group // queries if places else None,
+                group=group,
+                episode_index=index,
+                return_=float(value),
+                **values | what,
+            )
+            for group, of_group in enumerate(returns)
+            for index, value in enumerate(np.atleast_1d(of_group))
+        ]
 
     return make

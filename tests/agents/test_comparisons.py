@@ -8,38 +8,18 @@ from scipy.stats import ttest_1samp
 
 from agents.cli import ConfigError
 from agents.comparisons import compared, difference, gap, trend
-from agents.results import Result
-
-QUERIES = 4
 
 
-def played(returns, *, seen, places=64, seed=0, context=None):
-    """Returns results of returns[group]."""
-    return [
-        Result(
-            experiment="x/at-0",
-            agent="at",
-            task="a-map",
-            seed=seed,
-            places=places,
-            context_trajectories=seen,
-            context_tokens=16 * seen,
-            mode="prompted",
-            context=context or ("own" if seen else "none"),
-            group=group,
-            episode_index=0,
-            return_=float(value),
-            steps=16,
-            checkpoint_step=1,
-            versions={},
-            settings={"evaluate.queries": QUERIES},
-        )
-        for group, value in enumerate(returns)
-    ]
+@pytest.fixture
+def played(episodes):
+    """Gives a function `(returns, *, seen, ...)` of results on a map, four queries a world."""
+    return lambda returns, *, seen, places=64, context=None: episodes(
+        returns, trajectories=seen, places=places, queries=4, context=context
+    )
 
 
 def of_goals(results):
-    return [replace(result, places=0) for result in results]
+    return [replace(result, places=0, world=None) for result in results]
 
 
 @pytest.fixture
@@ -48,7 +28,7 @@ def hard():
     return np.random.default_rng(0).uniform(0, 10, 64)
 
 
-def test_what_makes_a_goal_easy_drops_out(hard):
+def test_what_makes_a_goal_easy_drops_out(played, hard):
     noise = np.random.default_rng(1).normal(0, 0.3, 64)
     found = difference(played(hard + 1 + noise, seen=64), played(hard, seen=0))
     assert found.value == pytest.approx(1 + noise.mean())
@@ -57,14 +37,14 @@ def test_what_makes_a_goal_easy_drops_out(hard):
         difference(played(hard, seen=64), played(hard[:63], seen=0))
 
 
-def test_the_interval_of_a_difference_is_that_of_a_paired_t_test(hard):
+def test_the_interval_of_a_difference_is_that_of_a_paired_t_test(played, hard):
     noise = np.random.default_rng(2).normal(0.5, 1, 64)
     found = difference(of_goals(played(hard + noise, seen=64)), of_goals(played(hard, seen=0)))
     want = ttest_1samp(noise, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx(tuple(want), abs=0.05)
 
 
-def test_who_follows_the_line_has_no_gap(hard):
+def test_who_follows_the_line_has_no_gap(played, hard):
     """Of every query a share of M = 256 is known exactly; what half a memory lacks is seen."""
     random = np.random.default_rng(3)
     prior, known = hard * 0.3, hard * 0.3 + random.uniform(2, 6, 64)
@@ -77,7 +57,7 @@ def test_who_follows_the_line_has_no_gap(hard):
     assert gap([result for result in results if result.context_trajectories], middle) is None
 
 
-def test_a_rise_is_told_from_none(hard):
+def test_a_rise_is_told_from_none(played, hard):
     random = np.random.default_rng(4)
 
     def curve(slope):
@@ -98,7 +78,7 @@ def test_a_rise_is_told_from_none(hard):
     assert trend(played(hard, seen=0)) is None
 
 
-def test_every_context_stands_beside_none(hard):
+def test_every_context_stands_beside_none(played, hard):
     results = played(hard * 0.3, seen=0) + played(hard * 0.3 + 3, seen=64) + played(hard * 0.3 + 1.5, seen=32)
     results += played(hard * 0.3 + 0.1, seen=64, context="foreign") + played(hard[:8], seen=16)
     half, whole, foreign = compared(results)

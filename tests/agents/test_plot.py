@@ -43,6 +43,7 @@ def episode(**changes) -> Result:
         "checkpoint_step": 100,
         "versions": {"jax": "0.12.0"},
     }
+    values["series"] = f"dark/{changes.get('agent', 'at')}"
     return Result(**values | changes)
 
 

@@ -13,45 +13,36 @@ from agents.statistics import summarize, write_summary
 from agents.world_figure import plot_worlds
 
 
-def visits(
-    places: int, seen: int, value: float, *, context=None, seed=0, agent="AT", groups=64, met=0.0
-) -> list[Result]:
-    """Results whose mean is `value`."""
-    noise = np.random.default_rng((places, seen, seed)).normal(size=groups)
-    return [
-        Result(
-            experiment="map",
-            agent=agent,
-            task="point_mass-map" if places else "point_mass-dark",
-            seed=seed,
-            context_trajectories=seen,
-            context_tokens=16 * seen,
-            mode="prompted",
-            context=context or ("own" if seen else "none"),
-            group=group,
-            episode_index=0,
-            return_=float(value + noise[group] - noise.mean()),
-            steps=16,
-            checkpoint_step=1,
-            versions={},
-            places=places,
-            met=met,
-        )
-        for group in range(groups)
-    ]
+@pytest.fixture
+def visits(episodes):
+    """Gives a function `(places, seen, value, ...)` of results whose mean is `value`."""
+
+    def make(places, seen, value, *, context=None, seed=0, agent="AT", groups=64, met=0.0) -> list[Result]:
+        noise = np.random.default_rng((places, seen, seed)).normal(size=groups)
+        how = {"seed": seed, "agent": agent, "context": context, "met": met, "series": "map"}
+        task = "point_mass-map" if places else "point_mass-dark"
+        returns = value + noise - noise.mean()
+        return episodes(returns, trajectories=seen, places=places, queries=4, task=task, **how)
+
+    return make
 
 
-def perfect(**same) -> list[Result]:
-    """An agent that forgets nothing: 2 without history, 6 with all of it."""
-    return [
-        result
-        for places in (64, 256, 1024)
-        for share in (0.0, 0.25, 0.5, 1.0)
-        for result in visits(places, round(share * places), 2 + 4 * share, **same)
-    ]
+@pytest.fixture
+def perfect(visits):
+    """Gives a function of an agent's results that forgets nothing: 2 without history, 6 with all of it."""
+
+    def make(**same) -> list[Result]:
+        return [
+            result
+            for places in (64, 256, 1024)
+            for share in (0.0, 0.25, 0.5, 1.0)
+            for result in visits(places, round(share * places), 2 + 4 * share, **same)
+        ]
+
+    return make
 
 
-def test_nothing_is_fitted():
+def test_nothing_is_fitted(visits, perfect):
     found = line(perfect())
     assert (found.prior, found.known) == (pytest.approx(2), pytest.approx(6))
     assert found.at(256 / 1024) == pytest.approx(3)
@@ -61,7 +52,7 @@ def test_nothing_is_fitted():
     assert line(visits(64, 32, 4.0)) is None
 
 
-def test_the_summary_says_what_was_predicted(tmp_path):
+def test_the_summary_says_what_was_predicted(visits, perfect, tmp_path):
     results = perfect() + visits(64, 64, 1.0, context="foreign")
     dark = visits(0, 0, 5.0, agent="DT")
     rows = summarize(results + dark, statistics=["mean"], resamples=50)
@@ -77,7 +68,7 @@ def test_the_summary_says_what_was_predicted(tmp_path):
             assert row.mean == pytest.approx(row.predicted)
 
 
-def test_the_picture(tmp_path):
+def test_the_picture(visits, perfect, tmp_path):
     seeds = [result for seed in (0, 1) for result in perfect(seed=seed)]
     seeds += [result for places in (64, 256) for result in visits(places, 0, 1.8, agent="DT")]
     results = seeds + visits(64, 64, 1.0, context="foreign") + perfect(agent="AT, window of 4 tokens")
@@ -91,7 +82,7 @@ def test_the_picture(tmp_path):
         plot_worlds([], tmp_path / "none.png")
 
 
-def test_rare_goals(tmp_path):
+def test_rare_goals(visits, tmp_path):
     """1 without context, 5 where the goal is in it; p moves the knee."""
     results = [
         result

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from agents.cli import ConfigError
 from agents.results import (
+    Goal,
     Result,
     append_results,
     from_json,
@@ -20,6 +21,7 @@ from agents.results import (
 def result(**changes) -> Result:
     values = {
         "experiment": "dark/at-0",
+        "series": "dark/at",
         "agent": "at",
         "task": "point_mass-dark",
         "seed": 0,
@@ -95,6 +97,9 @@ def test_a_line_of_a_later_version_may_hold_more():
         ({"return_": "5"}, "return must be a finite number; got '5'"),
         ({"versions": ["jax"]}, "versions must map"),
         ({"settings": "x"}, "settings must map"),
+        ({"places": 4}, "a result of a map has places and a world, and no other has; got places=4, world=None"),
+        ({"world": 4}, "a result of a map has places and a world"),
+        ({"places": 4, "world": -1}, "world must be a whole number of 0 or more; got -1"),
     ],
 )
 def test_a_result_that_cannot_be_is_refused(changes, message):
@@ -226,10 +231,36 @@ def test_writing_replaces(tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.jsonl"]
 
 
-def test_lines_of_before_name_no_series_and_their_seeds_are_one():
-    assert result(experiment="dark/at-0", seed=0).series == result(experiment="dark/at-1", seed=1).series == "dark/at"
-    assert result(experiment="dark/at-1", seed=0).series == "dark/at-1"
-    assert result(experiment="table-5", seed=5).series == result(experiment="table-5", seed=0).series == "table-5"
+def line_of_before(**values) -> str:
+    """A line as it was written before results had these fields."""
+    new = {"run", "series", "settings_id", "settings", "trained_with", "evaluation_seed", "world"}
+    written = {key: value for key, value in json.loads(to_json(result())).items() if key not in new}
+    return json.dumps(written | values)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "seed", "series"),
+    [("dark/at-0", 0, "dark/at"), ("dark/at-1", 1, "dark/at"), ("dark/at-1", 0, "dark/at-1"), ("t-5", 5, "t-5")],
+)
+def test_lines_of_before_name_no_series(experiment, seed, series):
+    read = from_json(line_of_before(experiment=experiment, seed=seed))
+    assert (read.run, read.series) == (experiment, series)
+
+
+@pytest.mark.parametrize(
+    ("written", "goal"),
+    [
+        ({"group": 5}, Goal(0, 0, 5, None)),
+        ({"group": 3_000_005}, Goal(0, 3, 5, None)),
+        ({"group": 3_000_005, "places": 64}, Goal(0, 3, 5, 1)),
+        ({"group": 5, "places": 64, "settings": {"evaluate.queries": 2}}, Goal(0, 0, 5, 2)),
+    ],
+    ids=str,
+)
+def test_a_group_of_before_was_two_numbers(written, goal):
+    read = from_json(line_of_before(**written))
+    assert read.goal == goal
+    assert from_json(to_json(read)) == read
 
 
 @pytest.mark.parametrize(

@@ -7,40 +7,12 @@ import pytest
 from scipy.stats import norm
 
 from agents.cli import ConfigError
-from agents.results import Result
 from agents.statistics import maximum_null, ratio_interval, summarize, summary_notes, write_summary
-
-
-def episodes(
-    returns, *, seed=0, agent="at", trajectories=0, context=None, mode="prompted", experiment=None, task="a-b"
-):
-    """Returns results of returns[group][episode]."""
-    return [
-        Result(
-            experiment=experiment or f"x/{agent}-{seed}",
-            agent=agent,
-            task=task,
-            seed=seed,
-            context_trajectories=trajectories,
-            context_tokens=16 * trajectories,
-            mode=mode,
-            context=context or ("own" if trajectories else "none"),
-            group=group,
-            episode_index=index,
-            return_=float(value),
-            steps=16,
-            checkpoint_step=1,
-            versions={},
-        )
-        for group, of_group in enumerate(returns)
-        for index, value in enumerate(of_group)
-    ]
-
 
 # --------------------------------------------------------------------------------------------------------------- ratios
 
 
-def test_a_ratio_is_paired_by_goal():
+def test_a_ratio_is_paired_by_goal(episodes):
     base = np.random.default_rng(5).uniform(0.5, 10, size=(30, 1))
     ratio = ratio_interval(episodes(3 * base, trajectories=8), episodes(base))
     assert tuple(ratio.mean) == pytest.approx((3.0, 3.0, 3.0))
@@ -48,7 +20,7 @@ def test_a_ratio_is_paired_by_goal():
     assert ratio.over == "goals"
 
 
-def test_a_ratio_of_means_by_hand():
+def test_a_ratio_of_means_by_hand(episodes):
     ratio = ratio_interval(episodes([[4], [8]], trajectories=1), episodes([[1], [2]]))
     assert ratio.mean.value == pytest.approx(4.0)
     ratio = ratio_interval(episodes([[4], [8]], trajectories=1), episodes([[2], [1]]))
@@ -56,7 +28,7 @@ def test_a_ratio_of_means_by_hand():
     assert (ratio.mean.low, ratio.mean.high) == pytest.approx((2.0, 8.0))  # twice the one goal, twice the other
 
 
-def test_the_interval_of_a_ratio_is_the_known_one():
+def test_the_interval_of_a_ratio_is_the_known_one(episodes):
     # Independent normals far from 0: the delta method, sd(a/b) = (a/b) sqrt((sd_a/a)^2 + (sd_b/b)^2) / sqrt(n).
     random = np.random.default_rng(6)
     a, b = random.normal(20, 2, size=(400, 1)), random.normal(10, 2, size=(400, 1))
@@ -65,7 +37,7 @@ def test_the_interval_of_a_ratio_is_the_known_one():
     assert ratio.mean.high - ratio.mean.low == pytest.approx(width, rel=0.12)
 
 
-def test_a_ratio_to_nothing_is_infinite_and_says_what_it_can():
+def test_a_ratio_to_nothing_is_infinite_and_says_what_it_can(episodes):
     ratio = ratio_interval(episodes([[5]] * 12, trajectories=8), episodes([[0]] * 11 + [[4]]))
     assert ratio.iqm.value == np.inf  # the interquartile mean of the base is 0
     assert ratio.mean.value == pytest.approx(15.0)
@@ -77,28 +49,24 @@ def test_a_ratio_to_nothing_is_infinite_and_says_what_it_can():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "message"),
+    ("a", "seed", "b", "message"),
     [
-        (
-            episodes([[1], [1]]),
-            episodes([[1]]),
-            "same goals and seeds on both sides; got 2 and 1, of which 1 are shared",
-        ),
-        (episodes([[1]], seed=1), episodes([[1]]), "of which 0 are shared"),
-        ([], [], "got 0 and 0"),
-        (episodes([[-1]]), episodes([[1]]), "needs returns of 0 or more; got -1"),
+        ([[1], [1]], 0, [[1]], "same goals and seeds on both sides; got 2 and 1, of which 1 are shared"),
+        ([[1]], 1, [[1]], "of which 0 are shared"),
+        ([], 0, [], "got 0 and 0"),
+        ([[-1]], 0, [[1]], "needs returns of 0 or more; got -1"),
     ],
 )
-def test_ratios_that_mean_nothing_are_refused(a, b, message: str):
+def test_ratios_that_mean_nothing_are_refused(episodes, a, seed, b, message: str):
     with pytest.raises(ConfigError, match=message):
-        ratio_interval(a, b)
+        ratio_interval(episodes(a, seed=seed), episodes(b))
 
 
 # -------------------------------------------------------------------------------------------------------- null of a max
 
 
 @pytest.mark.parametrize(("draws", "expected"), [(4, 1.03), (8, 1.42), (32, 2.07)])
-def test_the_null_of_a_maximum_of_normals(draws: int, expected: float):
+def test_the_null_of_a_maximum_of_normals(episodes, draws: int, expected: float):
     returns = norm.ppf((np.arange(2000) + 0.5) / 2000)[:, None]
     null = maximum_null(episodes(returns), draws, resamples=500)
     assert null.mean.value == pytest.approx(expected, abs=0.01)
@@ -106,7 +74,7 @@ def test_the_null_of_a_maximum_of_normals(draws: int, expected: float):
     assert null.over == "episodes"
 
 
-def test_the_null_uses_context_free_episodes_alone():
+def test_the_null_uses_context_free_episodes_alone(episodes):
     free = episodes([[1, 9], [2, 9], [3, 9]])  # the second episodes have seen the first
     with_context = episodes([[9], [9], [9]], trajectories=4)
     assert maximum_null(free + with_context, 2).mean.value == pytest.approx((2 + 3 + 3) / 3)
@@ -114,7 +82,7 @@ def test_the_null_uses_context_free_episodes_alone():
     assert maximum_null(own, 2).mean.value == pytest.approx((2 + 3 + 3) / 3)
 
 
-def test_too_few_context_free_episodes_are_said():
+def test_too_few_context_free_episodes_are_said(episodes):
     with pytest.raises(ConfigError, match="maximum of 4 episodes needs as many context-free ones; got 2"):
         maximum_null(episodes([[1], [2]]), 4)
 
@@ -122,7 +90,7 @@ def test_too_few_context_free_episodes_are_said():
 # -------------------------------------------------------------------------------------------------------------- summary
 
 
-def test_the_four_statistics_by_hand():
+def test_the_four_statistics_by_hand(episodes):
     rows = {row.statistic: row for row in summarize(episodes([[1, 5, 3], [2, 0, 4]], trajectories=2), resamples=100)}
     assert {name: row.mean for name, row in rows.items()} == {"first": 1.5, "mean": 2.5, "last": 3.5, "max": 4.5}
     row = rows["mean"]
@@ -131,19 +99,19 @@ def test_the_four_statistics_by_hand():
     assert (row.mean_ci_low, row.mean_ci_high) == (2.0, 3.0)
 
 
-def test_episodes_are_ordered_by_their_index():
+def test_episodes_are_ordered_by_their_index(episodes):
     shuffled = episodes([[1, 2, 3]])[::-1]
     assert [summarize(shuffled, statistics=[name])[0].mean for name in ("first", "last")] == [1.0, 3.0]
 
 
-def test_the_mean_stands_beside_an_interquartile_mean_of_zero():
+def test_the_mean_stands_beside_an_interquartile_mean_of_zero(episodes):
     row = summarize(episodes([[0], [0], [0], [0], [0], [0], [8], [8]]), statistics=["mean"])[0]
     assert row.iqm == 0.0
     assert row.mean == 2.0
     assert row.mean_ci_high > 0
 
 
-def test_controls_and_oracle_have_their_own_rows():
+def test_controls_and_oracle_have_their_own_rows(episodes):
     results = (
         episodes([[0], [1]])
         + episodes([[5], [6]], trajectories=4)
@@ -159,21 +127,21 @@ def test_controls_and_oracle_have_their_own_rows():
     ]
 
 
-def test_seeds_of_a_sweep_are_summarised_together_and_experiments_apart():
-    sweep = episodes([[1]], seed=0, experiment="dark/at-0") + episodes([[3]], seed=1, experiment="dark/at-1")
+def test_seeds_of_a_sweep_are_summarised_together_and_experiments_apart(episodes):
+    sweep = episodes([[1]], seed=0, series="dark/at") + episodes([[3]], seed=1, series="dark/at")
     (row,) = summarize(sweep, statistics=["mean"], resamples=100)
     assert (row.agent, row.mean, row.seeds, row.interval_over) == ("at", 2.0, 2, "seeds")
-    rows = summarize(sweep + episodes([[9]], experiment="other"), statistics=["mean"], resamples=100)
+    rows = summarize(sweep + episodes([[9]], series="other"), statistics=["mean"], resamples=100)
     assert [(row.agent, row.mean) for row in rows] == [("at [dark/at]", 2.0), ("at [other]", 9.0)]
 
 
-def test_an_oracle_of_two_experiments_counts_once():
-    oracle = episodes([[8], [6]], agent="oracle", experiment="a") + episodes([[8], [6]], agent="oracle", experiment="b")
+def test_an_oracle_of_two_experiments_counts_once(episodes):
+    oracle = episodes([[8], [6]], agent="oracle", series="a") + episodes([[8], [6]], agent="oracle", series="b")
     (row,) = summarize(oracle, statistics=["mean"], resamples=100)
     assert (row.agent, row.episodes, row.groups) == ("oracle", 2, 2)
 
 
-def test_modes_and_tasks_are_never_mixed():
+def test_modes_and_tasks_are_never_mixed(episodes):
     results = episodes([[1]]) + episodes([[2]], mode="self") + episodes([[3]], task="c-d")
     rows = summarize(results, statistics=["last"], resamples=100)
     assert [(row.task, row.mode, row.mean) for row in rows] == [
@@ -183,12 +151,12 @@ def test_modes_and_tasks_are_never_mixed():
     ]
 
 
-def test_an_unknown_statistic_is_refused():
+def test_an_unknown_statistic_is_refused(episodes):
     with pytest.raises(ConfigError, match="unknown statistic 'median'; choose from first, mean, last, max"):
         summarize(episodes([[1]]), statistics=["median"])
 
 
-def test_the_file_has_the_published_columns_first(tmp_path: Path):
+def test_the_file_has_the_published_columns_first(episodes, tmp_path: Path):
     path = tmp_path / "summary.csv"
     write_summary(path, summarize(episodes([[1], [2]], trajectories=2), resamples=100))
     with path.open() as file:
@@ -211,7 +179,7 @@ def test_the_file_has_the_published_columns_first(tmp_path: Path):
     assert rows[0]["interval_over"] == "goals"
 
 
-def test_notes_say_what_the_numbers_cannot():
+def test_notes_say_what_the_numbers_cannot(episodes):
     def notes(results):
         return " ".join(summary_notes(results, summarize(results, resamples=200)))
 
@@ -225,7 +193,7 @@ def test_notes_say_what_the_numbers_cannot():
     assert "without width is not certainty" in notes(episodes([[0]] * 40 + [[9]]))
 
 
-def test_seeds_of_other_checkpoints_are_rows_of_their_own():
+def test_seeds_of_other_checkpoints_are_rows_of_their_own(episodes):
     few, many = (
         [replace(one, checkpoint_step=step, series="x") for one in episodes([[value]] * 8, seed=seed)]
         for seed, (step, value) in enumerate([(5, 1), (20_000, 3)])
@@ -239,14 +207,12 @@ def test_seeds_of_other_checkpoints_are_rows_of_their_own():
     assert [(row.agent, row.seeds, row.mean) for row in summarize(best, statistics=["mean"])] == [("at", 2, 2)]
 
 
-def test_the_queries_of_a_world_are_no_independent_goals():
+def test_the_queries_of_a_world_are_no_independent_goals(episodes):
     random = np.random.default_rng(8)
     returns = (random.normal(5, 2, size=(16, 1)) + random.normal(0, 0.1, size=(16, 8))).reshape(-1, 1)
-    results = [
-        replace(result, places=64, settings={"evaluate.queries": 8}) for result in episodes(returns, trajectories=64)
-    ]
+    results = episodes(returns, trajectories=64, places=64, queries=8)
     (row,) = summarize(results, statistics=["mean"])
     assert row.interval_over == "worlds"
     assert (row.mean_ci_high - row.mean_ci_low) / 2 == pytest.approx(1.96 * 2 / 16**0.5, rel=0.4)
-    (apart,) = summarize([replace(result, places=0) for result in results], statistics=["mean"])
+    (apart,) = summarize([replace(result, places=0, world=None) for result in results], statistics=["mean"])
     assert apart.mean_ci_high - apart.mean_ci_low < 0.5 * (row.mean_ci_high - row.mean_ci_low)
