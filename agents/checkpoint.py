@@ -15,6 +15,9 @@ from jax.sharding import Sharding
 from agents.agent import Scales
 from agents.cli import ConfigError
 from agents.damage import check, checksums, custom, whole
+from rlring.language_model import TrainState
+
+WEIGHTS = "0."  # of a state, in checkpoints
 
 
 class Meta(NamedTuple):
@@ -90,7 +93,7 @@ class Checkpoints:
         saved = meta._replace(
             scales={name: np.asarray(value).tolist() for name, value in meta.scales._asdict().items()}
         )
-        arrays, known = by_name(state), saved._asdict()
+        arrays, known = by_name(_as_stored(state)), saved._asdict()
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(known))
         sums = {"checksums": checksums(arrays, known)}
         self.manager.save(step, args=arguments, metrics={"loss": loss}, custom_metadata=sums)
@@ -115,14 +118,14 @@ class Checkpoints:
         """Returns the state of a checkpoint, the newest by default, in the shape of `like` (arrays or their shapes),
         laid out as `sharding` (one, or a tree of them) on any mesh, whatever mesh it was saved from.
 
-        `part` is the name of the part of the state that `like` is, for reading the weights alone.
+        `part`, such as WEIGHTS, is the name of the part of the state that `like` is, for reading that alone.
         """
         step = self._newest() if step is None else step
         place = self._place(step)
         with whole(place):
             stored = self.manager.item_metadata(step)["state"]
             stored = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
-        wanted = by_name(like, part)
+        wanted = by_name(_as_stored(like), part)
         differing = [
             f"{name}: {stored.get(name, 'absent')} in the checkpoint, {leaf.shape} in the config"
             for name, leaf in wanted.items()
@@ -136,7 +139,7 @@ class Checkpoints:
             )
         if isinstance(sharding, Sharding):
             sharding = jax.tree.map(lambda _: sharding, like)
-        placed = by_name(sharding, part)
+        placed = by_name(_as_stored(sharding), part)
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name]) for name, leaf in wanted.items()
         }
@@ -166,6 +169,11 @@ class Checkpoints:
                 f"{self.folder.parent} holds no checkpoint. Train it first: python -m agents.train CONFIG.toml."
             )
         return step
+
+
+def _as_stored(state: Any) -> Any:
+    """Returns the state as checkpoints name its parts: the first and the second of a pair."""
+    return tuple(state) if isinstance(state, TrainState) else state
 
 
 def _loss(metrics: dict[str, float]) -> float:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from agents import pause
 from agents.agent import Agent, Params
-from agents.checkpoint import Checkpoints, Meta, versions
+from agents.checkpoint import WEIGHTS, Checkpoints, Meta, versions
 from agents.cli import ConfigError, run
 from agents.config import Config, load
 from agents.continuation import check_command
@@ -146,8 +146,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
         agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
         like = jax.eval_shape(agent.init, jax.random.key(0))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
-        # The state of training is (weights, optimizer state).
-        params = checkpoints.restore(like, sharding, part="0.", step=step)
+        params = checkpoints.restore(like, sharding, part=WEIGHTS, step=step)
         return Loaded(config, agent, params, meta, step, folder)
 
 

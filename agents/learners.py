@@ -13,7 +13,7 @@ from agents.agent import Scales
 from agents.config import Config, validate
 from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
-from agents.update import make_update
+from agents.update import make_update, new_state
 from data import ChainBatch
 
 OBSERVATION, ACTION = 24, 6  # walker's
@@ -40,11 +40,10 @@ def ours(tokens: str, window: int, batch: int) -> Learner:
     scales = Scales(np.zeros(OBSERVATION), np.ones(OBSERVATION), 1.0)
     agent = make_agent(config, scales, ACTION, window, None)
     optimizer = make_optimizer(config)
-    params = agent.init(jax.random.key(0))
     data = jax.device_put(_batch(window, batch))
     update = make_update(agent, optimizer)
-    state = [(params, optimizer.init(params))]
-    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = [new_state(agent, optimizer, jax.random.key(0))]
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state[0].weights))
 
     def once():
         state[0], metrics = update(state[0], data)

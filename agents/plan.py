@@ -77,7 +77,7 @@ def plan(config: Config, topology: str) -> Plan:
         config.model.remat,
     )
     transformer = LanguageModelConfig(0, TransformerConfig(**config.model.shape(rope_fraction=1.0)))
-    cost = StepCost.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes[0])))
+    cost = StepCost.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes.weights)))
     return reported(request, lambda: compiled_plan(request, cost, update.lower(shapes, batch)))
 
 

@@ -12,8 +12,9 @@ the later ones. Running the command again continues an interrupted run.
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from agents.identity import check_config, check_total, differing_runs
 from agents.optimizer import schedule
 from agents.processes import alone
 from agents.section import Count, RunName, Section, Seed
+from agents.training_loop import Logged, Loop, run_updates
 from data.atomic_file import write_text
 from rlring import TransformerConfig, make_mesh, request_cpu_devices
 from rlring.cli import Parser
@@ -156,37 +158,49 @@ def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> np.ndarray
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", dump(config))
     init, step = whole.jitted()
+    updates = config.train.updates
+
+    def update(state: TrainState, made: Texts) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, loss = step(state, *arranged(made, whole))
+        return state, {"loss": loss}
+
     options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints)
     with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as checkpoints:
         state, first = init(config.seed), checkpoints.latest_step() or 0
-        check_total(folder, first, config.train.updates)
+        check_total(folder, first, updates)
         if first:
             state = _restored(checkpoints, first, state, config)
         log = folder / "metrics.jsonl"
         write_text(log, "".join(json.dumps(entry) + "\n" for entry in read_metrics(log, up_to=first)))
-        bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not progress)
-        saved = first
+        bar = tqdm(total=updates, initial=first, desc=config.name, unit="update", disable=not progress)
         with bar, log.open("a") as file:
-            for update in range(first, config.train.updates):
-                made = texts(config, update, config.train.batch)
-                state, loss = step(state, *arranged(made, whole))
-                done = update + 1
-                ends = done == config.train.updates
-                saves = ends or done % config.train.checkpoint_every == 0
-                if saves or done % config.train.log_every == 0:
-                    _refuse_nan(float(loss), done, folder, saved)
-                if ends or done % config.train.log_every == 0:
-                    file.write(json.dumps({"step": done, "loss": float(loss)}) + "\n")
-                    file.flush()
-                    bar.set_postfix_str(f"loss {float(loss):.3f}")
-                bar.update()
-                if saves:
-                    _refuse_nan(float(optax.global_norm(state.weights)), done, folder, saved)
-                    saved = done
-                    kept = {"config": config.model_dump(mode="json"), "checksums": damage.checksums(by_name(state))}
-                    checkpoints.save(done, args=ocp.args.StandardSave(state), custom_metadata=kept)
+            run = Loop(
+                folder,
+                config.train,
+                batches=((update, texts(config, update, config.train.batch)) for update in range(first, updates)),
+                update=update,
+                loss="loss",
+                log=partial(_log, file),
+                save=partial(_save, folder, config, checkpoints),
+            )
+            state, _ = run_updates(run, state, first, bar)
     (folder / DIVERGED).unlink(missing_ok=True)
     return accuracy(config, whole, state.weights)
+
+
+def _log(file: TextIO, logged: Logged, bar: tqdm) -> None:
+    file.write(json.dumps({"step": logged.update + 1, "loss": logged.metrics["loss"]}) + "\n")
+    file.flush()
+    bar.set_postfix_str(f"loss {logged.metrics['loss']:.3f}")
+
+
+def _save(
+    folder: Path, config: RecallConfig, checkpoints: ocp.CheckpointManager, done: int, state: TrainState, loss: float
+) -> None:
+    if not np.isfinite(float(optax.global_norm(state.weights))):
+        raise diverged(folder, "a weight", update=done, saved=checkpoints.latest_step() or 0)
+    kept = {"config": config.model_dump(mode="json"), "checksums": damage.checksums(by_name(state))}
+    checkpoints.save(done, args=ocp.args.StandardSave(state), custom_metadata=kept)
 
 
 def _restored(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, config: RecallConfig) -> TrainState:
@@ -231,11 +245,6 @@ def accuracy(config: RecallConfig, whole: Training, weights: nnx.State) -> np.nd
         found = np.asarray(likeliest(weights, tokens))
         np.add.at(right, question, found[rows, places] == targets[rows, places])
     return right / (tests * config.train.batch)
-
-
-def _refuse_nan(value: float, done: int, folder: Path, saved: int) -> None:
-    if not np.isfinite(value):
-        raise diverged(folder, "the loss, or a weight,", update=done, saved=saved)
 
 
 def main(argv: Sequence[str]) -> int:

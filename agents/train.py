@@ -5,11 +5,9 @@
 On several hosts every one runs the same command with --cluster, and sees the same folder; the first writes results.
 """
 
-import math
 import resource
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,6 @@ from agents.continuation import (
     check_folder,
     check_trained_so_far,
     continued,
-    diverged,
     newest,
     note_changes,
     set_aside,
@@ -39,6 +36,7 @@ from agents.kinds import make_agent
 from agents.metrics import check_wandb, claim, metrics_log
 from agents.optimizer import make_optimizer, schedule
 from agents.processes import alone, by_the_first, check_processes, stop_requests
+from agents.training_loop import Logged, Loop, run_updates
 from agents.update import first_state, make_update
 from data import ChainSampler, TrajectoryStore
 from data.tasks import goal_task
@@ -93,44 +91,39 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
         state, sharding = first_state(config, agent, optimizer, mesh)
         if first:
             state = checkpoints.restore(state, sharding)
-        update_state = make_update(agent, optimizer, mesh, sharding, accumulate=config.train.accumulate)
         tokens = config.train.batch * sampler.timesteps * agent.tokens_per_timestep
+        made = batches(config, agent, sampler, first, mesh)
         show = progress and is_first
         bar = tqdm(total=config.train.updates, initial=first, desc=config.name, unit="update", disable=not show)
-        made = batches(config, agent, sampler, first, mesh)
-        with bar, closing(made), metrics_log(folder / "metrics.jsonl", first, wandb_run) as log:
-            last_time, last_update, saved, done, seen = time.monotonic(), first, first, first, []
-            for update, batch in made:
-                state, metrics = update_state(state, batch)
-                done = update + 1
-                ends = done == config.train.updates or stop(done)
-                saves = ends or done % config.train.checkpoint_every == 0
-                if saves or done % config.train.log_every == 0 or done == first + 1:
-                    values = {name: float(value) for name, value in metrics.items()}
-                    _refuse_nan(values, done, folder, saved)
-                    seen.append(values["loss/action"])
-                    if done % config.train.log_every == 0 or ends:
-                        now = time.monotonic()
-                        rate = (done - last_update) / max(now - last_time, 1e-9)
-                        last_time, last_update = now, done
-                        values |= {
-                            "learning_rate": float(schedule(config.optimizer, config.train.updates)(update)),
-                            "throughput/updates_per_second": rate,
-                            "throughput/tokens_per_second": rate * tokens,
-                            "memory/peak_bytes": peak_bytes(),
-                        }
-                        log({"step": done} | values)
-                        bar.set_postfix_str(f"loss {values['loss/action']:.3f}, {rate * tokens:,.0f} tokens/s")
-                bar.update()
-                if saves:
-                    checkpoints.save(done, state, meta, loss=float(np.mean(seen)))
-                    saved, seen = done, []
-                if ends:
-                    break
+        with bar, closing(made), metrics_log(folder / "metrics.jsonl", first, wandb_run) as write:
+            run = Loop(
+                folder,
+                config.train,
+                made,
+                make_update(agent, optimizer, mesh, sharding, accumulate=config.train.accumulate),
+                loss="loss/action",
+                log=partial(_log, config, tokens, write),
+                save=lambda done, state, loss: checkpoints.save(done, state, meta, loss=loss),
+                stops=stop,
+            )
+            _, done = run_updates(run, state, first, bar)
         if done < config.train.updates:
             raise KeyboardInterrupt
     (folder / DIVERGED).unlink(missing_ok=True)
     return folder
+
+
+def _log(config: Config, tokens: int, write: Callable[[dict[str, float]], None], logged: Logged, bar: tqdm) -> None:
+    """Writes the line of an update of so many tokens."""
+    rate, values = logged.updates_per_second, logged.metrics
+    more = {
+        "learning_rate": float(schedule(config.optimizer, config.train.updates)(logged.update)),
+        "throughput/updates_per_second": rate,
+        "throughput/tokens_per_second": rate * tokens,
+        "memory/peak_bytes": peak_bytes(),
+    }
+    write({"step": logged.update + 1} | values | more)
+    bar.set_postfix_str(f"loss {values['loss/action']:.3f}, {rate * tokens:,.0f} tokens/s")
 
 
 def describe(config: Config, stores: Sequence[TrajectoryStore]) -> Meta:
@@ -167,12 +160,6 @@ def peak_bytes() -> int:
     if all(statistics):
         return max(entry["peak_bytes_in_use"] for entry in statistics)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _refuse_nan(values: dict[str, float], done: int, folder: Path, saved: int) -> None:
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise diverged(folder, ", ".join(bad), update=done, saved=saved)
 
 
 def main(argv: Sequence[str]) -> int:

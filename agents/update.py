@@ -11,13 +11,14 @@ from jax.sharding import PartitionSpec as P
 from agents.agent import Agent
 from agents.config import Config
 from data import ChainBatch
+from rlring.language_model import TrainState
 from rlring.sharding import TOKENS, state_sharding
 
 
-def new_state(agent: Agent, optimizer: optax.GradientTransformation, key: jax.Array):
-    """Returns weights and optimizer state before the first update."""
-    params = agent.init(key)
-    return params, optimizer.init(params)
+def new_state(agent: Agent, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Returns the state before the first update."""
+    weights = agent.init(key)
+    return TrainState(weights, optimizer.init(weights))
 
 
 def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None):
@@ -28,15 +29,14 @@ def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransform
         sharding = state_sharding(jax.eval_shape(init, key), mesh, fsdp=True)
         return jax.jit(init, out_shardings=sharding)(key), sharding
     sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
-    params = jax.device_put(jax.tree.map(np.asarray, agent.init(key)), sharding)
-    return (params, jax.jit(optimizer.init, out_shardings=sharding)(params)), sharding
+    weights = jax.device_put(jax.tree.map(np.asarray, agent.init(key)), sharding)
+    return TrainState(weights, jax.jit(optimizer.init, out_shardings=sharding)(weights)), sharding
 
 
 def make_update(
     agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, sharding=None, *, accumulate=1
 ):
-    """Returns the jitted step `((params, optimizer state), batch) -> (state, metrics)`; the old state's memory is
-    reused.
+    """Returns the jitted step `(TrainState, batch) -> (TrainState, metrics)`; the old state's memory is reused.
 
     accumulate: parts of the batch whose gradients are added up, as if it had been one. sharding: of the state.
     """
@@ -57,7 +57,7 @@ def make_update(
         zero = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
         return jax.lax.scan(add, zero, parts)[0]
 
-    def update(state: tuple, batch: ChainBatch) -> tuple[tuple, dict[str, jax.Array]]:
+    def update(state: TrainState, batch: ChainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         params, optimizer_state = state
         if accumulate == 1:
             (_, metrics), gradients = differentiate(params, batch)
@@ -66,7 +66,7 @@ def make_update(
         changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         params = optax.apply_updates(params, changes)
         norms = {"gradient/global_norm": optax.global_norm(gradients), "weights/global_norm": optax.global_norm(params)}
-        return (params, optimizer_state), metrics | norms
+        return TrainState(params, optimizer_state), metrics | norms
 
     if mesh is None or sharding is None:
         return jax.jit(update, donate_argnums=0)
