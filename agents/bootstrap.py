@@ -68,18 +68,6 @@ def interquartile_maximum_weights(n: int, draws: int) -> Float[np.ndarray, " n"]
     return np.diff(np.clip(edges, 0.25, 0.75)) / 0.5
 
 
-def interquartile_mean(values: Float[np.ndarray, " n"]) -> float:
-    """Returns the mean of the values without the lowest and the highest quarter."""
-    return float(np.sort(values) @ interquartile_weights(len(values)))
-
-
-def expected_maximum(values: Float[np.ndarray, " n"], draws: int) -> float:
-    """Returns the expected largest of `draws` independent episodes, given the returns of n such episodes (draws <= n).
-    Of unit normals: 1.03, 1.42, 2.07 and 2.59 for 4, 8, 32 and 128 draws.
-    """
-    return float(np.sort(values) @ maximum_weights(len(values), draws))
-
-
 def bootstrap(
     strata: Strata, weights: Sequence[Weights], *, resample_seeds: bool = True, resamples: int = RESAMPLES
 ) -> Float[np.ndarray, "statistics resamples"]:
@@ -113,33 +101,6 @@ def estimate(strata: Strata, *, resample_seeds: bool = True, resamples: int = RE
     weights = (interquartile_weights, mean_weights)
     iqm, mean = intervals(strata, weights, resample_seeds=resample_seeds, resamples=resamples)
     return Estimate(iqm, mean, resampled_parts(strata, resample_seeds))
-
-
-def estimate_ratio(a: Strata, b: Strata, *, resample_seeds: bool = True, resamples: int = RESAMPLES) -> Estimate:
-    """Returns the ratio of the interquartile means and of the means of two measurements of the same goals and seeds,
-    each drawn for both or for neither.
-
-    A zero denominator gives infinity, and 0/0 NaN; a resample of 0/0 rules nothing out, and counts as 0 for the lower
-    end and as infinity for the upper.
-    """
-    weights = (interquartile_weights, mean_weights)
-    over = resampled_parts(a, resample_seeds)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = _weigh(_whole(a), weights)[:, 0] / _weigh(_whole(b), weights)[:, 0]
-        ratios = np.concatenate(
-            [
-                _weigh(_take(a, draw), weights) / _weigh(_take(b, draw), weights)
-                for draw in _draws(a, resample_seeds, resamples)
-            ],
-            axis=1,
-        )
-    # No interpolation between resamples: halfway to infinity is not a number.
-    lows = np.quantile(np.where(np.isnan(ratios), 0.0, ratios), 0.025, axis=1, method="lower")
-    highs = np.quantile(np.where(np.isnan(ratios), np.inf, ratios), 0.975, axis=1, method="higher")
-    if over == "nothing":
-        lows = highs = np.full(2, np.nan)
-    iqm, mean = (Interval(*map(float, numbers)) for numbers in zip(values, lows, highs, strict=True))
-    return Estimate(iqm, mean, over)
 
 
 def resampled_parts(strata: Strata, resample_seeds: bool) -> str:

@@ -1,6 +1,4 @@
-"""Honest numbers about returns: what summary.csv says, how many times better one context is than another, and what a
-maximum gains by luck alone.
-"""
+"""Honest numbers about returns: what summary.csv says, and what a maximum gains by luck alone."""
 
 import csv
 import io
@@ -17,7 +15,6 @@ from agents.bootstrap import (
     Strata,
     Weights,
     estimate,
-    estimate_ratio,
     interquartile_maximum_weights,
     intervals,
     maximum_weights,
@@ -164,34 +161,6 @@ def summary_notes(results: Sequence[Result], rows: Sequence[SummaryRow]) -> list
     elif 1 < seeds < 5:
         notes.append(f"With {seeds} training seeds the intervals know the luck of training only roughly.")
     return notes
-
-
-def ratio_interval(
-    results_a: Sequence[Result],
-    results_b: Sequence[Result],
-    *,
-    statistic: str = "mean",
-    resample_seeds: bool = True,
-    resamples: int = RESAMPLES,
-) -> Estimate:
-    """Returns how many times the return of `a` is that of `b` (ratio of interquartile means, ratio of means), with 95 %
-    intervals, paired by goal.
-
-    A zero denominator gives infinity (see `estimate_ratio`). ConfigError when `a` has other goals or seeds than `b`, or
-    when returns are negative.
-    """
-    a, b = reduced(results_a, statistic), reduced(results_b, statistic)
-    if not a or a.keys() != b.keys():
-        raise ConfigError(
-            f"a ratio needs the same goals and seeds on both sides; got {len(a)} and {len(b)}, of which "
-            f"{len(a.keys() & b.keys())} are shared. Evaluate both contexts with the same groups and seeds."
-        )
-    smallest = min(*a.values(), *b.values())
-    if smallest < 0:
-        raise ConfigError(
-            f"a ratio of returns needs returns of 0 or more; got {smallest:g}. Compare differences instead."
-        )
-    return estimate_ratio(strata_of(a), strata_of(b), resample_seeds=resample_seeds, resamples=resamples)
 
 
 def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESAMPLES) -> Estimate:

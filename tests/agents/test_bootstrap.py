@@ -7,15 +7,21 @@ from scipy.stats import norm, trim_mean
 from agents import bootstrap
 from agents.bootstrap import (
     estimate,
-    expected_maximum,
     interquartile_maximum_weights,
-    interquartile_mean,
     interquartile_weights,
     maximum_weights,
     mean_weights,
 )
 
 # ------------------------------------------------------------------------------------------------------- weighted means
+
+
+def interquartile_mean(values: np.ndarray) -> float:
+    return float(np.sort(values) @ interquartile_weights(len(values)))
+
+
+def expected_maximum(values: np.ndarray, draws: int) -> float:
+    return float(np.sort(values) @ maximum_weights(len(values), draws))
 
 
 def test_interquartile_mean_by_hand():

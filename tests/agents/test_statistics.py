@@ -7,60 +7,7 @@ import pytest
 from scipy.stats import norm
 
 from agents.cli import ConfigError
-from agents.statistics import maximum_null, ratio_interval, summarize, summary_notes, write_summary
-
-# --------------------------------------------------------------------------------------------------------------- ratios
-
-
-def test_a_ratio_is_paired_by_goal(episodes):
-    base = np.random.default_rng(5).uniform(0.5, 10, size=(30, 1))
-    ratio = ratio_interval(episodes(3 * base, trajectories=8), episodes(base))
-    assert tuple(ratio.mean) == pytest.approx((3.0, 3.0, 3.0))
-    assert tuple(ratio.iqm) == pytest.approx((3.0, 3.0, 3.0))
-    assert ratio.over == "goals"
-
-
-def test_a_ratio_of_means_by_hand(episodes):
-    ratio = ratio_interval(episodes([[4], [8]], trajectories=1), episodes([[1], [2]]))
-    assert ratio.mean.value == pytest.approx(4.0)
-    ratio = ratio_interval(episodes([[4], [8]], trajectories=1), episodes([[2], [1]]))
-    assert ratio.mean.value == pytest.approx(4.0)
-    assert (ratio.mean.low, ratio.mean.high) == pytest.approx((2.0, 8.0))  # twice the one goal, twice the other
-
-
-def test_the_interval_of_a_ratio_is_the_known_one(episodes):
-    # Independent normals far from 0: the delta method, sd(a/b) = (a/b) sqrt((sd_a/a)^2 + (sd_b/b)^2) / sqrt(n).
-    random = np.random.default_rng(6)
-    a, b = random.normal(20, 2, size=(400, 1)), random.normal(10, 2, size=(400, 1))
-    ratio = ratio_interval(episodes(a, trajectories=1), episodes(b))
-    width = 2 * 1.96 * 2.0 * np.hypot(2 / 20, 2 / 10) / np.sqrt(400)
-    assert ratio.mean.high - ratio.mean.low == pytest.approx(width, rel=0.12)
-
-
-def test_a_ratio_to_nothing_is_infinite_and_says_what_it_can(episodes):
-    ratio = ratio_interval(episodes([[5]] * 12, trajectories=8), episodes([[0]] * 11 + [[4]]))
-    assert ratio.iqm.value == np.inf  # the interquartile mean of the base is 0
-    assert ratio.mean.value == pytest.approx(15.0)
-    assert 3 < ratio.mean.low < 15
-    assert ratio.mean.high == np.inf  # some resamples miss the one goal that was reached
-    nothing = ratio_interval(episodes([[0]] * 8, trajectories=8), episodes([[0]] * 8))
-    assert np.isnan(nothing.mean.value)
-    assert (nothing.mean.low, nothing.mean.high) == (0.0, np.inf)
-
-
-@pytest.mark.parametrize(
-    ("a", "seed", "b", "message"),
-    [
-        ([[1], [1]], 0, [[1]], "same goals and seeds on both sides; got 2 and 1, of which 1 are shared"),
-        ([[1]], 1, [[1]], "of which 0 are shared"),
-        ([], 0, [], "got 0 and 0"),
-        ([[-1]], 0, [[1]], "needs returns of 0 or more; got -1"),
-    ],
-)
-def test_ratios_that_mean_nothing_are_refused(episodes, a, seed, b, message: str):
-    with pytest.raises(ConfigError, match=message):
-        ratio_interval(episodes(a, seed=seed), episodes(b))
-
+from agents.statistics import maximum_null, summarize, summary_notes, write_summary
 
 # -------------------------------------------------------------------------------------------------------- null of a max
 
