@@ -127,7 +127,8 @@ def test_checksums_are_the_same_on_every_mesh(run):
 
 def test_commands_answer_a_damaged_checkpoint_in_one_line(trained, capsys):
     folder = trained()
-    data_of(folder / "checkpoints/12").write_bytes(b"")
+    for file in (folder / "checkpoints/12").glob("*/ocdbt.process_0/d/*"):  # arrays may stand in any of them
+        file.write_bytes(b"")
     assert evaluate.main([str(folder)]) == 2
     assert training.main([str(folder / "config.json"), "name=tiny", "train.updates=13", "--resume"]) == 2
     lines = capsys.readouterr().err.splitlines()
