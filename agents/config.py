@@ -9,10 +9,9 @@ from agents.config_file import load as load
 from agents.config_file import merge as merge
 from agents.config_file import parse_override as parse_override
 from agents.config_file import validate as validate
-from agents.model_config import AttentionSection, MeshConfig, ModelConfig
+from agents.model_config import AttentionSection, MeshConfig, ModelConfig, check_batch, check_network
 from agents.section import Chance, Count, Fraction, Positive, Return, RunName, Section, Seed, Share, Size, Text, Whole
 from data.tasks import goal_task
-from rlring import TransformerConfig
 
 
 class CollectConfig(Section):
@@ -168,10 +167,15 @@ class Config(Section):
     wandb: WandbConfig = WandbConfig()
 
     @model_validator(mode="after")
-    def model_can_be_made(self) -> "Config":
-        if self.agent.kind not in ("bc", "recurrent"):
-            TransformerConfig(
-                **self.model.shape(rope_fraction=0.0), attention=self.attention.made(sharded=self.mesh.devices > 1)
+    def network_can_be_made_and_split(self) -> "Config":
+        check_batch(self.train.batch, self.train.accumulate, self.mesh)
+        if self.agent.kind in ("bc", "recurrent"):
+            return self
+        check_network(self.model, self.attention, self.mesh)
+        if self.attention.scheme == "sparse" and self.agent.window is not None:
+            raise ValueError(
+                f"attention.scheme 'sparse' has a window of its own, attention.sparse.local_blocks; got agent.window="
+                f"{self.agent.window}; leave agent.window out"
             )
         return self
 
@@ -198,40 +202,6 @@ class Config(Section):
             raise ValueError(
                 f"evaluate.foreign takes contexts of another goal, and {', '.join(self.data.tasks)} hides none; "
                 "leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def scheme_fits_mesh(self) -> "Config":
-        """Checked here and not only by the library, so that nothing is collected for a run that cannot start."""
-        scheme, mesh = self.attention.scheme, self.mesh
-        if self.agent.kind in ("bc", "recurrent"):
-            return self
-        needs = {
-            "auto": True,
-            "dense": mesh.ring == mesh.ulysses == 1,
-            "blockwise": mesh.ring == mesh.ulysses == 1,
-            "ring": mesh.ulysses == 1,
-            "all_gather": True,
-            "ulysses": mesh.ring == 1,
-            "hybrid": True,
-            "sparse": mesh.ring == 1,
-        }
-        if not needs[scheme]:
-            raise ValueError(
-                f"attention.scheme '{scheme}' does not fit mesh.ring={mesh.ring}, mesh.ulysses={mesh.ulysses}; "
-                "'ring' wants ulysses=1, 'ulysses' and 'sparse' want ring=1, 'dense' and 'blockwise' both; 'auto' and "
-                "'hybrid' take any"
-            )
-        if scheme == "sparse" and self.agent.window is not None:
-            raise ValueError(
-                f"attention.scheme 'sparse' has a window of its own, attention.sparse.local_blocks; got agent.window="
-                f"{self.agent.window}; leave agent.window out"
-            )
-        if self.train.batch % (mesh.data * self.train.accumulate):
-            raise ValueError(
-                f"train.batch={self.train.batch} does not divide over mesh.data={mesh.data} devices in train."
-                f"accumulate={self.train.accumulate} parts"
             )
         return self
 

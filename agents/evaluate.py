@@ -41,7 +41,7 @@ from agents.statistics import summarize, write_summary
 from agents.worlds import evaluate_worlds
 from data import ChainBatch, DataError, TrajectoryStore
 from data.environment_batch import EnvironmentBatch
-from rlring import make_mesh, request_cpu_devices
+from rlring import request_cpu_devices
 from rlring.cli import Parser
 
 
@@ -137,7 +137,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     config = config.model_copy(update={"model": config.model.model_copy(update={"fsdp": False})})
     shape = config.evaluate.mesh
     request_cpu_devices(shape.devices)
-    mesh = make_mesh(**shape.model_dump()) if shape.devices > 1 else None
+    mesh = shape.made()
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.latest()
         meta = checkpoints.meta(step)

@@ -1,57 +1,60 @@
 """The settings of a network, of its attention, and of the mesh that computes it: what `rlring` is asked for."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from jax.sharding import Mesh
 from pydantic import Field, model_validator
 
 from agents.section import Count, Fraction, Section, Size, Whole
-from rlring import AttentionConfig, SparsePattern
+from rlring import AttentionConfig, SparsePattern, TransformerConfig, make_mesh
+from rlring.remat import Remat
 
 
 class ModelConfig(Section):
     """Shape of the network (`rlring.TransformerConfig`; bc takes width and layers)."""
 
-    width: Size = 128
-    layers: Size = 3
-    heads: Size = 4
-    kv_heads: Size | None = None
-    feed_forward: Size | None = None
-    feed_forward_tile: Count = 4096
-    rope_base: Annotated[float, Field(gt=1, le=1e30)] = 10_000.0
+    width: Size = TransformerConfig.width
+    layers: Size = TransformerConfig.layers
+    heads: Size = TransformerConfig.heads
+    kv_heads: Size | None = TransformerConfig.kv_heads
+    feed_forward: Size | None = TransformerConfig.feed_forward
+    feed_forward_tile: Count = TransformerConfig.feed_forward_tile
+    rope_base: Annotated[float, Field(gt=1, le=1e30)] = TransformerConfig.rope_base
     rope_fraction: Fraction | None = None
     """Share of each head rotated by position; the rest looks things up however far back they stand. None: 0 for fused
     tokens, whose steps and rewards tell all that order would; 1 for rsar tokens and for text, which only their places
     bind together."""
-    log_scaling: bool = False
+    log_scaling: bool = TransformerConfig.log_scaling
     """Queries grow with the logarithm of the keys that they see, by a factor learnt for each head
     (`rlring.TransformerConfig`): attention stays sharp on contexts longer than those of training."""
-    compute_type: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "attention", "all", "offload"] = "none"
-    fsdp: bool = False
+    compute_type: Literal["float32", "bfloat16"] = TransformerConfig.compute_type
+    remat: Remat = TransformerConfig.remat
+    fsdp: bool = TransformerConfig.fsdp
     """Weights and optimizer state live in parts, one on each device, those along a sequence included."""
-    dense_every: Size | None = None
+    dense_every: Size | None = TransformerConfig.dense_every
     """With attention.scheme "sparse": every so many layers one sees the whole context."""
 
-    def shape(self, *, rope_fraction: float) -> dict[str, Any]:
-        """Returns the settings of `rlring.TransformerConfig`; rope_fraction where none is set."""
+    def made(self, *, rope_fraction: float, attention: AttentionConfig | None = None) -> TransformerConfig:
+        """Returns the library's; rope_fraction where none is set. UsageError for a shape that cannot be."""
         settings = self.model_dump()
-        return settings | {"rope_fraction": rope_fraction if self.rope_fraction is None else self.rope_fraction}
+        settings["rope_fraction"] = rope_fraction if self.rope_fraction is None else self.rope_fraction
+        return TransformerConfig(**settings, attention=attention or AttentionConfig())
 
 
 class SparseSection(Section):
     """Which blocks of the context each head sees (`rlring.SparsePattern`)."""
 
-    block: Size = 64
-    local_blocks: Size = 16
-    stride: Size = 8
-    offset: Whole = 0
+    block: Size = SparsePattern.block
+    local_blocks: Size = SparsePattern.local_blocks
+    stride: Size = SparsePattern.stride
+    offset: Whole = SparsePattern.offset
 
 
 class AttentionSection(Section):
     scheme: Literal["auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse"] = "ring"
     kernel: Literal["auto", "jax", "cudnn", "splash"] = "jax"
-    block_q: Size | None = None
-    block_k: Size | None = None
+    block_q: Size | None = AttentionConfig.block_q
+    block_k: Size | None = AttentionConfig.block_k
     sparse: SparseSection | None = None
     """With scheme "sparse". model.dense_every makes some layers dense."""
 
@@ -65,7 +68,7 @@ class AttentionSection(Section):
         return self
 
     def made(self, *, sharded: bool) -> AttentionConfig:
-        """Returns the library's own: on one device a ring is blockwise attention."""
+        """Returns the library's: on one device a ring is blockwise attention."""
         own = self.model_dump(exclude={"scheme", "sparse"})
         if self.sparse is not None:
             return AttentionConfig(scheme="sparse", sparse=SparsePattern(**self.sparse.model_dump()), **own)
@@ -82,3 +85,37 @@ class MeshConfig(Section):
     @property
     def devices(self) -> int:
         return self.data * self.ring * self.ulysses
+
+    def made(self) -> Mesh | None:
+        """Returns the mesh; None where it is one device."""
+        return make_mesh(data=self.data, ring=self.ring, ulysses=self.ulysses) if self.devices > 1 else None
+
+
+def check_network(model: ModelConfig, attention: AttentionSection, mesh: MeshConfig) -> None:
+    """Raises ValueError for a Transformer that cannot be made, or whose attention does not fit the mesh.
+
+    Checked in configs and not only by the library, so that nothing is begun for a run that cannot start.
+    """
+    model.made(rope_fraction=0.0, attention=attention.made(sharded=mesh.devices > 1))
+    fits = {
+        "dense": mesh.ring == mesh.ulysses == 1,
+        "blockwise": mesh.ring == mesh.ulysses == 1,
+        "ring": mesh.ulysses == 1,
+        "ulysses": mesh.ring == 1,
+        "sparse": mesh.ring == 1,
+    }
+    if not fits.get(attention.scheme, True):
+        raise ValueError(
+            f"attention.scheme '{attention.scheme}' does not fit mesh.ring={mesh.ring}, mesh.ulysses={mesh.ulysses}; "
+            "'ring' wants ulysses=1, 'ulysses' and 'sparse' want ring=1, 'dense' and 'blockwise' both; 'auto', "
+            "'all_gather' and 'hybrid' take any"
+        )
+
+
+def check_batch(batch: int, accumulate: int, mesh: MeshConfig) -> None:
+    """Raises ValueError where the devices cannot share a batch, or each part of it."""
+    if batch % (mesh.data * accumulate):
+        raise ValueError(
+            f"train.batch={batch} does not divide over mesh.data={mesh.data} devices in train.accumulate={accumulate} "
+            "parts"
+        )

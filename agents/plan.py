@@ -22,7 +22,7 @@ from agents.optimizer import make_optimizer
 from agents.train import describe
 from agents.update import make_update, new_state
 from data import ChainBatch
-from rlring import TransformerConfig, make_mesh
+from rlring import make_mesh
 from rlring.cli import Parser, check_json
 from rlring.language_model import LanguageModelConfig
 from rlring.plan import Plan, Request, StepCost, compiled_plan, publish, reported, topology_devices
@@ -76,7 +76,7 @@ def plan(config: Config, topology: str) -> Plan:
         config.train.batch,
         config.model.remat,
     )
-    transformer = LanguageModelConfig(0, TransformerConfig(**config.model.shape(rope_fraction=1.0)))
+    transformer = LanguageModelConfig(0, config.model.made(rope_fraction=1.0))
     cost = StepCost.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes.weights)))
     return reported(request, lambda: compiled_plan(request, cost, update.lower(shapes, batch)))
 

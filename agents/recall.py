@@ -32,12 +32,13 @@ from agents.config import AttentionSection, MeshConfig, ModelConfig, OptimizerCo
 from agents.config_file import dump, load
 from agents.continuation import DIVERGED, check_command, diverged, has_checkpoints, set_aside
 from agents.identity import check_config, check_total, differing_runs
+from agents.model_config import check_batch, check_network
 from agents.optimizer import schedule
 from agents.processes import alone
 from agents.section import Count, RunName, Section, Seed
 from agents.training_loop import Logged, Loop, run_updates
 from data.atomic_file import write_text
-from rlring import TransformerConfig, make_mesh, request_cpu_devices
+from rlring import request_cpu_devices
 from rlring.cli import Parser
 from rlring.language_model import (
     NO_TARGET,
@@ -83,11 +84,8 @@ class RecallConfig(Section):
                 f"lines={self.lines} are {self.tokens} bytes, which mesh.ring * mesh.ulysses="
                 f"{self.mesh.ring * self.mesh.ulysses} devices cannot share; use a multiple of them"
             )
-        if self.train.batch % (self.mesh.data * self.train.accumulate):
-            raise ValueError(
-                f"train.batch={self.train.batch} does not divide over mesh.data={self.mesh.data} devices in train."
-                f"accumulate={self.train.accumulate} parts"
-            )
+        check_batch(self.train.batch, self.train.accumulate, self.mesh)
+        check_network(self.model, self.attention, self.mesh)
         return self
 
 
@@ -121,9 +119,8 @@ def _text(random: np.random.Generator, lines: int) -> np.ndarray:
 
 def training(config: RecallConfig) -> Training:
     """Returns the model of a config, its optimizer, and the mesh that it is trained on."""
-    mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
-    attention = config.attention.made(sharded=mesh is not None)
-    shape = TransformerConfig(**config.model.shape(rope_fraction=1.0), attention=attention)
+    mesh = config.mesh.made()
+    shape = config.model.made(rope_fraction=1.0, attention=config.attention.made(sharded=mesh is not None))
     own = config.optimizer
     rate = schedule(own, config.train.updates)
     optimizer = optax.chain(

@@ -15,7 +15,7 @@ from agents.config import Config
 from agents.gaussian import Gaussian, GaussianHead
 from agents.tokens import ROPE_FRACTION, TOKENS_PER_TIMESTEP, Tokenizer
 from data import ChainBatch
-from rlring import AttentionConfig, KVCache, Mask, Transformer, TransformerConfig, zigzag_order
+from rlring import AttentionConfig, KVCache, Mask, Transformer, zigzag_order
 from rlring.sharding import SMALLEST_SPLIT, STACKED, gathered
 
 SHORTEST_ZIGZAG = 256  # tokens a device; below, zigzag was measured slower than the natural order (1.35x)
@@ -37,7 +37,7 @@ class Network(nnx.Module):
             rngs=rngs,
         )
         rope_fraction = ROPE_FRACTION[config.agent.tokens]
-        shape = TransformerConfig(**model.shape(rope_fraction=rope_fraction), attention=attention)
+        shape = model.made(rope_fraction=rope_fraction, attention=attention)
         self.transformer = Transformer(shape, rngs=rngs)
         self.head = GaussianHead(model.width, action_size, rngs=rngs)
 

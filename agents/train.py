@@ -40,7 +40,7 @@ from agents.training_loop import Logged, Loop, run_updates
 from agents.update import first_state, make_update
 from data import ChainSampler, TrajectoryStore
 from data.tasks import goal_task
-from rlring import UsageError, join_cluster, make_mesh, processes, request_cpu_devices
+from rlring import UsageError, join_cluster, processes, request_cpu_devices
 from rlring.cli import Parser, count
 
 RUNS = Path("runs")
@@ -64,7 +64,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
 def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Path:
     starts_over = check_folder(folder, config, resume=resume)
     check_wandb(config.wandb)
-    mesh = make_mesh(**config.mesh.model_dump()) if config.mesh.devices > 1 else None
+    mesh = config.mesh.made()
     check_processes(mesh)
     is_first = jax.process_index() == 0
     # Asked of every process: the first may have freed the folder before another looked at it.

@@ -1,5 +1,6 @@
 """Configs: every file loads, what is written back is equal, and every mistake has its one message."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 
 from agents.cli import ConfigError
 from agents.config import Config, SweepConfig, dump, load, parse_override
+from agents.model_config import AttentionSection, ModelConfig
 from agents.recall import RecallConfig
+from rlring import AttentionConfig, SparsePattern, TransformerConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = """
@@ -96,6 +99,24 @@ def test_a_config_written_back_is_equal(minimal, tmp_path):
 def test_mistakes(minimal, overrides, message):
     with pytest.raises(ConfigError, match=message):
         load(Config, minimal, overrides)
+
+
+def test_the_network_of_a_config_is_the_librarys(minimal):
+    """Every setting of it is a field there, with the same default."""
+    library = TransformerConfig()
+    assert ModelConfig().made(rope_fraction=library.rope_fraction) == library
+    assert set(ModelConfig.model_fields) < {field.name for field in dataclasses.fields(library)}
+    pattern = AttentionSection.model_validate({"scheme": "sparse", "sparse": {}}).made(sharded=True).sparse
+    assert pattern == SparsePattern()
+    assert load(Config, minimal).attention.made(sharded=True) == AttentionConfig()
+
+
+@pytest.mark.parametrize("change", ["attention.scheme=ulysses", "model.heads=3", "train.accumulate=3"])
+def test_recall_refuses_what_cannot_be_before_it_begins(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    Path("r.toml").write_text('name = "r"')
+    with pytest.raises(ConfigError, match=r"does not (fit|divide)"):
+        load(RecallConfig, "r.toml", ["mesh.ring=2", change])
 
 
 def test_missing_and_broken_files(minimal, tmp_path):
