@@ -32,9 +32,9 @@ from agents.identity import (
     result_settings,
     settings_id,
 )
-from agents.kinds import make_agent
 from agents.processes import evaluating
 from agents.prompts import context_tokens, held_out, laid_out
+from agents.registry import make_agent
 from agents.results import Result, append_results, read_results
 from agents.rollout import first_between, make_environments, play
 from agents.statistics import summarize, write_summary

@@ -11,8 +11,8 @@ import numpy as np
 
 from agents.agent import Scales
 from agents.config import Config, validate
-from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
+from agents.registry import make_agent
 from agents.update import make_update, new_state
 from data import ChainBatch
 

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 from agents.cli import ConfigError, run
 from agents.config import Config, load
 from agents.datasets import open_stores
-from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
+from agents.registry import make_agent
 from agents.train import describe
 from agents.update import make_update, new_state
 from data import ChainBatch

@@ -22,7 +22,7 @@ GREY = "#666666"
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class PlotResult:
     """What a plot says of itself. rows: the summary of what is drawn, and of nothing else."""
 
     path: Path
@@ -39,7 +39,7 @@ def plot(
     mode: str | None = None,
     aggregate: str = "iqm",
     resamples: int = RESAMPLES,
-) -> Drawn:
+) -> PlotResult:
     """Draws return against context into `out` (.png, .svg or .pdf) and returns the caption that stands below it.
 
     Args:
@@ -74,7 +74,7 @@ def plot(
         logarithmic=mode == "prompted",
     )
     write_image(figure, out)
-    return Drawn(out, caption, rows)
+    return PlotResult(out, caption, rows)
 
 
 def episodes_of_mode(results: Sequence[Result], mode: str) -> list[Result]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agents.cli import ConfigError
 from agents.comparisons import compared
-from agents.plot import Drawn
+from agents.plot import PlotResult
 from agents.results import Result, merged, merged_versions
 from agents.statistics import SummaryRow, summary_notes
 from data.atomic_file import atomic_file
@@ -38,8 +38,8 @@ def write_report(
     path: Path,
     *,
     title: str,
-    plot: Drawn,
-    more_plots: Sequence[Drawn] = (),
+    plot: PlotResult,
+    more_plots: Sequence[PlotResult] = (),
     rows: Sequence[SummaryRow],
     results: Sequence[Result],
     commands: Sequence[str],
@@ -98,7 +98,7 @@ def _comparisons(results: Sequence[Result]) -> list[str]:
     return ["<h2>Does more history help?</h2>", table, f"<p class=note>{note}</p>"]
 
 
-def _figure(drawn: Drawn) -> str:
+def _figure(drawn: PlotResult) -> str:
     media = _MEDIA.get(drawn.path.suffix)
     if media is None:
         raise ConfigError(f"a report shows .png and .svg plots; got {drawn.path}")

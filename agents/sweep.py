@@ -51,9 +51,9 @@ def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
     from agents.datasets import check_existing, prepare
     from agents.episodes import asked_for, check_contexts
     from agents.evaluate import evaluation
-    from agents.kinds import KINDS
     from agents.metrics import check_wandb
     from agents.oracle import evaluate_oracle
+    from agents.registry import AGENTS
     from agents.train import RUNS, train
     from data import TrajectoryStore
     from rlring import request_cpu_devices
@@ -89,7 +89,7 @@ def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
             if one.name not in failed:
                 for task, path in zip(one.data.tasks, one.data.stores, strict=True):
                     store = TrajectoryStore.open(path, task=task)
-                    check_contexts(one, store, has_context=KINDS[one.agent.kind].context)
+                    check_contexts(one, store, has_context=AGENTS[one.agent.kind].context)
     for one in runs:
         with going_on(failed, one.name):
             if one.name not in failed and not is_trained(one):

@@ -32,10 +32,10 @@ from agents.continuation import (
 )
 from agents.datasets import open_stores
 from agents.identity import check_total, records
-from agents.kinds import make_agent
 from agents.metrics import check_wandb, claim, metrics_log
 from agents.optimizer import make_optimizer, schedule
 from agents.processes import alone, by_the_first, check_processes, stop_requests
+from agents.registry import make_agent
 from agents.training_loop import Logged, Loop, run_updates
 from agents.update import first_state, make_update
 from data import ChainSampler, TrajectoryStore

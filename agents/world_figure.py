@@ -12,7 +12,7 @@ from agents.bootstrap import RESAMPLES
 from agents.cells import named
 from agents.cli import ConfigError
 from agents.figure import FAINT, GRID, INK, check_suffix, short_number, write_image
-from agents.plot import GREY, Drawn
+from agents.plot import GREY, PlotResult
 from agents.prediction import line
 from agents.results import ORACLE, Result
 from agents.statistics import SummaryRow, summarize, summary_notes
@@ -32,7 +32,7 @@ def plot_worlds(
     *,
     trained: int | None = None,
     resamples: int = RESAMPLES,
-) -> Drawn:
+) -> PlotResult:
     """Draws the mean return on maps into `out` (.png, .svg or .pdf), a panel an agent, and returns its caption.
 
     Solid: measured, with 95 % intervals, and every seed as a thin line where there are several. Dashed: predicted, from
@@ -68,7 +68,7 @@ def plot_worlds(
         if len(agents) > 1:
             axes.set_title(agent, loc="left", fontsize=9.5, fontweight="bold", color=INK)
     write_image(figure, out)
-    return Drawn(out, caption, rows)
+    return PlotResult(out, caption, rows)
 
 
 def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], agent: str, trained: int | None) -> None:

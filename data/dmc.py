@@ -15,11 +15,11 @@ import numpy as np
 from dm_control.rl import control
 from jaxtyping import Float, Float32, Float64
 
-from data import drawn
+from data import episode_randomization
 from data.actions import ROUNDING
 from data.errors import DataError
 from data.tasks.catalogue import load_task, task_names
-from data.tasks.suite import HiddenGoal, SignedPlace
+from data.tasks.custom import HiddenGoal, SignedPlace
 
 _UNLIMITED = 1e9  # dm_control's action specification says 1e10 for an actuator without a range
 _STEPS_WITHOUT_LIMIT = 1000  # dm_control's lqr runs until it is terminated; ours needs an end
@@ -193,7 +193,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         """
         if self.has_goal:
             return {"goal": np.array(self._task.goal)}
-        return drawn.read(self.task_name, self._physics)
+        return episode_randomization.read(self.task_name, self._physics)
 
     def set_extras(self, extras: Mapping[str, Float[np.ndarray, " E"]]) -> None:
         """Restores what `extras()` returned; DataError when the task's own value is missing or of another size."""
@@ -211,7 +211,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         if self.has_goal:
             self._task.goal = restored["goal"]
         else:
-            drawn.write(self.task_name, self._physics, restored)
+            episode_randomization.write(self.task_name, self._physics, restored)
 
     def clone(self) -> "Environment":
         """Returns another environment of the same task, much faster than loading one; it needs a reset().
@@ -219,7 +219,9 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         The compiled model is shared where no episode changes it.
         """
         other = copy.copy(self)
-        other._physics = self._physics.copy(share_model=self.task_name not in drawn.DRAWN)
+        other._physics = self._physics.copy(
+            share_model=self.task_name not in episode_randomization.EPISODE_RANDOMIZATIONS
+        )
         other._task = copy.copy(self._task)
         other._task._random = np.random.RandomState()
         other._steps_left = 0

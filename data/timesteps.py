@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.chain_batch import ChainBatch
-from data.column import Column
+from data.lazy_field import LazyField
 from data.store import TrajectoryStore
 
 
@@ -23,7 +23,7 @@ class StoredTimesteps:
     def __init__(self, store: TrajectoryStore) -> None:
         self.store = store
         self.observation, self.action, self.reward = (
-            Column(store, field) for field in ("observation", "action", "reward")
+            LazyField(store, field) for field in ("observation", "action", "reward")
         )
 
     def put(

@@ -6,7 +6,7 @@ from dm_control import suite
 from dm_control.rl import control
 
 from data.errors import DataError
-from data.tasks import suite as own_tasks
+from data.tasks import custom
 
 # It hands its terrain to a renderer at every reset, which needs OpenGL even where nothing is rendered.
 _LEFT_OUT = "quadruped-escape"
@@ -14,7 +14,7 @@ _LEFT_OUT = "quadruped-escape"
 
 def task_names() -> tuple[str, ...]:
     """Returns the names of all tasks: dm_control's suite (but `quadruped-escape`) and those of data/tasks."""
-    names = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS} | set(own_tasks.names())
+    names = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS} | set(custom.names())
     return tuple(sorted(names - {_LEFT_OUT}))
 
 
@@ -34,7 +34,7 @@ def check_task(task: str) -> None:
 def load_task(task: str) -> control.Environment:
     """Returns a new dm_control environment; DataError when there is no such task."""
     check_task(task)
-    own = own_tasks.load(task)
+    own = custom.load(task)
     if own is not None:
         return own
     # lqr draws its springs when it is loaded: seeded, so that the task is the same one every time.

@@ -37,8 +37,8 @@ def test_the_weights_are_those_of_the_run(write_config, tmp_path, capsys):
 
     from agents.config import Config, load
     from agents.datasets import open_stores
-    from agents.kinds import make_agent
     from agents.optimizer import make_optimizer
+    from agents.registry import make_agent
     from agents.train import describe
     from agents.update import first_state
 

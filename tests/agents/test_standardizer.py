@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agents.agent import Scales
-from agents.kinds import make_agent
+from agents.registry import make_agent
 from agents.standardizer import LIMIT, Standardizer
 from agents.train import describe
 from data import TrajectoryStore

@@ -19,9 +19,9 @@ from agents.cli import ConfigError
 from agents.config import dump
 from agents.continuation import newest
 from agents.evaluate import load_agent
-from agents.kinds import make_agent
 from agents.optimizer import make_optimizer
 from agents.processes import alone
+from agents.registry import make_agent
 from agents.train import main, train
 from agents.update import make_update
 from data import ChainBatch, DataError

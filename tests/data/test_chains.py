@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import ChainSampler, DataError, GoalSampling, Trajectory
-from data.column import BLOCK
 from data.draws import split_episodes
+from data.lazy_field import BLOCK
 from data.store_writer import write_store
 from data.tasks import goal_task
 

@@ -8,7 +8,7 @@ from dm_control import suite
 
 from data.collect import roll_out
 from data.dmc import Environment, make, task_names
-from data.drawn import DRAWN
+from data.episode_randomization import EPISODE_RANDOMIZATIONS
 from data.errors import DataError
 from data.exorl import read_episode, write_episode
 from data.relabel import _REFUSED, relabel
@@ -125,14 +125,16 @@ def test_whatever_the_model_draws_for_an_episode_is_kept(task: str):
     environment.reset(seed=2)
     changed = {name for name in fields if not np.array_equal(before[name], getattr(model, name), equal_nan=True)}
     assert len(fields) > 200
-    assert changed - {"light_pos", "geom_rgba", "site_rgba"} == {entry.field for entry in DRAWN.get(task, ())}
+    assert changed - {"light_pos", "geom_rgba", "site_rgba"} == {
+        entry.field for entry in EPISODE_RANDOMIZATIONS.get(task, ())
+    }
     kept = environment.extras()
     environment.reset(seed=3)
     environment.set_extras(kept)
     assert {key: value.tolist() for key, value in environment.extras().items()} == {
         key: value.tolist() for key, value in kept.items()
     }
-    assert bool(kept) == (task in DRAWN or goal_task(task) is not None)
+    assert bool(kept) == (task in EPISODE_RANDOMIZATIONS or goal_task(task) is not None)
 
 
 DRAWS_TARGET = ["reacher-easy", "finger-turn_easy", "stacker-stack_2", "fish-swim", "swimmer-swimmer6"]

@@ -60,7 +60,7 @@ def causal_masks(length: int = LENGTH) -> dict[str, Mask]:
     }
 
 
-KINDS = {
+AGENTS = {
     "causal": {},
     "window": {"window": 9},
     "full": {"is_causal": False},
@@ -70,7 +70,7 @@ KINDS = {
 
 def masks_of(kind: str) -> dict[str, Mask]:
     """Those of a kind are one program."""
-    return {name: replace(mask, **KINDS[kind]) for name, mask in causal_masks().items()}
+    return {name: replace(mask, **AGENTS[kind]) for name, mask in causal_masks().items()}
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -109,8 +109,8 @@ def check(scheme, mesh, inputs, masks, tolerance=1e-5):
         ("blockwise", {}, "full"),
         slow("blockwise", {}, "full, window"),
         ("ring", {"ring": 4}, "causal"),
-        *(slow("ring", {"ring": 4}, kind) for kind in KINDS if kind != "causal"),
-        *(slow(*case, kind) for case in ONE_OF_EACH[2:] for kind in KINDS),
+        *(slow("ring", {"ring": 4}, kind) for kind in AGENTS if kind != "causal"),
+        *(slow(*case, kind) for case in ONE_OF_EACH[2:] for kind in AGENTS),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from agents.config import Config
 from agents.decision_transformer import DecisionTransformer
 from agents.recurrent import RecurrentAgent
 
-KINDS = {
+AGENTS = {
     "agentic_transformer": AgenticTransformer,
     "decision_transformer": DecisionTransformer,
     "recurrent": RecurrentAgent,
@@ -19,4 +19,4 @@ KINDS = {
 
 def make_agent(config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None) -> Agent:
     """Returns the agent that a config names."""
-    return KINDS[config.agent.kind](config, scales, action_size, episode_steps, mesh)
+    return AGENTS[config.agent.kind](config, scales, action_size, episode_steps, mesh)

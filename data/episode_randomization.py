@@ -8,7 +8,7 @@ from dm_control import mujoco
 from jaxtyping import Float, Float64
 
 
-class Drawn(NamedTuple):
+class EpisodeRandomization(NamedTuple):
     """Entries of the compiled model that a task draws anew for every episode; the physics state does not hold them."""
 
     field: str
@@ -18,56 +18,56 @@ class Drawn(NamedTuple):
 
 # What an episode must keep beside its physics state so that its rewards can be computed again. Found by reading every
 # task's initialize_episode; tests/data/test_relabel.py compares whole models of two episodes.
-DRAWN: dict[str, tuple[Drawn, ...]] = {
-    "finger-turn_easy": (Drawn("site_pos", "target", ("x", "z")),),
-    "finger-turn_hard": (Drawn("site_pos", "target", ("x", "z")),),
-    "fish-swim": (Drawn("geom_pos", "target", ("x", "y", "z")),),
+EPISODE_RANDOMIZATIONS: dict[str, tuple[EpisodeRandomization, ...]] = {
+    "finger-turn_easy": (EpisodeRandomization("site_pos", "target", ("x", "z")),),
+    "finger-turn_hard": (EpisodeRandomization("site_pos", "target", ("x", "z")),),
+    "fish-swim": (EpisodeRandomization("geom_pos", "target", ("x", "y", "z")),),
     "manipulator-bring_ball": (
-        Drawn("body_pos", "target_ball", ("x", "z")),
-        Drawn("body_quat", "target_ball", ("qw", "qy")),
+        EpisodeRandomization("body_pos", "target_ball", ("x", "z")),
+        EpisodeRandomization("body_quat", "target_ball", ("qw", "qy")),
     ),
     "manipulator-bring_peg": (
-        Drawn("body_pos", "target_peg", ("x", "z")),
-        Drawn("body_quat", "target_peg", ("qw", "qy")),
+        EpisodeRandomization("body_pos", "target_peg", ("x", "z")),
+        EpisodeRandomization("body_quat", "target_peg", ("qw", "qy")),
     ),
     "manipulator-insert_ball": (
-        Drawn("body_pos", "target_ball", ("x", "z")),
-        Drawn("body_quat", "target_ball", ("qw", "qy")),
-        Drawn("body_pos", "cup", ("x", "z")),
-        Drawn("body_quat", "cup", ("qw", "qy")),
+        EpisodeRandomization("body_pos", "target_ball", ("x", "z")),
+        EpisodeRandomization("body_quat", "target_ball", ("qw", "qy")),
+        EpisodeRandomization("body_pos", "cup", ("x", "z")),
+        EpisodeRandomization("body_quat", "cup", ("qw", "qy")),
     ),
     "manipulator-insert_peg": (
-        Drawn("body_pos", "target_peg", ("x", "z")),
-        Drawn("body_quat", "target_peg", ("qw", "qy")),
-        Drawn("body_pos", "slot", ("x", "z")),
-        Drawn("body_quat", "slot", ("qw", "qy")),
+        EpisodeRandomization("body_pos", "target_peg", ("x", "z")),
+        EpisodeRandomization("body_quat", "target_peg", ("qw", "qy")),
+        EpisodeRandomization("body_pos", "slot", ("x", "z")),
+        EpisodeRandomization("body_quat", "slot", ("qw", "qy")),
     ),
-    "point_mass-hard": (Drawn("wrap_prm", slice(0, 4), None),),
-    "reacher-easy": (Drawn("geom_pos", "target", ("x", "y")),),
-    "reacher-hard": (Drawn("geom_pos", "target", ("x", "y")),),
-    "stacker-stack_2": (Drawn("body_pos", "target", ("x", "z")),),
-    "stacker-stack_4": (Drawn("body_pos", "target", ("x", "z")),),
-    "swimmer-swimmer6": (Drawn("geom_pos", "target", ("x", "y")),),
-    "swimmer-swimmer15": (Drawn("geom_pos", "target", ("x", "y")),),
+    "point_mass-hard": (EpisodeRandomization("wrap_prm", slice(0, 4), None),),
+    "reacher-easy": (EpisodeRandomization("geom_pos", "target", ("x", "y")),),
+    "reacher-hard": (EpisodeRandomization("geom_pos", "target", ("x", "y")),),
+    "stacker-stack_2": (EpisodeRandomization("body_pos", "target", ("x", "z")),),
+    "stacker-stack_4": (EpisodeRandomization("body_pos", "target", ("x", "z")),),
+    "swimmer-swimmer6": (EpisodeRandomization("geom_pos", "target", ("x", "y")),),
+    "swimmer-swimmer15": (EpisodeRandomization("geom_pos", "target", ("x", "y")),),
 }
 
 
 def read(task: str, physics: mujoco.Physics) -> dict[str, Float64[np.ndarray, " E"]]:
     """Returns the present episode's values by name: `target`, or `gains` of `point_mass-hard`; none for most tasks."""
-    entries = DRAWN.get(task, ())
+    entries = EPISODE_RANDOMIZATIONS.get(task, ())
     return {_key(task): np.concatenate([np.ravel(_entries(physics, entry)) for entry in entries])} if entries else {}
 
 
 def write(task: str, physics: mujoco.Physics, values: Mapping[str, Float[np.ndarray, " E"]]) -> None:
     """Puts what `read` returned back into the model; the next computation of the physics sees it."""
-    for entry in DRAWN.get(task, ()):
+    for entry in EPISODE_RANDOMIZATIONS.get(task, ()):
         value = values[_key(task)]
         size = _entries(physics, entry).size
         _entries(physics, entry, value[:size])
         values = {_key(task): value[size:]}
 
 
-def _entries(physics: mujoco.Physics, entry: Drawn, value: np.ndarray | None = None) -> np.ndarray:
+def _entries(physics: mujoco.Physics, entry: EpisodeRandomization, value: np.ndarray | None = None) -> np.ndarray:
     """Returns the model's present entries, after writing them if a value is given."""
     if entry.columns is None:
         array, index = getattr(physics.model, entry.field), entry.row

@@ -1,4 +1,4 @@
-"""Column: one field of a store, read from disk where it is asked for and then kept."""
+"""LazyField: one field of a store, read from disk where it is asked for and then kept."""
 
 import numpy as np
 
@@ -7,8 +7,8 @@ from data.store import TrajectoryStore
 BLOCK = 256  # rows read at a time
 
 
-class Column:
-    """The rows of one field; `column[rows]` reads those that it has not read yet.
+class LazyField:
+    """The rows of one field; `field[rows]` reads those that it has not read yet.
 
     So a host that works on a part of every chain never reads the rest. A copy that is pickled reads for itself.
     """
