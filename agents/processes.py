@@ -76,7 +76,7 @@ def alone(folder: Path) -> Iterator[None]:
 
         def hold() -> None:
             for parent in [parent for parent in path.parents if not parent.exists()][::-1]:
-                parent.mkdir()
+                parent.mkdir(exist_ok=True)
                 held.callback(_remove_empty, parent)
             held.enter_context(_held(path, message))
 

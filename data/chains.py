@@ -1,15 +1,11 @@
 """ChainSampler: (seed, step, row) -> a chain of N trajectories, by default sorted from worst to best.
 
-A chain of hindsight (Liu & Abbeel 2023, "Emergent Agentic Transformer from Chain of Hindsight Experience", arXiv
-2305.16554): whole trajectories of one task, one after the other, each told to reach the return R* of the best of them:
-
-    RTG_t = R* - sum_{k<t} r_k     within each trajectory
-
-Three trajectories of two steps:
+A chain of hindsight (Liu and Abbeel 2023, arXiv 2305.16554) is whole trajectories of one task, one after the other,
+each asked to reach the return R* of the best of them. Three trajectories of two steps:
 
     trajectory         0  0    1  1    2  2
     reward             0  0    0  1    1  1        R* = 2
-    return_to_go       2  2    2  2    2  1
+    return_to_go       2  2    2  2    2  1        R* - sum_{k<t} r_k within each trajectory
     previous_reward    0  0    0  0    1  1        of the timestep before, across trajectories
 
 With `lengths="mixed"` every row is cut at random into shorter chains that stand side by side as segments, so that a
