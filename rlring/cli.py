@@ -28,8 +28,12 @@ def run(body: Callable[[], object]) -> int:
     try:
         end_guard()
         body()
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)

@@ -51,6 +51,7 @@ ARGUMENTS = [
     ("rlring.bench", ("--json", "folder"), "that is a folder"),
     ("rlring.bench", ("--json", "bytes"), "that file holds something else than such measurements"),
     ("rlring.bench", ("--json", "mine.json"), SOMETHING_ELSE),
+    ("rlring.bench", ("--json", "x" * 300), "error: File name too long: xxx"),
     ("rlring.bench", ("--sparse", "1,2"), "'1,2' is not BLOCK,LOCAL,STRIDE"),
     ("rlring.plan", ("--model", "no", *TOPOLOGY, "--tokens", "8"), "no"),
     ("rlring.plan", ("--model", "3b", *TOPOLOGY, "--tokens", "-1"), "'-1' is not a whole number of at least 1"),
