@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from agents.section import Count, Fraction, Section, Size, Whole
 from rlring import AttentionConfig, SparsePattern, TransformerConfig, make_mesh
+from rlring.attention.schemes import SCHEMES
 from rlring.remat import Remat
 
 
@@ -97,14 +98,8 @@ def check_network(model: ModelConfig, attention: AttentionSection, mesh: MeshCon
     Checked in configs and not only by the library, so that nothing is begun for a run that cannot start.
     """
     model.made(rope_fraction=0.0, attention=attention.made(sharded=mesh.devices > 1))
-    fits = {
-        "dense": mesh.ring == mesh.ulysses == 1,
-        "blockwise": mesh.ring == mesh.ulysses == 1,
-        "ring": mesh.ulysses == 1,
-        "ulysses": mesh.ring == 1,
-        "sparse": mesh.ring == 1,
-    }
-    if not fits.get(attention.scheme, True):
+    split = [axis for axis in ("ring", "ulysses") if getattr(mesh, axis) > 1]
+    if attention.scheme in SCHEMES and not set(split) <= set(SCHEMES[attention.scheme].splits):
         raise ValueError(
             f"attention.scheme '{attention.scheme}' does not fit mesh.ring={mesh.ring}, mesh.ulysses={mesh.ulysses}; "
             "'ring' wants ulysses=1, 'ulysses' and 'sparse' want ring=1, 'dense' and 'blockwise' both; 'auto', "

@@ -13,9 +13,11 @@ if is_command():  # of all other programs Ctrl-C is their own business
 from rlring.attention import (
     AttentionConfig,
     Mask,
+    MeshAxes,
     SparsePattern,
     decode_attention,
     inverse_order,
+    sharded_attention,
     striped_order,
     zigzag_order,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "AttentionConfig",
     "KVCache",
     "Mask",
+    "MeshAxes",
     "SparsePattern",
     "Transformer",
     "TransformerConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "make_mesh",
     "processes",
     "request_cpu_devices",
+    "sharded_attention",
     "striped_order",
     "zigzag_order",
 ]

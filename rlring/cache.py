@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from rlring.attention import Mask, SparsePattern
-from rlring.attention.api import check_batch
 from rlring.attention.blocks import pad
+from rlring.attention.checks import check_batch
 from rlring.attention.decode import attend
 from rlring.errors import UsageError
 from rlring.mesh import SEQUENCE_AXES
@@ -221,7 +221,8 @@ class KVCache:
             key, value = (slots.put(x, new, now, shard) for x, new in zip(held, (k, v), strict=True))
             rows = (x.reshape(-1, *x.shape[2:]).astype(q.dtype) for x in (key, value))
             axes = () if mesh is None else slots.spec(mesh)[2] or ()
-            out = attend(q, *rows, slots.after(now, shard).mask(now), axes, slots.is_lost(now, shard))
+            mask, is_lost = slots.after(now, shard).mask(now), slots.is_lost(now, shard)
+            out, _ = attend(q, *rows, mask=mask, axes=axes, is_lost=is_lost)
             return out, (key, value)
 
         slots, held = self._slots(self.is_sparse[layer]), (self.key[layer], self.value[layer])

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from rlring.attention import AttentionConfig, Mask, attention
-from rlring.attention.api import check_batch
 from rlring.attention.blocks import pad
+from rlring.attention.checks import check_batch
 from rlring.attention.mask import checked
 from rlring.cache import KeyValue, KVCache
 from rlring.errors import UsageError

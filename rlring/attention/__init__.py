@@ -9,19 +9,27 @@ import inspect
 import sys
 from types import ModuleType
 
-from rlring.attention.api import SCHEMES, AttentionConfig, attention
+from rlring.attention.api import attention, sharded_attention
+from rlring.attention.axes import MeshAxes
 from rlring.attention.decode import decode_attention
-from rlring.attention.mask import Mask, inverse_order, striped_order, zigzag_order
-from rlring.attention.sparse import SparsePattern
+from rlring.attention.layouts import inverse_order, striped_order, zigzag_order
+from rlring.attention.mask import Mask
+from rlring.attention.schemes import SCHEMES as _TABLE
+from rlring.attention.schemes import AttentionConfig
+from rlring.attention.sparse_pattern import SparsePattern
+
+SCHEMES = ("auto", *_TABLE)
 
 __all__ = [
     "SCHEMES",
     "AttentionConfig",
     "Mask",
+    "MeshAxes",
     "SparsePattern",
     "attention",
     "decode_attention",
     "inverse_order",
+    "sharded_attention",
     "striped_order",
     "zigzag_order",
 ]

@@ -3,53 +3,56 @@
 The whole context is in every memory, but where it fits this often beats the ring: there is no hop to wait for.
 """
 
-from dataclasses import replace
-from functools import partial
+from typing import NamedTuple
 
-import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from rlring.attention.local import Kernel, named_for_remat, tie_to_data
+from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, local_attention
 from rlring.attention.mask import Mask
+from rlring.attention.score_mod import ScoreMod
+from rlring.attention.softmax import Partial
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def all_gather_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     axes: tuple[str, ...],
     kernel: Kernel,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Returns attention of this device's queries over the keys of every device of the mesh axes, in q's type.
 
-    Runs inside shard_map; q, k, v and mask are this device's shards. The gathered keys are not kept for the backward.
+    Runs inside shard_map; q, k, v and mask are this device's shards.
     """
-    out, _ = _attention_forward(q, k, v, mask, axes, kernel)
-    return out
+    return local_attention(q, k, v, mask, GatheringKernel(axes, kernel))
 
 
-def _gathered(k, v, mask: Mask, axes):
-    k, v = (lax.all_gather(x, axes, axis=1, tiled=True) for x in (k, v))
-    position, segment = (lax.all_gather(x, axes, axis=1, tiled=True) for x in (mask.k_position, mask.k_segment))
-    return k, v, replace(mask, k_position=position, k_segment=segment)
+class GatheringKernel(NamedTuple):
+    """A kernel over the keys of all devices of the mesh axes. The gathered keys are not kept for the backward."""
 
+    axes: tuple[str, ...]
+    kernel: Kernel
+    heads_first = False
 
-def _attention_forward(q, k, v, mask, axes, kernel):
-    q, mask = tie_to_data(q, mask)
-    whole = named_for_remat(kernel.forward(q, *_gathered(k, v, mask, axes)), kernel.kept_type(q.dtype))
-    return whole.out.astype(q.dtype), (q, k, v, mask, whole)
+    def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        return self.kernel.residual_dtype(dtype)
 
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
+        return self.kernel.forward(q, *self._gathered(k, v, mask), mod, before)
 
-def _attention_backward(axes, kernel, residuals, d_out):
-    q, k, v, mask, whole = residuals
-    d_out, mask = tie_to_data(d_out, mask)
-    dq, dk, dv = kernel.backward(q, *_gathered(k, v, mask, axes), whole, d_out)
-    # Summed over the devices in float32, and only then rounded.
-    dk, dv = (lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (dk, dv))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    def backward(
+        self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
+    ) -> Gradients:
+        found = self.kernel.backward(q, *self._gathered(k, v, mask), mod, inputs)
+        # Summed over the devices in float32, and only then rounded.
+        dk, dv = (lax.psum_scatter(x, self.axes, scatter_dimension=1, tiled=True) for x in (found.dk, found.dv))
+        return found._replace(dk=dk, dv=dv)
 
+    def _gathered(self, k, v, mask: Mask):
+        def gather(x: Array) -> Array:
+            return lax.all_gather(x, self.axes, axis=1, tiled=True)
 
-all_gather_attention.defvjp(_attention_forward, _attention_backward)
+        return gather(k), gather(v), mask.map_keys(gather)

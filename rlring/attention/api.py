@@ -1,219 +1,196 @@
 """attention(): checks the arguments, picks the scheme and runs it on every shard of the mesh."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from rlring.attention.all_gather import all_gather_attention
-from rlring.attention.blocks import Blocks, default_block, pad
+from rlring.attention.axes import DEFAULT, MeshAxes, index_of, size_of, split_explicitly, varying_alike, with_places
+from rlring.attention.blocks import pad
+from rlring.attention.checks import check_arrays, check_scheme, check_split, checked_mod, of_nothing, seeds
 from rlring.attention.choose import choose_scheme
-from rlring.attention.dense import dense_attention
-from rlring.attention.kernels import KERNELS, make_kernel, platform_of
-from rlring.attention.local import local_attention
-from rlring.attention.mask import Mask, checked
-from rlring.attention.ring import ring_attention
-from rlring.attention.ring_transport import Transport
-from rlring.attention.sparse import SparsePattern, check_mask, sparse_attention
-from rlring.attention.ulysses import check_heads, ulysses_attention
+from rlring.attention.kernels import platform_of
+from rlring.attention.mask import Mask
+from rlring.attention.schemes import SCHEMES, AttentionConfig, Setting
+from rlring.attention.score_mod import ScoreMod
+from rlring.attention.sparse_pattern import check_mask
 from rlring.errors import UsageError
-from rlring.mesh import AXES, SEQUENCE_AXES
 
-SCHEMES = ("auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse")
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """How attention is computed; what is computed depends on none of it but `sparse`.
-
-    scheme "auto" goes by the rule of choose.choose_scheme.
-
-    Raises:
-        UsageError: an unknown scheme or kernel, a block without tokens, or a pattern without its scheme.
-    """
-
-    scheme: str = "ring"
-    block_q: int | None = None  # tokens; shorter sequences use shorter blocks; None: blocks.default_block()
-    block_k: int | None = None
-    scores: int = 2**20  # of one block, held at once; more falls out of a CPU's cache, accelerators like 2**24
-    kernel: str = "jax"  # what computes a block: kernels.make_kernel; sparse and dense attention are plain JAX
-    transport: Transport | None = None  # in which order a ring transfers and computes; None: what suits the platform
-    sparse: SparsePattern | None = None  # which blocks of the context each head sees; with scheme "sparse"
-
-    def __post_init__(self):
-        if self.scheme not in SCHEMES:
-            raise UsageError(f"there is no attention scheme {self.scheme!r}. Choose one of {', '.join(SCHEMES)}.")
-        if self.kernel not in KERNELS:
-            raise UsageError(f"there is no attention kernel {self.kernel!r}. Choose one of {', '.join(KERNELS)}.")
-        for name in ("block_q", "block_k", "scores"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(
-                    f"attention.{name} is at least 1; got {getattr(self, name)}. Leave it out for the default."
-                )
-        if (self.scheme == "sparse") != (self.sparse is not None):
-            raise UsageError(
-                f"scheme 'sparse' and attention.sparse go together; got scheme {self.scheme!r} with sparse="
-                f"{self.sparse}. Use scheme='sparse' with sparse=SparsePattern(...), or neither of the two."
-            )
+Dropout = tuple[float, Array]
 
 
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     *,
     config: AttentionConfig,
     mesh: Mesh | None = None,
-) -> Float[Array, "B T N H"]:
+    axes: MeshAxes = DEFAULT,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    bias: Float[Array, "N"] | Float[Array, "N T S"] | None = None,
+    dropout: Dropout | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Returns softmax(q k^T / sqrt(H)) v over the keys that the mask shows, in q's type.
 
-    Arrays are global. On a mesh B is split over "data" and both T and S over ("ring", "ulysses"); lengths that do not
-    divide are padded inside. Without a mesh everything runs on one device, whatever the scheme. With N > K each
-    key/value head serves N // K neighbouring query heads. A row that sees nothing is 0, and so is its gradient; B, T
-    and S may be 0.
+    Arrays are global. On a mesh B is split over axes.batch, N and K over axes.heads, and both T and S over
+    (axes.ring, axes.ulysses); lengths that do not divide are padded inside. Without a mesh everything runs on one
+    device, whatever the scheme. With N > K each key/value head serves N // K neighbouring query heads. A row that sees
+    nothing is 0, and so is its gradient; B, T and S may be 0.
+
+    scale: instead of 1 / sqrt(H).
+    soft_cap: logits are cap * tanh(logits / cap) (Gemma 2, 2408.00118).
+    sinks: the logit of one more key for each head, whose value is 0 (gpt-oss); counted once on any mesh.
+    bias: [N, T, S] added to the logits, the same for all sequences; or [N], slopes of ALiBi (2108.12409): the logits
+        lose slope * |q_position - k_position|.
+    dropout: (rate, key of jax.random): that share of the weights becomes 0 and the others grow by 1 / (1 - rate). The
+        same on any mesh.
+    return_lse: returns (out, lse) with lse[B, T, N], the log-sum-exps of the logits, sinks included, in float32; -inf
+        for a row that sees nothing.
 
     Raises:
-        UsageError: shapes that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel that
-            cannot run on these devices.
+        UsageError: arguments that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel
+            that cannot run on these devices or lacks something that was asked for.
     """
     mask = check_arrays(q, k, v, mask)
-    if config.scheme == "sparse":
-        check_mask(mask)
+    mod = checked_mod(q, k, scale=scale, soft_cap=soft_cap, sinks=sinks, bias=bias, dropout=dropout)
+    mod = replace(mod, seeds=seeds(dropout, q.shape[0], q.shape[2]))
+    _check_sparse(config, mask, mod)
+    if mesh is None:
+        axes, ring, ulysses = MeshAxes((), None, None), 1, 1
+    else:
+        axes = axes.of(mesh.shape)
+        ring, ulysses = size_of(mesh, axes.ring), size_of(mesh, axes.ulysses)
+        check_split(q, k, axes, mesh)
+    devices, shares = (1, 1) if mesh is None else (size_of(mesh, axes.batch), size_of(mesh, axes.heads))
+    config = _with_scheme(config, q, k, devices, shares, ring, ulysses)
+    if q.size == 0 or k.size == 0 or v.size == 0:
+        return of_nothing(q, v, mod, return_lse)
     if mesh is not None:
-        check_batch(q.shape[0], mesh)
-        if config.scheme == "auto":
-            config = replace(config, scheme=_chosen(q, k, mesh))
-        _check_scheme(q, k, config, mesh)
-    if q.size == 0 or k.size == 0:
-        return jnp.zeros_like(q)
-    if mesh is not None:
-        return _on_mesh(q, k, v, mask, config=config, mesh=mesh)
-    local = config if config.scheme in ("dense", "sparse") else replace(config, scheme="blockwise")
-    return _on_shard(q, k, v, mask, config=local, platform=platform_of(jax.devices()[0]))
+        return _on_mesh(q, k, v, mask, mod, config=config, mesh=mesh, axes=axes, return_lse=return_lse)
+    platform = platform_of(jax.devices()[0])
+    return _on_shard(q, k, v, mask, mod, config=config, platform=platform, axes=axes, return_lse=return_lse)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def _on_mesh(q, k, v, mask: Mask, *, config: AttentionConfig, mesh: Mesh):
-    length, shards = q.shape[1], mesh.shape["ring"] * mesh.shape["ulysses"]
+def sharded_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    mask: Mask,
+    *,
+    config: AttentionConfig,
+    axes: MeshAxes = DEFAULT,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    bias: Float[Array, "N"] | Float[Array, "N T S"] | None = None,
+    dropout: Dropout | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Returns what attention() does, of this device's shards, inside the caller's own jax.shard_map.
+
+    All arrays are this device's shards, split as attention() says; of a bias [N, T, S] all keys are here, S those of
+    the whole sequence. The key of a dropout is the same on all devices. Axes that this shard_map does not map are axes
+    of one device.
+
+    Raises:
+        UsageError: as attention() does.
+    """
+    mapped = jax.sharding.get_abstract_mesh()
+    sizes = {name: mapped.shape[name] for name in mapped.manual_axes}
+    if not sizes:
+        raise UsageError("sharded_attention is called inside jax.shard_map; got no mesh axis. Use attention instead.")
+    axes = axes.of(sizes)
+    ring, ulysses = (1 if name is None else sizes[name] for name in (axes.ring, axes.ulysses))
+    mask, keys = check_arrays(q, k, v, mask), k.shape[1] * ring * ulysses
+    mod = checked_mod(q, k, scale=scale, soft_cap=soft_cap, sinks=sinks, bias=bias, dropout=dropout, keys=keys)
+    mod = replace(mod, seeds=_seeds_here(dropout, q, axes))
+    _check_sparse(config, mask, mod)
+    config = _with_scheme(config, q, k, 1, 1, ring, ulysses)
+    if q.size == 0 or k.size == 0 or v.size == 0:
+        return of_nothing(q, v, mod, return_lse)
+    platform = platform_of(jax.devices()[0])
+    return _on_shard(q, k, v, mask, mod, config=config, platform=platform, axes=axes, return_lse=return_lse)
+
+
+def _check_sparse(config: AttentionConfig, mask: Mask, mod: ScoreMod) -> None:
+    if config.scheme != "sparse":
+        return
+    check_mask(mask)
+    if mod.bias is not None:
+        raise UsageError(
+            "attention scheme 'sparse' takes no bias [N, T, S], which has an entry for each key that it leaves out. "
+            "Give the slopes of each head, [N], or use another scheme."
+        )
+
+
+def _with_scheme(config: AttentionConfig, q, k, devices: int, shares: int, ring: int, ulysses: int) -> AttentionConfig:
+    """Returns the config with a scheme that fits; devices, shares: over which batch and heads are still to be split."""
+    if ring * ulysses == 1 and config.scheme not in ("dense", "sparse"):
+        return replace(config, scheme="blockwise")
+    heads, kv_heads = q.shape[2] // shares, k.shape[2] // shares
+    if config.scheme == "auto":
+        chosen = choose_scheme(
+            length=k.shape[1],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=k.shape[3],
+            itemsize=k.dtype.itemsize,
+            batch=k.shape[0] // devices,
+            ring=ring,
+            ulysses=ulysses,
+        )
+        config = replace(config, scheme=chosen)
+    check_scheme(config.scheme, heads, kv_heads, ring, ulysses)
+    return config
+
+
+def _seeds_here(dropout: Dropout | None, q, axes: MeshAxes):
+    """Returns this device's part of what attention() gives a dropout: the seeds of its sequences and heads."""
+    heads_axis = () if axes.heads is None else (axes.heads,)
+    batch, heads = (lax.axis_size(names) if names else 1 for names in (axes.batch, heads_axis))
+    every = seeds(dropout, q.shape[0] * batch, q.shape[2] * heads)
+    if every is None:
+        return None
+    start = index_of(axes.batch) * q.shape[0], index_of(heads_axis) * q.shape[2], 0
+    return lax.dynamic_slice(every, start, (q.shape[0], q.shape[2], 2))
+
+
+@partial(jax.jit, static_argnames=("config", "mesh", "axes", "return_lse"))
+def _on_mesh(q, k, v, mask: Mask, mod: ScoreMod, *, config: AttentionConfig, mesh: Mesh, axes: MeshAxes, return_lse):
+    length, shards = q.shape[1], size_of(mesh, axes.sequence)
     q_pad, k_pad = -q.shape[1] % shards, -k.shape[1] % shards
     if q_pad or k_pad:
         mask = mask.padded(q.shape[1] + q_pad, k.shape[1] + k_pad)
+        mod = mod.padded(q.shape[1] + q_pad, k_pad)
         q, k, v = (pad(x, 1, x.shape[1] + more) for x, more in ((q, q_pad), (k, k_pad), (v, k_pad)))
-    tokens = P("data", SEQUENCE_AXES)
-    # check_vma off: its types do not pass the loops of the custom VJPs. Every array is split over every axis, so no
-    # gradient needs a sum over devices.
-    run = partial(_on_shard, config=config, platform=platform_of(mesh.devices.flat[0]), axis="ulysses")
-    on_shards = jax.shard_map(run, mesh=mesh, in_specs=(tokens,) * 4, out_specs=tokens, check_vma=False)
-    return on_shards(q, k, v, mask)[:, :length]
+    tokens, seq, heads = axes.tokens, axes.sequence or None, axes.heads
+    of_mask = P(axes.batch or None, seq)
+    of_mod = mod.specs(P(heads), bias=P(heads, seq), seeds=P(axes.batch or None, heads))
+    platform = platform_of(mesh.devices.flat[0])
+    run = partial(_on_shard, config=config, platform=platform, axes=axes, return_lse=return_lse)
+    # check_vma off: its types do not pass the loops of the custom VJP.
+    specs = (tokens, tokens, tokens, of_mask, of_mod)
+    on_shards = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    results = on_shards(*split_explicitly((q, k, v, mask, mod), mesh, specs))
+    return jax.tree.map(lambda x: x[:, :length], results) if q_pad else results
 
 
-@partial(jax.jit, static_argnames=("config", "platform", "axis"))
-def _on_shard(q, k, v, mask: Mask, *, config: AttentionConfig, platform: str, axis: str | None = None):
-    with_kernel = partial(_with_kernel, config, platform)
-    one_device, ring = with_kernel(local_attention), with_kernel(_ring(config, platform), "ring")
-    match config.scheme:
-        case "dense":
-            return dense_attention(q, k, v, mask)
-        case "blockwise":
-            return one_device(q, k, v, mask)
-        case "ring":
-            return ring(q, k, v, mask)
-        case "all_gather":
-            return with_kernel(all_gather_attention, SEQUENCE_AXES)(q, k, v, mask)
-        case "ulysses":
-            return ulysses_attention(q, k, v, mask, axis="ulysses", local=one_device)
-        case "hybrid":  # USP, Fang and Zhao 2405.07719
-            return ulysses_attention(q, k, v, mask, axis="ulysses", local=ring)
-        case "sparse":
-            blocks = _blocks(config, platform, is_split=False)
-            return sparse_attention(q, k, v, mask, pattern=config.sparse, blocks=blocks, axis=axis)
-    raise AssertionError(config.scheme)
-
-
-def _with_kernel(config: AttentionConfig, platform: str, scheme: Callable, *axes) -> Callable:
-    """Returns the scheme with the kernel that the config asks for; axes: over which its sequence is split."""
-    blocks = _blocks(config, platform, is_split=bool(axes))
-
-    def run(q, k, v, mask: Mask):
-        fitting = blocks.within_halves(q.shape[1], k.shape[1]) if axes else blocks
-        of_arrays = {"dtype": q.dtype, "head_size": q.shape[3], "window": mask.window}
-        kernel = make_kernel(config.kernel, fitting, platform=platform, **of_arrays)
-        return scheme(q, k, v, mask, *axes, kernel)
-
-    return run
-
-
-def _ring(config: AttentionConfig, platform: str) -> Callable:
-    transport = config.transport or Transport.of(platform)
-    return lambda q, k, v, mask, axis, kernel: ring_attention(q, k, v, mask, axis, kernel, transport)
-
-
-def _blocks(config: AttentionConfig, platform: str, *, is_split: bool) -> Blocks:
-    default = default_block(platform, is_split=is_split)
-    return Blocks(config.block_q or default, config.block_k or default, config.scores)
-
-
-def check_arrays(q, k, v, mask: Mask) -> Mask:
-    """Returns the mask in int32; raises UsageError for arrays that do not fit each other."""
-    if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]):
-        raise UsageError(
-            f"attention needs q[B, T, N, H] and k, v[B, S, K, H]; got q{q.shape}, k{k.shape}, v{v.shape}. "
-            "B and H are the same in all three, S and K in k and v."
-        )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise UsageError(
-            f"each key/value head serves the same number of query heads; got {q.shape[2]} query heads over "
-            f"{k.shape[2]} key/value heads. Make the number of query heads a multiple."
-        )
-    if not (q.dtype == k.dtype == v.dtype):
-        raise UsageError(f"q, k and v share one type; got {q.dtype}, {k.dtype} and {v.dtype}. Cast them with .astype.")
-    return checked(mask, q.shape[:2], k.shape[:2])
-
-
-def check_batch(batch: int, mesh: Mesh) -> None:
-    """Raises UsageError for a mesh that is not ours, or over whose data axis the batch cannot be split."""
-    if mesh.axis_names != AXES:
-        raise UsageError(
-            f"attention needs a mesh with the axes {AXES}; got {mesh.axis_names}. Make it with rlring.make_mesh."
-        )
-    data = mesh.shape["data"]
-    if batch % data:
-        raise UsageError(f"the batch is split over mesh.data={data} devices; got B={batch}. Use a multiple of {data}.")
-
-
-def _chosen(q, k, mesh: Mesh) -> str:
-    return choose_scheme(
-        length=k.shape[1],
-        heads=q.shape[2],
-        kv_heads=k.shape[2],
-        head_size=k.shape[3],
-        itemsize=k.dtype.itemsize,
-        batch=k.shape[0] // mesh.shape["data"],
-        ring=mesh.shape["ring"],
-        ulysses=mesh.shape["ulysses"],
-    )
-
-
-def _check_scheme(q, k, config: AttentionConfig, mesh: Mesh) -> None:
-    ring, ulysses = mesh.shape["ring"], mesh.shape["ulysses"]
-    fits_ring = config.scheme in ("ring", "all_gather", "hybrid")
-    fits_ulysses = config.scheme in ("ulysses", "all_gather", "hybrid", "sparse")
-    if (ring > 1 and not fits_ring) or (ulysses > 1 and not fits_ulysses):
-        wrong = "ring" if ring > 1 and not fits_ring else "ulysses"
-        instead = "Use scheme 'hybrid', which splits the sequence both ways, or another mesh."
-        if config.scheme == "sparse":
-            instead = (
-                "Split the sequence over mesh.ulysses, which gives each device the whole sequence for some of the "
-                "heads, or use scheme 'ring', 'all_gather' or 'hybrid', which follow no pattern."
-            )
-        raise UsageError(
-            f"attention scheme {config.scheme!r} needs mesh.{wrong}=1; got mesh.{wrong}={mesh.shape[wrong]}. {instead}"
-        )
-    if config.scheme in ("ulysses", "hybrid", "sparse"):
-        check_heads(config.scheme, q.shape[2], k.shape[2], ulysses)
+@partial(jax.jit, static_argnames=("config", "platform", "axes", "return_lse"))
+def _on_shard(q, k, v, mask: Mask, mod: ScoreMod, *, config, platform: str, axes: MeshAxes, return_lse: bool):
+    if mod.needs_places:
+        mask = with_places(mask, axes.sequence)
+    q, k, v, mask, mod = varying_alike((q, k, v, mask, mod))
+    needs_lse = return_lse or mod.sinks is not None
+    out, lse = SCHEMES[config.scheme].make(Setting(config, platform, axes, needs_lse))(q, k, v, mask, mod)
+    out = out.astype(q.dtype)
+    return (out, jnp.swapaxes(lse, 1, 2)) if return_lse else out

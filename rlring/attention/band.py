@@ -5,7 +5,7 @@ far from the diagonal are one batched product. Exact for every mask, and fast wh
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlring.attention import one_block
-from rlring.attention.blocks import Blocks, Visits, pad, pick
-from rlring.attention.local import Gradients, delta_of, no_gradients
+from rlring.attention import online_softmax
+from rlring.attention.blocks import Blocks, BlockSchedule, pad, pick
+from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
 from rlring.attention.mask import Bounds, Mask
 from rlring.attention.rows import Rows, Turns
-from rlring.attention.softmax import Partial, Whole, accumulator_type, nothing
+from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod, Tile
+from rlring.attention.softmax import Partial, accumulator_type, nothing, zeros
 
 
 class _Band(NamedTuple):
@@ -82,24 +83,37 @@ class _Band(NamedTuple):
         x = lax.fori_loop(goes_around, 1, lambda _, x: straight(x), x)
         return lax.fori_loop(0, goes_around, lambda _, x: around(x), x)
 
-    def visible(self, mask: Mask, q_tile, k_tile) -> Bool[Array, "r*C Q tile"]:
-        """Returns what the queries of a chunk's tiles see of the tiles of another, in pairs; the mask is the rows'."""
+    def tile_of(
+        self, mod: ScoreMod, rows: Rows, mask: Mask, q_tiles: Array, q_tile, k_tile, *, is_masked: bool
+    ) -> Tile:
+        """Returns what there is to know of a chunk's tiles of queries and of another chunk's of keys, in pairs.
 
-        def tiles(x, tile):
-            chunk = self._chunk(lambda x, start, size: lax.dynamic_slice_in_dim(x, start, size, 1), x, tile, 1)
-            return chunk.reshape(-1, self.tile)
+        The mask is that of the rows.
+        """
 
-        pairs = replace(
-            mask,
-            q_position=tiles(mask.q_position, q_tile),
-            q_segment=tiles(mask.q_segment, q_tile),
-            k_position=tiles(mask.k_position, k_tile),
-            k_segment=tiles(mask.k_segment, k_tile),
-        )
-        visible = pairs.visible().reshape(mask.rows, 1, self.chunk, 1, self.tile, self.tile)
-        heads = self.turns.rows // mask.rows
-        every = jnp.broadcast_to(visible, (mask.rows, heads, self.chunk, self.group, self.tile, self.tile))
-        return every.reshape(-1, self.group * self.tile, self.tile)
+        def tiles(tile):
+            def take(x):
+                chunk = self._chunk(lambda x, start, size: lax.dynamic_slice_in_dim(x, start, size, 1), x, tile, 1)
+                return chunk.reshape(-1, self.tile)
+
+            return take
+
+        def per_row(x):  # rows are sequences by heads, each of all its tiles; masks may be of sequences alone
+            every = x.reshape(mask.rows, 1, self.chunk, *x.shape[1:])
+            every = jnp.broadcast_to(every, (mask.rows, self.turns.rows // mask.rows, *every.shape[2:]))
+            return every.reshape(-1, 1, *x.shape[1:])
+
+        pairs = mask.map_queries(tiles(q_tile)).map_keys(tiles(k_tile))
+        return Tile.of(mod, self.terms(mod, rows), pairs, q_tiles, is_masked=is_masked, per_row=per_row)
+
+    def terms(self, mod: ScoreMod, rows: Rows) -> RowTerms:
+        """Returns what belongs to the rows of all tiles."""
+        return rows.terms(mod, 0, 0, None).repeated(self.chunk)
+
+    def add_terms(self, total: ModGradients, terms: RowTerms, rows: Rows) -> ModGradients:
+        """Returns the total with the gradients of what belongs to the rows of all tiles."""
+        summed = jax.tree.map(lambda x: x.reshape(-1, self.chunk, *x.shape[1:]).sum(1), terms)
+        return rows.add_terms(total, summed, 0, None)
 
     def _cut(self, x: Float[Array, "r Q ..."]) -> Float[Array, "r*C G*tile ..."]:
         rows, queries, *rest = x.shape
@@ -125,62 +139,64 @@ class _Band(NamedTuple):
     def _tokens_around(self, tile) -> Int32[Array, "size"]:
         return (tile * self.tile + jnp.arange(self.size, dtype=jnp.int32)) % self.length
 
-    def visits(self, tile, seen, whole) -> Visits:
+    def schedule(self, tile, seen, whole) -> BlockSchedule:
         """Returns by how many tiles the other side is ahead where any of the chunk's tiles sees it.
 
         `seen` and `whole` say which tile of the other side each of the chunk's sees, [chunk, tiles].
         """
         ahead = tile + jnp.arange(self.chunk, dtype=jnp.int32)[:, None] + jnp.arange(self.tiles, dtype=jnp.int32)[None]
         seen, whole = (jnp.take_along_axis(x, ahead % self.tiles, 1) for x in (seen, whole))
-        return Visits.of(seen.any(0), whole.all(0))
+        return BlockSchedule.of(seen.any(0), whole.all(0))
 
 
 def forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
+    mod: ScoreMod,
     tile: int,
     scores: int,
 ) -> Partial:
-    """Kernel.forward; so many scores are held at once."""
+    """Kernel.forward, without a bias; so many scores are held at once."""
     q_length, band = q.shape[1], _Band.of(q, k, tile, scores)
     length = band.length
     q, k, v, mask = (*(pad(x, 1, length) for x in (q, k, v)), mask.padded(length, length))
     q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
 
-    shields_any = one_block.has_gaps(v)
+    shields_any = online_softmax.has_gaps(v)
 
     def attend_from(n, total: Partial) -> Partial:
         rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
         mask_here, q_tiles = rows.of_masks(mask), band.take(rows, q, first)
 
-        def attend_to(ahead, running, *, add=one_block.add, is_masked=False, shields=False):
+        def attend_to(ahead, running, *, add=online_softmax.add, is_masked=False, shields=False):
             place = (first + ahead) % band.tiles
-            visible = band.visible(mask_here, first, place) if is_masked else None
+            known = band.tile_of(mod, rows, mask_here, q_tiles, first, place, is_masked=is_masked)
             k_tiles, v_tiles = band.take(rows, k, place), band.take(rows, v, place)
             if shields:
-                k_tiles, v_tiles = one_block.shielded(k_tiles, v_tiles)
-            return add(running, q_tiles, k_tiles, v_tiles, visible)
+                k_tiles, v_tiles = online_softmax.shielded(k_tiles, v_tiles)
+            return add(running, q_tiles, k_tiles, v_tiles, known)
 
         bounds = rows.of_masks((pick(q_bounds, first, band.chunk), k_bounds))
-        plan = band.visits(first, *_seen(mask_here, bounds))
-        running = one_block.softmax_over(plan, attend_to, lambda: one_block.Running.none(q_tiles), shields=shields_any)
+        plan = band.schedule(first, *_seen(mask_here, bounds))
+        none = partial(online_softmax.SoftmaxState.none, q_tiles, v.shape[3])
+        running = online_softmax.softmax_over(plan, attend_to, none, shields=shields_any)
         return rows.put_partial(total, tuple(band.uncut(x) for x in running.finish()), first * tile)
 
-    return lax.fori_loop(0, band.turns.count * band.chunks, attend_from, nothing(q)).cut(q_length)
+    return lax.fori_loop(0, band.turns.count * band.chunks, attend_from, nothing(q, v)).cut(q_length)
 
 
-def backward(q, k, v, mask: Mask, whole: Whole, d_out, tile: int, scores: int) -> Gradients:
-    """Kernel.backward; so many scores are held at once."""
+def backward(q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, tile: int, scores: int) -> Gradients:
+    """Kernel.backward, without a bias; so many scores are held at once."""
     q_length, k_length, band = q.shape[1], k.shape[1], _Band.of(q, k, tile, scores)
     length = band.length
-    numbers = [pad(x, 2, length) for x in (whole.exponent, whole.total, delta_of(whole.out, d_out))]
-    q, k, v, d_out = (pad(x, 1, length) for x in (q, k, v, d_out))
+    numbers = [pad(x, 2, length) for x in (inputs.exponent, inputs.total, inputs.delta)]
+    q, k, v, d_out = (pad(x, 1, length) for x in (q, k, v, inputs.d_out))
     mask = mask.padded(length, length)
     q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
 
-    shields_any = one_block.has_gaps(q, k, v, d_out, whole.total)
+    shields_any = online_softmax.has_gaps(q, k, v, d_out, inputs.total)
 
     def gradients_of(n, total: Gradients) -> Gradients:
         rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
@@ -188,26 +204,29 @@ def backward(q, k, v, mask: Mask, whole: Whole, d_out, tile: int, scores: int) -
         k_tiles, v_tiles = band.take(rows, k, first), band.take(rows, v, first)
 
         def add_from(ahead, found, *, is_masked=False, shields=False):
-            place, (dq, dk, dv) = (first + ahead) % band.tiles, found
-            visible = band.visible(mask_here, place, first) if is_masked else None
-            of_q = (band.take(rows, x, place) for x in (q, d_out))
-            of_q = *of_q, *(band.take_numbers(rows, x, place) for x in numbers)
-            dq_more, dk_more, dv_more = one_block.gradients(*of_q, k_tiles, v_tiles, visible, shields=shields)
-            return band.add(rows, dq, dq_more, place), dk + dk_more, dv + dv_more
+            place, (dq, dk, dv, d_mod) = (first + ahead) % band.tiles, found
+            of_q = [band.take(rows, x, place) for x in (q, d_out)]
+            of_q += [band.take_numbers(rows, x, place) for x in numbers]
+            known = band.tile_of(mod, rows, mask_here, of_q[0], place, first, is_masked=is_masked)
+            more = online_softmax.gradients(*of_q, k_tiles, v_tiles, known, shields=shields)
+            d_mod = band.add_terms(d_mod, known.gradients(more.logits, band.terms(mod, rows)), rows)
+            return Gradients(band.add(rows, dq, more.dq, place), dk + more.dk, dv + more.dv, d_mod)
 
-        zero = jnp.zeros(k_tiles.mT.shape, accumulator_type(k.dtype))
+        none = (zeros(x.mT.shape, accumulator_type(x.dtype), x) for x in (k_tiles, v_tiles))
         bounds = rows.of_masks((q_bounds, pick(k_bounds, first, band.chunk)))
-        plan = band.visits(first, *(x.T for x in _seen(mask_here, bounds)))
-        dq, dk, dv = plan.walk(add_from, (total.dq, zero, zero), shields=shields_any)
-        dk, dv = (rows.put(x, band.uncut(part.mT), first * tile) for x, part in ((total.dk, dk), (total.dv, dv)))
-        return Gradients(dq, dk, dv)
+        plan = band.schedule(first, *(x.T for x in _seen(mask_here, bounds)))
+        found = plan.walk(add_from, Gradients(total.dq, *none, total.mod), shields=shields_any)
+        parts = (total.dk, found.dk), (total.dv, found.dv)
+        dk, dv = (rows.put(x, band.uncut(part.mT), first * tile) for x, part in parts)
+        return found._replace(dk=dk, dv=dv)
 
-    dq, dk, dv = lax.fori_loop(0, band.turns.count * band.chunks, gradients_of, no_gradients(q, k))
-    return Gradients(dq[:, :q_length], dk[:, :k_length], dv[:, :k_length])
+    none = no_gradients(q, k, v)._replace(mod=mod.no_gradients())
+    dq, dk, dv, d_mod = lax.fori_loop(0, band.turns.count * band.chunks, gradients_of, none)
+    return Gradients(dq[:, :q_length], dk[:, :k_length], dv[:, :k_length], d_mod)
 
 
 def _seen(mask: Mask, bounds: tuple[Bounds, Bounds]) -> tuple[Bool[Array, "q k"], Bool[Array, "q k"]]:
     """Returns which tiles of keys each tile of queries sees in part and as a whole."""
     q = jax.tree.map(lambda x: x[:, :, None], bounds[0])
     k = jax.tree.map(lambda x: x[:, None, :], bounds[1])
-    return mask.may_see(q, k), mask.sees_all(q, k)
+    return mask.maybe_visible(q, k), mask.fully_visible(q, k)

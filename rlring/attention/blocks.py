@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention.mask import Bounds, Mask
-from rlring.attention.rows import Turns
+from rlring.attention.rows import Rows, Turns
+from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod
 
 SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
 
@@ -53,17 +54,32 @@ class Blocks(NamedTuple):
         group = q.shape[2] // kv_heads
         return Turns.of(batch * kv_heads, kv_heads, self.scores // (group * self.q * self.k))
 
-    def padded(self, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Array, Array, Mask]:
-        """Returns all four with lengths that are multiples of the blocks; what is added is nowhere."""
+    def padded(
+        self, q: Array, k: Array, v: Array, mask: Mask, mod: ScoreMod
+    ) -> tuple[Array, Array, Array, Mask, ScoreMod]:
+        """Returns all five with lengths that are multiples of the blocks; what is added is nowhere."""
         q_length, k_length = -(-q.shape[1] // self.q) * self.q, -(-k.shape[1] // self.k) * self.k
-        return pad(q, 1, q_length), pad(k, 1, k_length), pad(v, 1, k_length), mask.padded(q_length, k_length)
+        mod = mod.padded(q_length, k_length - k.shape[1])
+        return pad(q, 1, q_length), pad(k, 1, k_length), pad(v, 1, k_length), mask.padded(q_length, k_length), mod
 
     def mask(self, mask: Mask, i: Int32[Array, ""], j: Int32[Array, ""]) -> Mask:
         """Returns the mask of query block i and key block j."""
         return mask.block(i * self.q, self.q, j * self.k, self.k)
 
+    def terms(self, mod: ScoreMod, rows: Rows, mask: Mask, start) -> RowTerms:
+        """Returns what belongs to these rows and the queries from start, of a block with this mask."""
+        return rows.terms(mod, start, self.q, self._keys(mod, mask))
 
-class Visits(NamedTuple):
+    def add_terms(self, total: ModGradients, part: RowTerms, rows: Rows, mask: Mask, start) -> ModGradients:
+        """Returns the total with the gradients of what terms() returned."""
+        return rows.add_terms(total, part, start, self._keys(total, mask))
+
+    def _keys(self, mod: ScoreMod | ModGradients, mask: Mask) -> tuple:
+        """Returns where the keys of a block begin among those of all devices, and how many they are."""
+        return None if mod.bias is None else mask.k_place[0, 0], self.k
+
+
+class BlockSchedule(NamedTuple):
     """The other side's blocks in the order of work: seen as a whole, seen in part, not seen."""
 
     order: Int32[Array, "blocks"]
@@ -71,7 +87,7 @@ class Visits(NamedTuple):
     seen: Int32[Array, ""]
 
     @classmethod
-    def of(cls, seen: Bool[Array, "blocks"], whole: Bool[Array, "blocks"]) -> "Visits":
+    def of(cls, seen: Bool[Array, "blocks"], whole: Bool[Array, "blocks"]) -> "BlockSchedule":
         order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
         return cls(order, whole.sum(), seen.sum())
 
@@ -92,9 +108,9 @@ class Visits(NamedTuple):
         return lax.fori_loop(start, stop, lambda n, state: step(self.order[n], state), state)
 
 
-def visits(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> Visits:
+def schedule(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> BlockSchedule:
     """Returns the plan for one block of queries and all blocks of keys, or the other way round."""
-    return Visits.of(mask.may_see(q_bounds, k_bounds), mask.sees_all(q_bounds, k_bounds))
+    return BlockSchedule.of(mask.maybe_visible(q_bounds, k_bounds), mask.fully_visible(q_bounds, k_bounds))
 
 
 def pick(bounds: Bounds, first, size: int = 1) -> Bounds:

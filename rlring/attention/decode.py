@@ -4,7 +4,6 @@ Every device attends to its own share of the cache, and the shares are added by 
 (Flash-Decoding; a ring would wait for each hop with next to no compute to hide it behind).
 """
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,85 +13,108 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from rlring.attention import one_block
-from rlring.attention.api import check_arrays, check_batch
+from rlring.attention import online_softmax
+from rlring.attention.axes import DEFAULT, MeshAxes, size_of, with_places
 from rlring.attention.blocks import pad
+from rlring.attention.checks import check_arrays, check_split, checked_mod, of_nothing
 from rlring.attention.exponential import power_of_two
+from rlring.attention.kernel import with_sinks
 from rlring.attention.mask import Mask
-from rlring.attention.rows import rows_of_keys, rows_of_queries, tokens_of_rows
-from rlring.attention.softmax import divisor, finite
-from rlring.mesh import SEQUENCE_AXES
+from rlring.attention.rows import all_rows, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.score_mod import ScoreMod, Tile
+from rlring.attention.softmax import Partial, finite
 
 
 def decode_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     *,
     mesh: Mesh | None = None,
-) -> Float[Array, "B T N H"]:
-    """Returns attention of a few new queries over a cache k, v, in q's type.
+    axes: MeshAxes = DEFAULT,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    bias: Float[Array, "N"] | Float[Array, "N T S"] | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Returns attention of a few new queries over a cache k, v, in q's type; arguments as those of attention().
 
-    Memory is T * S: for a whole prompt use attention(). On a mesh B is split over "data" and S over
-    ("ring", "ulysses"); every device gets all T queries. Unwritten places of the cache have segment -1.
+    Memory is T * S: for a whole prompt use attention(). On a mesh B is split over axes.batch, N and K over axes.heads,
+    and S over (axes.ring, axes.ulysses); every device gets all T queries. Unwritten places have segment -1.
 
     Raises:
-        UsageError: shapes that do not fit each other, or the mesh.
+        UsageError: arguments that do not fit each other, or the mesh.
     """
     mask = check_arrays(q, k, v, mask)
+    mod = checked_mod(q, k, scale=scale, soft_cap=soft_cap, sinks=sinks, bias=bias, dropout=None)
     if mesh is not None:
-        check_batch(q.shape[0], mesh)
-    if q.size == 0 or k.size == 0:
-        return jnp.zeros_like(q)
+        axes = axes.of(mesh.shape)
+        check_split(q, k, axes, mesh)
+    if q.size == 0 or k.size == 0 or v.size == 0:
+        return of_nothing(q, v, mod, return_lse)
     if mesh is None:
-        return _on_shard(q, k, v, mask, axes=())
-    return _on_mesh(q, k, v, mask, mesh=mesh)
+        return _on_shard(q, k, v, mask, mod, axes=(), return_lse=return_lse)
+    return _on_mesh(q, k, v, mask, mod, mesh=mesh, axes=axes, return_lse=return_lse)
 
 
-@partial(jax.jit, static_argnames="mesh")
-def _on_mesh(q, k, v, mask: Mask, *, mesh: Mesh):
-    more = -k.shape[1] % (mesh.shape["ring"] * mesh.shape["ulysses"])
+@partial(jax.jit, static_argnames=("mesh", "axes", "return_lse"))
+def _on_mesh(q, k, v, mask: Mask, mod: ScoreMod, *, mesh: Mesh, axes: MeshAxes, return_lse: bool):
+    more = -k.shape[1] % size_of(mesh, axes.sequence)
     if more:
-        mask = mask.padded(q.shape[1], k.shape[1] + more)
+        mask, mod = mask.padded(q.shape[1], k.shape[1] + more), mod.padded(q.shape[1], more)
         k, v = (pad(x, 1, x.shape[1] + more) for x in (k, v))
-    batch, cache = P("data"), P("data", SEQUENCE_AXES)
-    mask_specs = replace(mask, q_position=batch, q_segment=batch, k_position=cache, k_segment=cache)
-    on_shards = jax.shard_map(
-        partial(_on_shard, axes=SEQUENCE_AXES), mesh=mesh, in_specs=(batch, cache, cache, mask_specs), out_specs=batch
-    )
-    return on_shards(q, k, v, mask)
+    every = P(axes.batch or None, None, axes.heads)
+    mask_specs = mask.map_queries(lambda _: P(axes.batch or None)).map_keys(lambda _: P(*axes.tokens[:2]))
+    run = partial(_on_shard, axes=axes.sequence, return_lse=return_lse)
+    specs = (every, axes.tokens, axes.tokens, mask_specs, mod.specs(P(axes.heads), bias=P(axes.heads)))
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=every)(q, k, v, mask, mod)
 
 
-@partial(jax.jit, static_argnames="axes")
-def _on_shard(q, k, v, mask: Mask, *, axes: tuple[str, ...]):
-    return attend(q, rows_of_keys(k), rows_of_keys(v), mask, axes, shields=True)
+@partial(jax.jit, static_argnames=("axes", "return_lse"))
+def _on_shard(q, k, v, mask: Mask, mod: ScoreMod, *, axes: tuple[str, ...], return_lse: bool):
+    if mod.needs_places:
+        mask = with_places(mask, axes)
+    out, lse = attend(q, rows_of_keys(k), rows_of_keys(v), mask, mod=mod, axes=axes, shields=True)
+    return (out, jnp.swapaxes(lse, 1, 2)) if return_lse else out
 
 
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "R S H"],
-    v: Float[Array, "R S H"],
+    v: Float[Array, "R S V"],
     mask: Mask,
+    *,
+    mod: ScoreMod | None = None,
     axes: tuple[str, ...] = (),
     is_lost: Bool[Array, "B T"] | None = None,
-    *,
     shields: bool = False,
-) -> Float[Array, "B T N H"]:
-    """Returns attention of a few queries over these rows of keys and those of all other devices of the mesh axes.
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
+    """Returns attention of a few queries over these rows of keys and those of all other devices of the mesh axes, in
+    q's type, and its log-sum-exps.
 
     The mask has B rows, or R. Queries for which a key is lost on any device are NaN. shields: NaN and infinity reach
     only the queries that see them; else every query of the sequence, as what a cache marks has to.
     """
+    mod = ScoreMod.plain(q.shape[3]) if mod is None else mod
     rows = rows_of_queries(q, k.shape[0] // q.shape[0])
     flat = rows.reshape(rows.shape[0], -1, rows.shape[3])
-    exponent, total, out = one_block.attend(flat, k, v, mask, shields=shields)  # there are few queries
+    keys = None if mod.bias is None else mask.k_place[0, 0], k.shape[1]
+    terms = all_rows(q.shape[0], k.shape[0] // q.shape[0]).terms(mod, 0, q.shape[1], keys)
+    tile = Tile.of(mod, terms, mask, flat, is_masked=True)
+    exponent, total, out = online_softmax.attend(flat, k, v, tile, shields=shields)  # there are few queries
     if is_lost is not None:
-        out = jnp.where(is_lost[:, None, None, :, None], jnp.nan, out.reshape(q.shape[0], -1, *rows.shape[1:]))
-        out = out.reshape(flat.shape)
+        each = out.reshape(q.shape[0], -1, *rows.shape[1:3], v.shape[2])
+        out = jnp.where(is_lost[:, None, None, :, None], jnp.nan, each).reshape(out.shape)
     if axes:
         # softmax.merge() of all devices' parts at once. The greatest exponent cancels, and has no gradient.
-        fade = power_of_two(exponent, finite(lax.pmax(lax.stop_gradient(exponent), axes)))
+        fade_from, exponent = exponent, finite(lax.pmax(lax.stop_gradient(exponent), axes))
+        fade = power_of_two(fade_from, exponent)
         out, total = lax.psum((out * fade[..., None], total * fade), axes)
-    out = out / divisor(total)[..., None]
-    return tokens_of_rows(out.reshape(rows.shape), q.shape[0]).astype(q.dtype)
+    numbers = (x.reshape(q.shape[0], q.shape[2], q.shape[1]) for x in (finite(exponent), total))
+    whole = Partial(tokens_of_rows(out.reshape(*rows.shape[:3], v.shape[2]), q.shape[0]), *numbers).whole()
+    out, lse = whole.out, whole.lse
+    if mod.sinks is not None:
+        out, lse = with_sinks(out, lse, mod.sinks)
+    return out.astype(q.dtype), lse

@@ -1,7 +1,8 @@
 """Mask: which query sees which key, from positions and segments that travel with the tokens."""
 
 import operator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,10 @@ from jaxtyping import Array, Bool, Int32
 
 from rlring.errors import UsageError
 
-NOWHERE = -1  # the segment of a token that is not there
+PADDING = -1  # the segment of a token that is not there
 MOST = 2**31 - 1  # that int32 holds
+
+Window = int | tuple[int | None, int | None]
 
 
 class Bounds(NamedTuple):
@@ -50,7 +53,12 @@ class Mask:
     q_segment: Int32[Array, "B T"]
     k_segment: Int32[Array, "B S"]
     is_causal: bool = field(default=True, metadata={"static": True})  # k_position <= q_position
-    window: int | None = field(default=None, metadata={"static": True})  # q_position - k_position < window
+    # An integer n: q_position - k_position < n, the query itself included. A pair: at most `left` positions back and at
+    # most `right` ahead, -left <= k_position - q_position <= right; None on a side is no limit.
+    window: Window | None = field(default=None, metadata={"static": True})
+    # Where each token stands in the whole arrays: attention() fills it in for what belongs to a place.
+    q_place: Int32[Array, "B T"] | None = None
+    k_place: Int32[Array, "B S"] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "window", _checked_window(self.window))
@@ -62,7 +70,7 @@ class Mask:
 
     @classmethod
     def causal(
-        cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: int | None = None
+        cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: Window | None = None
     ) -> "Mask":
         """Returns the mask of causal self-attention; without `segment` every token is in segment 0."""
         segment = jnp.zeros_like(position) if segment is None else segment
@@ -70,9 +78,9 @@ class Mask:
 
     @classmethod
     def full(
-        cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: int | None = None
+        cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: Window | None = None
     ) -> "Mask":
-        """Returns the mask of self-attention that also looks ahead; a window still limits how far back."""
+        """Returns the mask of self-attention that also looks ahead; an integer window limits only how far back."""
         return replace(cls.causal(position, segment, window), is_causal=False)
 
     def visible(self) -> Bool[Array, "B T S"]:
@@ -82,19 +90,46 @@ class Mask:
         seen = (q_segment == k_segment) & (q_segment >= 0)
         if self.is_causal:
             seen &= k_position <= q_position
-        if self.window is not None:
-            seen &= is_within(q_position, k_position, self.window)
-        return seen
+        return seen & self._in_window(q_position, k_position, q_position, k_position)
+
+    def _in_window(self, q_back, k_back, q_ahead, k_ahead) -> Bool[Array, "..."] | bool:
+        """Returns whether k_back is not too far before q_back, and k_ahead not too far after q_ahead."""
+        back, ahead = self.reach
+        inside = True
+        if back is not None:
+            inside &= is_within(q_back, k_back, back)
+        if ahead is not None:
+            inside &= is_within(k_ahead, q_ahead, ahead)
+        return inside
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many positions a query sees back and ahead, its own included; None: without a limit."""
+        if not isinstance(self.window, tuple):
+            return self.window, None
+        back, ahead = (None if side is None else side + 1 for side in self.window)
+        return back, ahead
+
+    def map_queries(self, change: Callable[[Array], Array]) -> "Mask":
+        """Returns the mask with change(x) of every array of queries."""
+        return self._changed(change, ("q_position", "q_segment", "q_place"))
+
+    def map_keys(self, change: Callable[[Array], Array]) -> "Mask":
+        """Returns the mask with change(x) of every array of keys."""
+        return self._changed(change, ("k_position", "k_segment", "k_place"))
+
+    def _changed(self, change: Callable[[Array], Array], names: tuple[str, ...]) -> "Mask":
+        arrays = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: change(x) for name, x in arrays.items() if x is not None})
+
+    def as_kind(self, kind: "type[Mask]", **more) -> "Mask":
+        """Returns a mask of this subclass with the same arrays."""
+        return kind(**{one.name: getattr(self, one.name) for one in fields(Mask)}, **more)
 
     def block(self, q_start, q_size: int, k_start, k_size: int) -> "Mask":
         """Returns the mask of q_size queries from q_start and k_size keys from k_start; starts may be traced."""
-        return replace(
-            self,
-            q_position=lax.dynamic_slice_in_dim(self.q_position, q_start, q_size, 1),
-            k_position=lax.dynamic_slice_in_dim(self.k_position, k_start, k_size, 1),
-            q_segment=lax.dynamic_slice_in_dim(self.q_segment, q_start, q_size, 1),
-            k_segment=lax.dynamic_slice_in_dim(self.k_segment, k_start, k_size, 1),
-        )
+        queries = self.map_queries(lambda x: lax.dynamic_slice_in_dim(x, q_start, q_size, 1))
+        return queries.map_keys(lambda x: lax.dynamic_slice_in_dim(x, k_start, k_size, 1))
 
     @property
     def rows(self) -> int:
@@ -111,15 +146,9 @@ class Mask:
         def padded(x: Array, length: int) -> Array:
             # One number for positions and segments: where both are the same array, as the zeros of a single token are,
             # XLA takes two pads of it for one when it splits them over devices, whatever they fill in (jax 0.12).
-            return jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=NOWHERE)
+            return jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=PADDING)
 
-        return replace(
-            self,
-            q_position=padded(self.q_position, q_length),
-            k_position=padded(self.k_position, k_length),
-            q_segment=padded(self.q_segment, q_length),
-            k_segment=padded(self.k_segment, k_length),
-        )
+        return self.map_queries(lambda x: padded(x, q_length)).map_keys(lambda x: padded(x, k_length))
 
     def q_bounds(self, size: int) -> Bounds:
         """Returns the bounds of each block of `size` queries; `size` divides T."""
@@ -129,28 +158,26 @@ class Mask:
         """Returns the bounds of each block of `size` keys; `size` divides S."""
         return _bounds(self.k_position, self.k_segment, size)
 
-    def may_see(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
         """Returns, by block, False only where in no row any query of q sees any key of k. q and k broadcast."""
         seen = (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
         seen &= (q.low_position <= q.high_position) & (k.low_position <= k.high_position)
         if self.is_causal:
             seen &= k.low_position <= q.high_position
-        if self.window is not None:
-            seen &= is_within(q.low_position, k.high_position, self.window)
+        seen &= self._in_window(q.low_position, k.high_position, q.high_position, k.low_position)
         return seen.any(0)
 
     def shows_any(self) -> Bool[Array, ""]:
         """Returns False only where no query sees any key."""
-        return self.may_see(self.q_bounds(self.q_position.shape[1]), self.k_bounds(self.k_position.shape[1]))[0]
+        return self.maybe_visible(self.q_bounds(self.q_position.shape[1]), self.k_bounds(self.k_position.shape[1]))[0]
 
-    def sees_all(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
         """Returns, by block, True only where every query of q sees every key of k, in all rows of the batch."""
         seen = q.is_whole & k.is_whole & (q.low_segment == q.high_segment)
         seen &= (q.low_segment == k.low_segment) & (k.low_segment == k.high_segment)
         if self.is_causal:
             seen &= k.high_position <= q.low_position
-        if self.window is not None:
-            seen &= is_within(q.high_position, k.low_position, self.window)
+        seen &= self._in_window(q.high_position, k.low_position, q.low_position, k.high_position)
         return seen.all(0)
 
 
@@ -177,25 +204,22 @@ def checked(mask: Mask, queries: tuple[int, ...], keys: tuple[int, ...]) -> Mask
     return mask
 
 
-def is_within(q_position: Int32[Array, "..."], k_position: Int32[Array, "..."], window: int) -> Bool[Array, "..."]:
-    """Returns whether keys are later than queries, or fewer than `window` tokens before them; the two broadcast."""
+def is_within(later: Int32[Array, "..."], earlier: Int32[Array, "..."], reach: int) -> Bool[Array, "..."]:
+    """Returns whether later - earlier < reach, also where it is negative; the two broadcast."""
     # The distance of two int32 may be none, but it is a uint32.
-    return (k_position > q_position) | ((q_position - k_position).astype(jnp.uint32) < window)
+    return (earlier > later) | ((later - earlier).astype(jnp.uint32) < reach)
 
 
-def _checked_window(window) -> int | None:
+def _checked_window(window) -> Window | None:
     if window is None:
         return None
-    is_one = not isinstance(window, bool | np.bool_ | jax.core.Tracer)
-    try:
-        number = operator.index(window) if is_one else None
-    except TypeError:
-        number = None
+    if isinstance(window, tuple | list):
+        return _checked_sides(tuple(window))
+    number = _whole(window)
     if number is None:
-        got = repr(window) if isinstance(window, bool | float | str | tuple) else f"a {type(window).__name__}"
         raise UsageError(
             "a window is how many tokens a query looks back, itself included: one whole number, known when the program "
-            f"is compiled; got {got}. Make it a static argument of jax.jit, and limit what lies ahead by is_causal."
+            f"is compiled, or a pair (left, right); got {_shown(window)}. Make it a static argument of jax.jit."
         )
     if not 1 <= number <= MOST:
         raise UsageError(
@@ -203,6 +227,32 @@ def _checked_window(window) -> int | None:
             "window."
         )
     return number
+
+
+def _checked_sides(sides: tuple) -> tuple[int | None, int | None] | None:
+    numbers = tuple(None if side is None else _whole(side) for side in sides)
+    is_lost = any(number is None and side is not None for number, side in zip(numbers, sides, strict=True))
+    if len(sides) != 2 or is_lost or any(number is not None and not 0 <= number < MOST for number in numbers):
+        raise UsageError(
+            "a window (left, right) is how many tokens a query looks back and ahead beside itself: two whole numbers "
+            "from 0 to 2**31 - 2, known when the program is compiled, or None for no limit; got "
+            f"({', '.join(map(_shown, sides))}). Make it a static argument of jax.jit."
+        )
+    return None if numbers == (None, None) else numbers
+
+
+def _whole(number) -> int | None:
+    """Returns the number as an int, or None where it is not one that is known now."""
+    if isinstance(number, bool | np.bool_ | jax.core.Tracer):
+        return None
+    try:
+        return operator.index(number)
+    except TypeError:
+        return None
+
+
+def _shown(x) -> str:
+    return repr(x) if isinstance(x, bool | int | float | str | None) else f"a {type(x).__name__}"
 
 
 def _as_int32(name: str, x) -> Int32[Array, "..."]:
@@ -231,44 +281,3 @@ def _bounds(position: Int32[Array, "B T"], segment: Int32[Array, "B T"], size: i
         segment.max(2),
         there.all(2),
     )
-
-
-def zigzag_order(length: int, ring: int) -> np.ndarray:
-    """Returns order[length]: which token stands at place i so that ring shard r holds chunks r and 2 * ring - 1 - r.
-
-    Under a causal mask every shard then has the same work. length 8, ring 2: [0 1 6 7 | 2 3 4 5].
-
-    Raises:
-        UsageError: 2 * ring does not divide length.
-    """
-    if length % (2 * ring):
-        raise UsageError(
-            f"the zigzag order cuts the sequence into 2 * ring = {2 * ring} equal chunks; got length={length}. "
-            f"Pad the sequence to {-(-length // (2 * ring)) * 2 * ring} tokens."
-        )
-    chunks = np.arange(length).reshape(2 * ring, -1)
-    return np.concatenate([chunks[[r, 2 * ring - 1 - r]].reshape(-1) for r in range(ring)])
-
-
-def striped_order(length: int, ring: int) -> np.ndarray:
-    """Returns order[length]: which token stands at place i so that ring shard r holds tokens r, r + ring, and so on.
-
-    Striped Attention (2311.09431): under a causal mask every pair of shards then has the same work, a triangle of each
-    hop. The zigzag order balances as well, but in whole rectangles. length 8, ring 2: [0 2 4 6 | 1 3 5 7].
-
-    Raises:
-        UsageError: ring does not divide length.
-    """
-    if length % ring:
-        raise UsageError(
-            f"the striped order gives all ring = {ring} shards the same number of tokens; got length={length}. "
-            f"Pad the sequence to {-(-length // ring) * ring} tokens."
-        )
-    return np.arange(length).reshape(-1, ring).T.reshape(-1)
-
-
-def inverse_order(order: np.ndarray) -> np.ndarray:
-    """Returns the order that undoes `order`: `x[order][inverse_order(order)]` is x."""
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
-    return inverse

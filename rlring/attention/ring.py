@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlring.attention.local import Gradients, Kernel, as_computed, named_for_remat, no_gradients, tie_to_data
+from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, local_attention, no_gradients
 from rlring.attention.mask import Mask
-from rlring.attention.ring_transport import OVERLAPPING, Transport, in_turn, packed, sent, unpacked
-from rlring.attention.softmax import Partial, Whole
-from rlring.mesh import AXES
+from rlring.attention.ring_transport import OVERLAPPING, PACKED, UNPACKED, Packing, Transport, in_turn
+from rlring.attention.score_mod import ScoreMod
+from rlring.attention.softmax import Partial
 
 BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
 
@@ -30,71 +30,88 @@ class _Parcel(NamedTuple):
     """What goes around the ring: some keys with all that is to be known about them."""
 
     k: Float[Array, "B S K H"]  # or [B, K, S, H], if the kernel wants the heads first
-    v: Float[Array, "B S K H"]
+    v: Float[Array, "B S K V"]
     position: Int32[Array, "B S"]
     segment: Int32[Array, "B S"]
+    place: Int32[Array, "B S"] | None
 
     @classmethod
     def of(cls, k: Array, v: Array, mask: Mask, kernel: Kernel) -> "_Parcel":
-        return cls(_turned(k, kernel), _turned(v, kernel), mask.k_position, mask.k_segment)
+        return cls(_turned(k, kernel), _turned(v, kernel), mask.k_position, mask.k_segment, mask.k_place)
 
     def keys(self, kernel: Kernel) -> tuple[Array, Array]:
         return _turned(self.k, kernel), _turned(self.v, kernel)
 
     def mask(self, mask: Mask) -> Mask:
-        return replace(mask, k_position=self.position, k_segment=self.segment)
+        return replace(mask, k_position=self.position, k_segment=self.segment, k_place=self.place)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ring_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     axis: str,
     kernel: Kernel,
     transport: Transport = OVERLAPPING,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Returns attention of this device's queries over the keys of every device of the mesh axis, in q's type.
 
     Runs inside shard_map; q, k, v and mask are this device's shards. Exact for any layout of the tokens over the ring.
     """
-    return _forward(q, k, v, mask, axis, kernel, transport).whole().out.astype(q.dtype)
+    return local_attention(q, k, v, mask, RingKernel(axis, kernel, transport))
 
 
-def _attention_forward(q, k, v, mask, axis, kernel, transport):
-    q, mask = tie_to_data(q, mask)
-    whole = named_for_remat(_forward(q, k, v, mask, axis, kernel, transport), kernel.kept_type(q.dtype))
-    return whole.out.astype(q.dtype), (q, k, v, mask, whole)
+class RingKernel(NamedTuple):
+    """A kernel over the keys of all devices of the mesh axis, which go around."""
+
+    axis: str
+    kernel: Kernel
+    transport: Transport = OVERLAPPING
+    heads_first = False
+
+    def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        return self.kernel.residual_dtype(dtype)
+
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
+        return _forward(self, q, k, v, mask, mod, before)
+
+    def backward(
+        self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
+    ) -> Gradients:
+        return _backward(q, k, v, mask, mod, inputs, *self)
 
 
-def _attention_backward(axis, kernel, transport, residuals, d_out):
-    q, k, v, mask, whole = residuals
-    d_out, mask = tie_to_data(d_out, mask)
-    dq, dk, dv = _backward(q, k, v, mask, whole, d_out, axis, kernel, transport)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward(here: RingKernel, q, k, v, mask, mod, before) -> Partial:
+    return _around(here, q, k, v, mask, mod, before, packing=PACKED)
 
 
-def _forward(q, k, v, mask, axis, kernel, transport: Transport) -> Partial:
-    k, v = as_computed(q, k, v)
+@_forward.defjvp
+def _forward_jvp(here: RingKernel, primals, tangents):
+    return jax.jvp(partial(_around, here, packing=UNPACKED), primals, tangents)
+
+
+def _around(here: RingKernel, q, k, v, mask, mod, before, *, packing: Packing) -> Partial:
+    axis, kernel, transport = here
 
     def ring(hops: int) -> Partial:
         def hop(state, is_last=False):
-            total, buffer = state
-            arriving = None if is_last else sent(buffer, axis, 1)
-            parcel = unpacked(buffer, home)  # and sent on as it came
+            total, loaded = state
+            arriving = None if is_last else packing.sent(loaded, axis)
+            parcel = packing.unload(loaded, home)  # and sent on as it came
             hop_mask = parcel.mask(mask)
 
             def attend(total: Partial) -> Partial:
-                return kernel.forward(q, *parcel.keys(kernel), hop_mask, total)
+                return kernel.forward(q, *parcel.keys(kernel), hop_mask, mod, total)
 
             # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its
             # own out.
             return in_turn((lax.cond(hop_mask.shows_any(), attend, lambda total: total, total), arriving))
 
         home = _Parcel.of(k, v, mask, kernel)
-        arriving = sent(packed(home), axis, 1) if hops else None
-        total = kernel.forward(q, k, v, mask)
+        arriving = packing.sent(packing.load(home), axis) if hops else None
+        total = kernel.forward(q, k, v, mask, mod, before)
         if hops:
             total, _ = hop(transport.repeat(hop, hops - 1, in_turn((total, arriving))), is_last=True)
         return total
@@ -102,9 +119,7 @@ def _forward(q, k, v, mask, axis, kernel, transport: Transport) -> Partial:
     return _as_far_as_seen(ring, mask, axis)
 
 
-def _backward(q, k, v, mask, whole: Whole, d_out, axis, kernel, transport: Transport) -> Gradients:
-    k, v = as_computed(q, k, v)
-
+def _backward(q, k, v, mask, mod, inputs: BackwardInputs, axis, kernel, transport: Transport) -> Gradients:
     def ring(hops: int) -> Gradients:
         # A whole ring turns the other way round: a compiler that sees both passes would else keep the keys of all
         # devices since the forward. Where few hops are enough they are those of the forward.
@@ -112,23 +127,27 @@ def _backward(q, k, v, mask, whole: Whole, d_out, axis, kernel, transport: Trans
         shift = partial(transport.shift, axis=axis, step=step)
 
         def hop(state, is_last=False):
-            dq, behind, parcel = state  # behind: what the hops before this one found for the keys that were here then
+            at_home, behind, parcel = state  # behind: what the hops before this one found for the keys that were here
             # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
             arriving, behind = shift((None if is_last else parcel, behind))
-            before = Gradients(dq, *behind)
+            before = at_home._replace(dk=behind[0], dv=behind[1])
             after, arriving = differentiate(before, parcel, arriving)
-            return after.dq, (after.dk, after.dv), arriving
+            return _at_home(after), (after.dk, after.dv), arriving
 
         def differentiate_beside(before: Gradients, parcel: _Parcel, arriving):
             hop_mask = parcel.mask(mask)
 
-            def add(dq) -> Gradients:
-                here = kernel.backward(q, *parcel.keys(kernel), hop_mask, whole, d_out)
-                return _travelling(here, kernel)._replace(dq=dq + here.dq)
+            def add(at_home: Gradients) -> Gradients:
+                here = kernel.backward(q, *parcel.keys(kernel), hop_mask, mod, inputs)
+                more = jax.tree.map(jnp.add, at_home, _at_home(here))
+                return _travelling(here, kernel)._replace(dq=more.dq, mod=more.mod)
 
-            here = lax.cond(hop_mask.shows_any(), add, lambda dq: no_gradients(q, parcel.k)._replace(dq=dq), before.dq)
+            def skip(at_home: Gradients) -> Gradients:
+                return no_gradients(q, parcel.k, parcel.v)._replace(dq=at_home.dq, mod=at_home.mod)
+
+            here = lax.cond(hop_mask.shows_any(), add, skip, _at_home(before))
             here, before, arriving = in_turn((here, before, arriving))
-            return Gradients(here.dq, before.dk + here.dk, before.dv + here.dv), arriving
+            return here._replace(dk=before.dk + here.dk, dv=before.dv + here.dv), arriving
 
         def differentiate_in_place(before: Gradients, parcel: _Parcel, arriving):
             """The same, waiting for what is behind: no price where nothing is sent while it computes."""
@@ -136,21 +155,23 @@ def _backward(q, k, v, mask, whole: Whole, d_out, axis, kernel, transport: Trans
 
             def add(before: Gradients) -> Gradients:
                 before = _travelling(before, kernel)
-                return _travelling(kernel.backward(q, *parcel.keys(kernel), hop_mask, whole, d_out, before), kernel)
+                found = kernel.backward(q, *parcel.keys(kernel), hop_mask, mod, inputs, before)
+                return _travelling(found, kernel)
 
             return lax.cond(hop_mask.shows_any(), add, lambda same: same, before), arriving
 
         differentiate = differentiate_beside if transport.overlaps else differentiate_in_place
         home = _Parcel.of(k, v, mask, kernel)
         arriving = shift(home) if hops else None
-        here = kernel.backward(q, k, v, mask, whole, d_out)
+        here = kernel.backward(q, k, v, mask, mod, inputs)
         if hops == 0:
             return here
         # What is found at home travels as well: kept, it would be there beside what arrives in the end.
         here, arriving = in_turn((_travelling(here, kernel), arriving))
-        state = transport.repeat(hop, hops - 1, (here.dq, (here.dk, here.dv), arriving))
-        dq, found, _ = hop(state, is_last=True)
-        return _travelling(Gradients(dq, *transport.shift(found, axis, step=-hops * step)), kernel)
+        state = transport.repeat(hop, hops - 1, (_at_home(here), (here.dk, here.dv), arriving))
+        at_home, found, _ = hop(state, is_last=True)
+        dk, dv = transport.shift(found, axis, step=-hops * step)
+        return _travelling(at_home._replace(dk=dk, dv=dv), kernel)
 
     return _as_far_as_seen(ring, mask, axis)
 
@@ -161,13 +182,14 @@ def _as_far_as_seen(ring: Callable, mask: Mask, axis: str):
     Whether they do is known when it runs. If any device of the mesh sees farther, all of them go once around.
     """
     devices = lax.axis_size(axis)
-    if not mask.is_causal or mask.window is None:
+    reach, _ = mask.reach
+    if not mask.is_causal or reach is None:
         return ring(devices - 1)
-    near = -(-(mask.window - 1) // mask.k_position.shape[1])
+    near = -(-(reach - 1) // mask.k_position.shape[1])
     if near >= devices - 1:
         return ring(devices - 1)
     # The same on every device, so that all of them enter the same collectives.
-    is_seen_beyond = lax.pmax(_sees_beyond(mask, near, axis), AXES)
+    is_seen_beyond = lax.pmax(_sees_beyond(mask, near, axis), jax.sharding.get_abstract_mesh().manual_axes)
     return lax.cond(is_seen_beyond, partial(ring, devices - 1), partial(ring, near))
 
 
@@ -182,10 +204,7 @@ def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
     beyond = (lax.axis_index(axis) - jnp.arange(hops + 1, devices)) % devices
     k_bounds = jax.tree.map(lambda x: jnp.moveaxis(x[beyond], 1, 0).reshape(rows, 1, -1), k_bounds)
     q_bounds = jax.tree.map(lambda x: x[:, :, None], mask.q_bounds(size(mask.q_position.shape[1])))
-    return mask.may_see(q_bounds, k_bounds).any()
-
-
-ring_attention.defvjp(_attention_forward, _attention_backward)
+    return mask.maybe_visible(q_bounds, k_bounds).any()
 
 
 def _turned(x: Array, kernel: Kernel) -> Array:
@@ -196,6 +215,11 @@ def _turned(x: Array, kernel: Kernel) -> Array:
     return jnp.swapaxes(x, 1, 2) if kernel.heads_first else x
 
 
+def _at_home(gradients: Gradients) -> Gradients:
+    """Returns those gradients that do not travel."""
+    return gradients._replace(dk=None, dv=None)
+
+
 def _travelling(gradients: Gradients, kernel: Kernel) -> Gradients:
     """Returns gradients with those of the keys turned as the keys are."""
-    return Gradients(gradients.dq, _turned(gradients.dk, kernel), _turned(gradients.dv, kernel))
+    return gradients._replace(dk=_turned(gradients.dk, kernel), dv=_turned(gradients.dv, kernel))

@@ -3,6 +3,8 @@
 The mathematics of the ring is in ring.py, and the same with every Transport.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -45,6 +47,9 @@ class Transport(NamedTuple):
         which four at once do not. Not in half precision: that is sent as float32, twice the bytes, where it is not
         packed.
         """
+        return _shifted(tree, self, axis, step)
+
+    def _shifted(self, tree, axis: str, step: int):
         leaves, structure = jax.tree.flatten(tree)
         alone = [not self.overlaps and jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4 for x in leaves]
         together = [x for x, is_alone in zip(leaves, alone, strict=True) if not is_alone]
@@ -53,7 +58,33 @@ class Transport(NamedTuple):
         return jax.tree.unflatten(structure, moved)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _shifted(tree, transport: Transport, axis: str, step: int):
+    return transport._shifted(tree, axis, step)
+
+
+@_shifted.defjvp
+def _shifted_jvp(transport: Transport, axis: str, step: int, primals, tangents):
+    # Array by array: bits have no derivative.
+    return _shifted(*primals, transport, axis, step), jax.tree.map(partial(_sent_if_real, axis, step), *tangents)
+
+
 OVERLAPPING = Transport()
+
+
+class Packing(NamedTuple):
+    """How what goes around a ring is held while it does."""
+
+    load: Callable
+    unload: Callable  # of what was loaded, and of something like it
+
+    def sent(self, loaded, axis: str):
+        return jax.tree.map(partial(_sent_if_real, axis, 1), loaded)
+
+
+def _sent_if_real(axis: str, step: int, x: Array) -> Array:
+    """Returns what the device before this one holds; of whole numbers there is no derivative to send."""
+    return x if x.dtype == jax.dtypes.float0 else sent(x, axis, step)
 
 
 def in_turn(results):
@@ -107,3 +138,7 @@ def _of_words(words: list[Array], dtype: jnp.dtype) -> Array:
     whole, size = jnp.dtype(f"uint{8 * dtype.itemsize}"), dtype.itemsize // len(words)
     bits = sum((word.astype(whole) << (8 * size * i) for i, word in enumerate(words[1:], 1)), words[0].astype(whole))
     return lax.bitcast_convert_type(bits, dtype)
+
+
+PACKED = Packing(packed, unpacked)  # one collective a hop
+UNPACKED = Packing(lambda tree: tree, lambda tree, _: tree)  # for derivatives, which bits have none of

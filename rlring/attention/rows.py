@@ -9,9 +9,11 @@ memory of all that attention takes and returns.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
+from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod
 from rlring.attention.softmax import Partial
 
 
@@ -82,6 +84,37 @@ class Rows(NamedTuple):
         numbers = (self.put_numbers(x, new, start) for x, new in ((whole.exponent, exponent), (whole.total, total)))
         return Partial(self.put(whole.out, out, start), *numbers)
 
+    def terms(self, mod: ScoreMod, start, size: int, keys) -> RowTerms:
+        """Returns what belongs to these heads; of a bias `size` queries from start, and keys = (start, size)."""
+        slopes = bias = seeds = None
+        if mod.slopes is not None:
+            slopes = self._take_heads(mod.slopes, (), ())
+        if mod.bias is not None:
+            bias = self._take_heads(mod.bias, (start, keys[0]), (size, keys[1]))
+        if mod.seeds is not None:
+            group = mod.seeds.shape[1] // self.kv_heads
+            seeds = self.take_numbers(mod.seeds, 0, 2).reshape(-1, group, 2)
+        return RowTerms(slopes, seeds, bias)
+
+    def add_terms(self, total: ModGradients, part: RowTerms, start, keys) -> ModGradients:
+        """Returns the total with the gradients of what terms() returned."""
+        slopes = bias = None
+        if total.slopes is not None:
+            slopes = self._add_heads(total.slopes, part.slopes, ())
+        if total.bias is not None:
+            bias = self._add_heads(total.bias, part.bias, (start, keys[0]))
+        return ModGradients(slopes, bias)
+
+    def _take_heads(self, x: Shaped[Array, "N ..."], starts: tuple, sizes: tuple) -> Shaped[Array, "r G ..."]:
+        group = x.shape[0] // self.kv_heads
+        part = lax.dynamic_slice(x, (self._start(group)[1], *starts), (self.heads * group, *sizes))
+        return jnp.broadcast_to(part, (self.sequences, *part.shape)).reshape(-1, group, *sizes)
+
+    def _add_heads(self, x: Float[Array, "N ..."], part: Float[Array, "r G ..."], starts: tuple) -> Array:
+        more = part.reshape(self.sequences, self.heads * part.shape[1], *part.shape[2:]).sum(0)
+        place = (self._start(part.shape[1])[1], *starts)
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, place, more.shape) + more, place)
+
     def of_masks(self, masks):
         """Returns what belongs to these rows, of arrays [B, ...] or [R, ...]."""
 
@@ -95,6 +128,11 @@ class Rows(NamedTuple):
     def _start(self, group: int):
         """Returns the first sequence and the first of its heads, of which there are so many for each row."""
         return self.first // self.kv_heads, self.first % self.kv_heads * group
+
+
+def all_rows(batch: int, kv_heads: int) -> Rows:
+    """Returns all the rows at once."""
+    return Rows(0, batch, kv_heads, kv_heads, batch * kv_heads)
 
 
 class Turns(NamedTuple):

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
@@ -26,7 +28,8 @@ class Whole(NamedTuple):
     @property
     def lse(self) -> Float[Array, "B N T"]:
         """The natural logarithm of the sum of the exponentials of the scores; -inf where nothing is seen."""
-        return self.exponent * LOG_2 + jnp.log(self.total)
+        lse = self.exponent * LOG_2 + jnp.log(divisor(self.total))
+        return jnp.where(self.total == 0.0, -jnp.inf, lse)
 
 
 class Partial(NamedTuple):
@@ -74,12 +77,17 @@ def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."], dty
     return jnp.einsum(subscripts, a.astype(wider), b.astype(wider), preferred_element_type=dtype)
 
 
-def nothing(q: Float[Array, "B T N H"]) -> Partial:
+def nothing(q: Float[Array, "B T N H"], v: Float[Array, "B S K V"]) -> Partial:
     """Returns the Partial over no keys at all."""
     batch, length, heads, _ = q.shape
     dtype = accumulator_type(q.dtype)
-    zero = jnp.zeros((batch, heads, length), dtype)
-    return Partial(jnp.zeros(q.shape, dtype), zero, zero)
+    zero = zeros((batch, heads, length), dtype, q)
+    return Partial(zeros((batch, length, heads, v.shape[3]), dtype, q), zero, zero)
+
+
+def zeros(shape: tuple[int, ...], dtype: jnp.dtype, like: Array) -> Float[Array, "..."]:
+    """Returns zeros that jax.shard_map takes to differ between the devices between which `like` differs."""
+    return lax.pcast(jnp.zeros(shape, dtype), tuple(jax.typeof(like).manual_axis_type.varying), to="varying")
 
 
 def merge(a: Partial, b: Partial) -> Partial:

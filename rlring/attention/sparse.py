@@ -12,189 +12,83 @@ That is the paper's MergeQ: a tile of queries holds as many sparsity blocks as f
 they see, a mask per entry does the rest, and each key is gathered once for all tiles of its head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from rlring.attention import band, blockwise
 from rlring.attention.blocks import Blocks
-from rlring.attention.local import Gradients, as_computed, named_for_remat, no_gradients, tie_to_data
-from rlring.attention.mask import NOWHERE, Bounds, Mask
-from rlring.attention.softmax import Partial, Whole
-from rlring.attention.ulysses import ulysses_attention
-from rlring.errors import UsageError
+from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
+from rlring.attention.mask import PADDING, Bounds, Mask
+from rlring.attention.score_mod import ScoreMod
+from rlring.attention.softmax import Partial, accumulator_type
+from rlring.attention.sparse_pattern import SparsePattern, check_mask
 
 SMALLEST_TILE = 64  # tokens; products of less cost more than the scores they save
 
 
-@dataclass(frozen=True)
-class SparsePattern:
-    """Which blocks of keys the heads see: block j of positions is seen from block i >= j if it is near or strided.
+class SparseKernel(NamedTuple):
+    """The kernel of a pattern: attention over the keys that both the mask and the pattern show, without a bias.
 
-        near      i - j < local_blocks, so always the block itself
-        strided   (j + head * step + offset) % stride == 0, with step = max(1, stride // kv_heads)
-
-    `head` counts key/value heads: all query heads that share one see the same. Blocks are counted in positions, not in
-    places, so the pattern does not depend on the layout, and a key that has left the near past of the queries is either
-    kept for ever or never needed again. Example, local_blocks 2, stride 4, two key/value heads, `#` near, `+` strided:
-
-        head 0   block i   0  # . . . . . . .     head 1   0  # . . . . . . .
-                           1  # # . . . . . .              1  # # . . . . . .
-                           2  + # # . . . . .              2  . # # . . . . .
-                           3  + . # # . . . .              3  . . # # . . . .
-                           4  + . . # # . . .              4  . . + # # . . .
-                           5  + . . . # # . .              5  . . + . # # . .
-                           6  + . . . + # # .              6  . . + . . # # .
-                           7  + . . . + . # #              7  . . + . . . # #
-
-    Raises:
-        UsageError: a block, local_blocks or stride below 1.
+    Exact for any layout of the tokens; fast where neighbours in the layout are neighbours in position.
     """
 
-    block: int = 64  # positions
-    local_blocks: int = 16
-    stride: int = 8  # 1 sees all that is causal
-    offset: int = 0
+    pattern: SparsePattern
+    blocks: Blocks
+    kv_heads: int  # of all devices
+    axis: str | None = None  # of the mesh, over which the heads are split
+    heads_first = False
 
-    def __post_init__(self):
-        for name in ("block", "local_blocks", "stride"):
-            if getattr(self, name) < 1:
-                reason = ": a token sees itself" if name == "local_blocks" else ""
-                raise UsageError(
-                    f"sparse.{name} is at least 1{reason}; got {getattr(self, name)}. Leave it out for the default."
-                )
+    def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
+        return accumulator_type(dtype)
 
-    def is_strided(
-        self,
-        block: Integer[Array | np.ndarray, "..."],
-        head: Integer[Array | np.ndarray, "..."] | int,
-        *,
-        kv_heads: int,
-    ) -> Bool[Array | np.ndarray, "..."]:
-        """Returns whether key/value head `head` of `kv_heads` sees these blocks from afar; the two broadcast."""
-        step = max(1, self.stride // kv_heads)
-        return (block + head * step + self.offset) % self.stride == 0
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: None = None) -> Partial:
+        near = band.forward(q, k, v, _NearMask.of(mask, self.pattern), mod, *self.near_cut())
+        far, far_blocks = self._far(mask, k), self.far_blocks(k.shape[1])
 
-    def is_near(
-        self, q_position: Integer[Array | np.ndarray, "..."], k_position: Integer[Array | np.ndarray, "..."]
-    ) -> Bool[Array | np.ndarray, "..."]:
-        """Returns whether keys are in the near past of queries, or later; the two broadcast."""
-        # No division of keys: the same for every pair of tokens, it would cost more than the attention itself.
-        return k_position >= (q_position // self.block - (self.local_blocks - 1)) * self.block
+        def add(chunk, total: Partial) -> Partial:
+            keys = far.keys(chunk)
+            seen = far.mask(mask, keys, self.pattern)
+            return blockwise.forward(q, keys.take(k), keys.take(v), seen, mod, far_blocks, total)
 
-    def density(self, length: int, *, kv_heads: int) -> float:
-        """Returns which share of the causal blocks is seen by positions 0 to length - 1, in the mean over the heads."""
-        blocks = -(-length // self.block)
-        strided = self.is_strided(np.arange(blocks), np.arange(kv_heads)[:, None], kv_heads=kv_heads)
-        seen_from = np.maximum(blocks - self.local_blocks - np.arange(blocks), 0)  # by how many blocks, if strided
-        near = np.minimum(np.arange(blocks) + 1, self.local_blocks).sum()
-        return float((near + (strided * seen_from).sum() / kv_heads) / (blocks * (blocks + 1) / 2))
+        return lax.fori_loop(0, far.chunks, add, near)
 
+    def backward(self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: None = None) -> Gradients:
+        near = band.backward(q, k, v, _NearMask.of(mask, self.pattern), mod, inputs, *self.near_cut())
+        far, far_blocks = self._far(mask, k), self.far_blocks(k.shape[1])
 
-def sparse_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Mask,
-    *,
-    pattern: SparsePattern,
-    blocks: Blocks,
-    axis: str | None = None,
-) -> Float[Array, "B T N H"]:
-    """Returns attention over the keys that both the mask and the pattern show, in q's type.
+        def add(chunk, total: Gradients) -> Gradients:
+            keys = far.keys(chunk)
+            seen = far.mask(mask, keys, self.pattern)
+            here = keys.take(k), keys.take(v)
+            before = no_gradients(q, *here)._replace(dq=total.dq, mod=total.mod)
+            found = blockwise.backward(q, *here, seen, mod, inputs, far_blocks, before)
+            dk, dv = far.add(total.dk, found.dk, chunk), far.add(total.dv, found.dv, chunk)
+            return found._replace(dk=dk, dv=dv)
 
-    Exact for any layout of the tokens; fast where neighbours in the layout are neighbours in position. With a mesh
-    axis, inside shard_map, the sequence is split over it, and for the compute the heads are (ulysses_attention).
-    """
-    kv_heads = k.shape[2]
+        return lax.fori_loop(0, far.chunks, add, near)
 
-    def local(q, k, v, mask: Mask):
-        head = jnp.arange(k.shape[2], dtype=jnp.int32)
-        if axis is not None:  # ulysses_attention copies the key/value heads where there are fewer than devices
-            copies = k.shape[2] * lax.axis_size(axis) // kv_heads
-            head = (head + lax.axis_index(axis) * k.shape[2]) // copies
-        return _attention(q, k, v, mask, head, kv_heads, pattern, blocks)
+    def near_cut(self) -> tuple[int, int]:
+        """Returns tiles of which not too much lies outside of the band, and how many scores are held at once."""
+        tile = max(SMALLEST_TILE, self.pattern.local_blocks * self.pattern.block // 8)
+        return min(self.blocks.q, self.blocks.k, tile), self.blocks.scores // 4
 
-    return local(q, k, v, mask) if axis is None else ulysses_attention(q, k, v, mask, axis=axis, local=local)
+    def _far(self, mask: Mask, k: Float[Array, "B S K H"]) -> "_Far":
+        heads = jnp.arange(k.shape[2], dtype=jnp.int32)
+        if self.axis is not None:  # ulysses_attention copies the key/value heads where there are fewer than devices
+            copies = k.shape[2] * lax.axis_size(self.axis) // self.kv_heads
+            heads = (heads + lax.axis_index(self.axis) * k.shape[2]) // copies
+        return _Far.of(mask, heads, self.kv_heads, self.pattern)
 
-
-def check_mask(mask: Mask) -> None:
-    """Raises UsageError for a mask that does not go with a pattern."""
-    if not mask.is_causal or mask.window is not None:
-        raise UsageError(
-            "attention scheme 'sparse' needs a causal mask without a window; got "
-            f"is_causal={mask.is_causal}, window={mask.window}. Its window is sparse.local_blocks * sparse.block; "
-            "for any other mask use another scheme."
-        )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, mask: Mask, heads, kv_heads: int, pattern: SparsePattern, blocks: Blocks):
-    return _forward(q, k, v, mask, heads, kv_heads, pattern, blocks).whole().out.astype(q.dtype)
-
-
-def _attention_forward(q, k, v, mask, heads, kv_heads, pattern, blocks):
-    q, mask = tie_to_data(q, mask)
-    total = _forward(q, k, v, mask, heads, kv_heads, pattern, blocks)
-    whole = named_for_remat(total, blockwise.BlockwiseKernel(blocks).kept_type(q.dtype))
-    return whole.out.astype(q.dtype), (q, k, v, mask, heads, whole)
-
-
-def _attention_backward(kv_heads, pattern, blocks, residuals, d_out):
-    q, k, v, mask, heads, whole = residuals
-    d_out, mask = tie_to_data(d_out, mask)
-    dq, dk, dv = _backward(q, k, v, mask, heads, whole, d_out, kv_heads, pattern, blocks)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _forward(q, k, v, mask, heads, kv_heads, pattern, blocks) -> Partial:
-    k, v = as_computed(q, k, v)
-    near = band.forward(q, k, v, _NearMask.of(mask, pattern), *_near_cut(blocks, pattern))
-    far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
-
-    def add(chunk, total: Partial) -> Partial:
-        keys = far.keys(chunk)
-        seen = far.mask(mask, keys, pattern)
-        return blockwise.forward(q, keys.take(k), keys.take(v), seen, far_blocks, total)
-
-    return lax.fori_loop(0, far.chunks, add, near)
-
-
-def _backward(q, k, v, mask, heads, whole: Whole, d_out, kv_heads, pattern, blocks) -> Gradients:
-    k, v = as_computed(q, k, v)
-    near = band.backward(q, k, v, _NearMask.of(mask, pattern), whole, d_out, *_near_cut(blocks, pattern))
-    far, far_blocks = _Far.of(mask, heads, kv_heads, pattern), _far_blocks(blocks, k.shape[1], pattern)
-
-    def add(chunk, total: Gradients) -> Gradients:
-        keys = far.keys(chunk)
-        seen = far.mask(mask, keys, pattern)
-        here = keys.take(k), keys.take(v)
-        before = no_gradients(q, here[0])._replace(dq=total.dq)
-        dq, dk, dv = blockwise.backward(q, *here, seen, whole, d_out, far_blocks, before)
-        return Gradients(dq, far.add(total.dk, dk, chunk), far.add(total.dv, dv, chunk))
-
-    return lax.fori_loop(0, far.chunks, add, near)
-
-
-def _near_cut(blocks: Blocks, pattern: SparsePattern) -> tuple[int, int]:
-    """Returns tiles of which not too much lies outside of the band, and how many scores are held at once."""
-    tile = min(blocks.q, blocks.k, max(SMALLEST_TILE, pattern.local_blocks * pattern.block // 8))
-    return tile, blocks.scores // 4
-
-
-def _far_blocks(blocks: Blocks, length: int, pattern: SparsePattern) -> Blocks:
-    """Returns tiles of which not too much lies above the diagonal, which the stride has made flat: so are the tiles."""
-    k = min(blocks.k, max(2 * SMALLEST_TILE, length // pattern.stride // 16))
-    return blocks._replace(q=blocks.q * blocks.k // k, k=k)
+    def far_blocks(self, length: int) -> Blocks:
+        """Returns tiles of which not too much lies above the diagonal, which the stride has made flat: so are they."""
+        k = min(self.blocks.k, max(2 * SMALLEST_TILE, length // self.pattern.stride // 16))
+        return self.blocks._replace(q=self.blocks.q * self.blocks.k // k, k=k)
 
 
 @jax.tree_util.register_dataclass
@@ -206,18 +100,18 @@ class _NearMask(Mask):
 
     @classmethod
     def of(cls, mask: Mask, pattern: SparsePattern) -> "_NearMask":
-        return cls(mask.q_position, mask.k_position, mask.q_segment, mask.k_segment, pattern=pattern)
+        return mask.as_kind(cls, pattern=pattern)
 
     def visible(self) -> Bool[Array, "B T S"]:
         return super().visible() & self.pattern.is_near(self.q_position[:, :, None], self.k_position[:, None, :])
 
-    def may_see(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
         # In all rows at once: with other bounds in each, more is visited than need be.
         near = self.pattern.is_near(q.low_position, k.high_position).any(0)
-        return super().may_see(q, k) & near
+        return super().maybe_visible(q, k) & near
 
-    def sees_all(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
-        return super().sees_all(q, k) & self.pattern.is_near(q.high_position, k.low_position).all(0)
+    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        return super().fully_visible(q, k) & self.pattern.is_near(q.high_position, k.low_position).all(0)
 
 
 @jax.tree_util.register_dataclass
@@ -234,7 +128,7 @@ class HeldMask(Mask):
     @classmethod
     def of(cls, mask: Mask, pattern: SparsePattern, near: int) -> "HeldMask":
         check_mask(mask)
-        return cls(mask.q_position, mask.k_position, mask.q_segment, mask.k_segment, pattern=pattern, near=near)
+        return mask.as_kind(cls, pattern=pattern, near=near)
 
     def visible(self) -> Bool[Array, "B T S"]:
         is_near = self.pattern.is_near(self.q_position[:, :, None], self.k_position[:, None, :])
@@ -260,8 +154,8 @@ class _FarKeys(NamedTuple):
     def mask(self, mask: Mask) -> Mask:
         """Returns the mask of these keys, with R rows."""
         mask = mask.repeated(self.place.shape[0] // mask.rows)
-        position, segment = (jnp.take_along_axis(x, self.place, 1) for x in (mask.k_position, mask.k_segment))
-        return replace(mask, k_position=position, k_segment=jnp.where(self.is_there, segment, NOWHERE))
+        mask = mask.map_keys(lambda x: jnp.take_along_axis(x, self.place, 1))
+        return replace(mask, k_segment=jnp.where(self.is_there, mask.k_segment, PADDING))
 
 
 def _taken(x: Float[Array, "B S K H"], place: Int32[Array, "B C K"]) -> Float[Array, "B C K H"]:
@@ -313,11 +207,35 @@ class _Far(NamedTuple):
         # A gather: scattering is slow wherever it is not sure that no two values meet.
         return total + jnp.where(is_here[..., None], _taken(x, jnp.clip(place, 0, self.size - 1)), 0.0)
 
-    def mask(self, mask: Mask, keys: _FarKeys, pattern: SparsePattern) -> Mask:
-        """Returns the mask of these keys, in blocks: causal, and beyond the near ones."""
-        seen = keys.mask(mask)
-        return replace(
-            seen,
-            q_position=seen.q_position // pattern.block - pattern.local_blocks,
-            k_position=seen.k_position // pattern.block,
-        )
+    def mask(self, mask: Mask, keys: _FarKeys, pattern: SparsePattern) -> "_FarMask":
+        """Returns the mask of these keys."""
+        return keys.mask(mask).as_kind(_FarMask, pattern=pattern)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _FarMask(Mask):
+    """A causal mask that shows what lies before the last local_blocks blocks of positions."""
+
+    pattern: SparsePattern = field(default=SparsePattern(), metadata={"static": True})
+
+    def visible(self) -> Bool[Array, "B T S"]:
+        blocks = replace(self, q_position=self._last_far(self.q_position), k_position=self._block(self.k_position))
+        return Mask.visible(blocks)
+
+    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        return super().maybe_visible(_in_blocks(q, self._last_far), _in_blocks(k, self._block))
+
+    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        return super().fully_visible(_in_blocks(q, self._last_far), _in_blocks(k, self._block))
+
+    def _block(self, position: Int32[Array, "..."]) -> Int32[Array, "..."]:
+        return position // self.pattern.block
+
+    def _last_far(self, position: Int32[Array, "..."]) -> Int32[Array, "..."]:
+        """Returns the last block that queries see from afar."""
+        return self._block(position) - self.pattern.local_blocks
+
+
+def _in_blocks(bounds: Bounds, block: Callable[[Array], Array]) -> Bounds:
+    return bounds._replace(low_position=block(bounds.low_position), high_position=block(bounds.high_position))

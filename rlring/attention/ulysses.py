@@ -12,21 +12,23 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rlring.attention.mask import Mask
+from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import accumulator_type
-from rlring.errors import UsageError
 
 
 def ulysses_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
+    mod: ScoreMod,
     *,
     axis: str,
-    local: Callable[[Array, Array, Array, Mask], Array],
-) -> Float[Array, "B T N H"]:
-    """Returns local(q, k, v, mask) computed with the whole of the mesh axis' sequence and a share of the heads; local
-    computes in q's type, and k and v may come to it in a wider one.
+    local: Callable[[Array, Array, Array, Mask, ScoreMod], tuple[Array, Array]],
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
+    """Returns local(q, k, v, mask, mod) computed with the whole of the mesh axis' sequence and a share of the heads.
+
+    local computes in q's type, and k and v may come to it in a wider one.
 
     Runs inside shard_map. Where there are fewer key/value heads than devices each is copied for the devices that read
     it; check_heads() says whether that works out.
@@ -36,7 +38,10 @@ def ulysses_attention(
     q = _by_heads(q, axis)
     k, v = (_copied_by_heads(x, axis, copies) if copies > 1 else _by_heads(x, axis) for x in (k, v))
     whole = jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), mask)
-    return lax.all_to_all(local(q, k, v, whole), axis, split_axis=1, concat_axis=2, tiled=True)
+    out, lse = local(q, k, v, whole, mod.of_heads(axis))
+    # In q's type: half of the bytes.
+    out = lax.all_to_all(out.astype(q.dtype), axis, split_axis=1, concat_axis=2, tiled=True)
+    return out, lax.all_to_all(lse, axis, split_axis=2, concat_axis=1, tiled=True)
 
 
 def _by_heads(x: Float[Array, "B T N H"], axis: str) -> Array:
@@ -62,14 +67,3 @@ def _copied_backward(axis, copies, like, gradient):
 
 
 _copied_by_heads.defvjp(_copied_forward, _copied_backward)
-
-
-def check_heads(scheme: str, heads: int, kv_heads: int, devices: int) -> None:
-    """Raises UsageError when the heads cannot be split over `devices`."""
-    if heads % devices or (kv_heads % devices and devices % kv_heads):
-        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-        raise UsageError(
-            f"attention scheme {scheme!r} splits the heads over mesh.ulysses={devices} devices; got {heads} query "
-            f"heads and {kv_heads} key/value heads. Use mesh.ulysses in {fitting}, or scheme 'ring', which splits no "
-            "heads."
-        )

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, zigzag_order
 from rlring.attention.blocks import Blocks, default_block
-from rlring.attention.hops import attention_in_hops
 from rlring.attention.kernels import make_kernel, platform_of
 from rlring.attention.kernels.cudnn import unavailable
+from rlring.attention.simulated_ring import simulated_ring_attention
 from rlring.mesh import SEQUENCE_AXES, make_mesh
 
 EXACT = ("auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")  # all the same work: comparable
@@ -104,7 +104,7 @@ def hops_candidates(length: int, settings: Settings) -> list[Candidate]:
     )
 
     def forward(q, k, v, mask):
-        return attention_in_hops(q, k, v, mask, settings.hops, kernel)
+        return simulated_ring_attention(q, k, v, mask, settings.hops, kernel)
 
     runs = _both(forward, _arrays(length, settings, zigzag_order(length, settings.hops)))
     return [Candidate(f"hops of a ring of {settings.hops}", 1, 1, 1, *runs)]

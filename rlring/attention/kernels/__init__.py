@@ -1,18 +1,27 @@
-"""Kernels of the hardware behind the two functions of rlring.attention.local.Kernel, and the choice among them."""
+"""Kernels of the hardware behind the two functions of rlring.attention.kernel.Kernel, and the choice among them."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 
 from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import BlockwiseKernel
+from rlring.attention.kernel import Kernel
 from rlring.attention.kernels.cudnn import CudnnTile, unavailable
 from rlring.attention.kernels.rectangles import RectangleKernel
 from rlring.attention.kernels.refusal import Refusal
 from rlring.attention.kernels.splash import DTYPES, SplashKernel
-from rlring.attention.local import Kernel
+from rlring.attention.mask import Mask
+from rlring.attention.score_mod import ScoreMod
 from rlring.errors import UsageError
 
 KERNELS = ("auto", "jax", "cudnn", "splash")
+LACKS = {  # of what features() returns
+    "splash": ("bias", "slopes", "dropout", "size of values"),
+    "cudnn": ("window", "soft_cap", "bias", "slopes", "dropout", "sinks and log-sum-exp", "size of values"),
+}
 
 
 def platform_of(device: jax.Device) -> str:
@@ -22,14 +31,35 @@ def platform_of(device: jax.Device) -> str:
     return "old tpu" if is_old else device.platform
 
 
-def make_kernel(
-    name: str, blocks: Blocks, *, platform: str, dtype: jnp.dtype, head_size: int, window: int | None = None
-) -> Kernel:
-    """Returns the kernel of this name for arrays of this type and head size, and a mask with this window, on a
-    platform: "cpu", "gpu", "tpu", or "old tpu", before v4.
+def features(q, v, mask: Mask, mod: ScoreMod, *, needs_lse: bool) -> dict[str, object]:
+    """Returns what a kernel may lack, with its value as an error shows it."""
+    wanted = {
+        "window": mask.window,
+        "soft_cap": mod.soft_cap,
+        "bias": mod.bias,
+        "slopes": mod.slopes,
+        "dropout": mod.dropout or None,
+        "sinks and log-sum-exp": needs_lse or None,
+        "size of values": v.shape[3] if v.shape[3] != q.shape[3] else None,
+    }
+    shown = {name: value if isinstance(value, int | float | tuple) else "an array" for name, value in wanted.items()}
+    return {name: shown[name] for name, value in wanted.items() if value is not None}
 
-        jax      plain JAX: every device, type and mask
-        splash   TPU from v4 on, float32 and bfloat16: every mask
+
+def make_kernel(
+    name: str,
+    blocks: Blocks,
+    *,
+    platform: str,
+    dtype: jnp.dtype,
+    head_size: int,
+    wanted: Mapping[str, object] = MappingProxyType({}),
+) -> Kernel:
+    """Returns the kernel of this name for arrays of this type and head size, and features(), on a platform: "cpu",
+    "gpu", "tpu", or "old tpu", before v4.
+
+        jax      plain JAX: every device, type, mask and feature
+        splash   TPU from v4 on, float32 and bfloat16: every mask, scale, soft cap, sinks and log-sum-exp
         cudnn    NVIDIA from Ampere on, bfloat16 and float16: masks without a window that are whole rectangles or the
                  causal triangle, as the hops of a ring are over one causal sequence, in its order or in zigzag. Whether
                  a hop is one is known when it runs: what sees a hop that is none (packed sequences, striped or shuffled
@@ -38,7 +68,7 @@ def make_kernel(
                  hops that cudnn lacks; else jax
 
     Raises:
-        UsageError: there is no such kernel, it cannot run here, or it knows no windows. Nothing but "auto" chooses
+        UsageError: there is no such kernel, it cannot run here, or it lacks a feature. Nothing but "auto" chooses
             another one.
     """
     if name not in KERNELS:
@@ -49,10 +79,13 @@ def make_kernel(
     other = plain if name == "auto" else Refusal()
     kernels = {"splash": SplashKernel(blocks), "cudnn": RectangleKernel(CudnnTile(), other)}
     reasons = {"splash": _no_splash(platform, dtype), "cudnn": _no_cudnn(platform, dtype, head_size)}
+    for kernel, lacking in LACKS.items():
+        # A window of its own is no reason for "auto": what cuDNN lacks of the hops is computed in plain JAX.
+        missing = [one for one in lacking if one in wanted and not (one == "window" and name == "auto")]
+        if missing and not reasons[kernel]:
+            reasons[kernel] = f"it knows no {missing[0]}; got {missing[0]}={wanted[missing[0]]}. Leave it out"
     if name == "auto":
         return next((kernels[kernel] for kernel, reason in reasons.items() if reason is None), plain)
-    if name == "cudnn" and window is not None and not reasons[name]:
-        reasons[name] = f"it knows no window; got window={window}. Use None for no window"
     if reasons[name]:
         raise UsageError(f"attention kernel {name!r} cannot run: {reasons[name]}. Or use kernel 'auto' or 'jax'.")
     return kernels[name]

@@ -26,12 +26,18 @@ class CudnnTile(NamedTuple):
     """
 
     def forward(
-        self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, is_causal: bool
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        *,
+        scale: float,
+        is_causal: bool,
     ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
         from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
         primitive = cudnn._dot_product_attention_fwd_p_wrapper
-        out, lse = primitive.bind(*_operands(q, k, v), is_training=True, **_parameters(q, is_causal))
+        out, lse = primitive.bind(*_operands(q, k, v), is_training=True, **_parameters(scale, is_causal))
         return out, lse
 
     def backward(
@@ -43,12 +49,13 @@ class CudnnTile(NamedTuple):
         lse: Float32[Array, "B N T"],
         d_out: Float[Array, "B T N H"],
         *,
+        scale: float,
         is_causal: bool,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
         primitive = cudnn._dot_product_attention_bwd_p_wrapper
-        dq, dk, dv = primitive.bind(*_operands(q, k, v), lse, out, d_out, **_parameters(q, is_causal))
+        dq, dk, dv = primitive.bind(*_operands(q, k, v), lse, out, d_out, **_parameters(scale, is_causal))
         return dq, dk, dv
 
 
@@ -83,7 +90,7 @@ def _has_route() -> bool:
     if not all(hasattr(cudnn, name) for name in names):
         return False
     taken = set(inspect.signature(cudnn._dot_product_attention_fwd_abstract).parameters)
-    return set(OPERANDS) | set(_parameters(jnp.zeros((1, 1, 1, 8)), True)) - {"score_mod"} <= taken
+    return set(OPERANDS) | set(_parameters(1.0, True)) - {"score_mod"} <= taken
 
 
 def _operands(q, k, v) -> tuple[Array, ...]:
@@ -91,11 +98,11 @@ def _operands(q, k, v) -> tuple[Array, ...]:
     return q, k, v, *[unused] * (len(OPERANDS) - 3)
 
 
-def _parameters(q: Float[Array, "B T N H"], is_causal: bool) -> dict:
+def _parameters(scale: float, is_causal: bool) -> dict:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     parameters = {
-        "scale": q.shape[-1] ** -0.5,
+        "scale": scale,
         "seed": 42,  # of the dropout that there is not
         "dropout_rate": 0.0,
         "variadic_args": (False, False),  # no bias, no gradient of it

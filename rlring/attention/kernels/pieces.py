@@ -1,7 +1,6 @@
 """Keys that are too many for one call of a kernel, piece by piece."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rlring.attention.blocks import joined, pad
-from rlring.attention.local import Gradients
+from rlring.attention.kernel import Gradients
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import Partial, merge, nothing
 
@@ -18,7 +17,7 @@ def forward_by_pieces(
     forward: Callable[[Array, Array, Mask], Partial],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     before: Partial | None,
     length: int,
@@ -31,14 +30,14 @@ def forward_by_pieces(
     def add(total: Partial, piece) -> tuple[Partial, None]:
         return merge(total, forward(*piece)), None
 
-    return lax.scan(add, nothing(q) if before is None else before, _cut(k, v, mask, length))[0]
+    return lax.scan(add, nothing(q, v) if before is None else before, _cut(k, v, mask, length))[0]
 
 
 def backward_by_pieces(
     backward: Callable[[Array, Array, Mask], Gradients],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     before: Gradients | None,
     length: int,
@@ -66,5 +65,4 @@ def _cut(k, v, mask: Mask, length: int) -> tuple[Array, Array, Mask]:
         x = pad(x, 1, count * length)
         return jnp.moveaxis(x.reshape(x.shape[0], count, length, *x.shape[2:]), 1, 0)
 
-    every = {name: jnp.stack([getattr(mask, name)] * count) for name in ("q_position", "q_segment")}
-    return cut(k), cut(v), replace(mask, k_position=cut(mask.k_position), k_segment=cut(mask.k_segment), **every)
+    return cut(k), cut(v), mask.map_queries(lambda x: jnp.stack([x] * count)).map_keys(cut)

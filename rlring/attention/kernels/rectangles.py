@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, no_gradients
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
-from rlring.attention.local import Gradients, Kernel, no_gradients
 from rlring.attention.mask import MOST, Mask, is_within
-from rlring.attention.softmax import Partial, Whole, by_token, nothing
+from rlring.attention.score_mod import ScoreMod
+from rlring.attention.softmax import Partial, by_token, nothing
 
 SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
 HIDDEN = 1e30  # as the lse of a query: its weights, exp(score - lse), are 0
@@ -27,7 +28,13 @@ class Tile(Protocol):
     """Attention without a mask, or with key j seen from query i >= j. Hashable. What it returns may be rounded."""
 
     def forward(
-        self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], *, is_causal: bool
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        *,
+        scale: float,
+        is_causal: bool,
     ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
         """Returns out and lse."""
         ...
@@ -41,6 +48,7 @@ class Tile(Protocol):
         lse: Float32[Array, "B N T"],
         d_out: Float[Array, "B T N H"],
         *,
+        scale: float,
         is_causal: bool,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Returns dq, dk and dv from the out and lse over all keys."""
@@ -83,23 +91,31 @@ class RectangleKernel(NamedTuple):
     fallback: Kernel
     heads_first = False
 
-    def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
+    def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so
 
-    def forward(self, q, k, v, mask: Mask, before: Partial | None = None) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
         def attend(k, v, mask: Mask) -> Partial:
-            branches = [_forward(self.tile, shape) for shape in SHAPES]
-            return lax.switch(shape_of(mask), [*branches, self.fallback.forward], q, k, v, mask)
+            branches = [_forward(self.tile, mod.scale, shape) for shape in SHAPES]
+            return lax.switch(shape_of(mask), [*branches, self._rest_forward(mod)], q, k, v, mask)
 
         return forward_by_pieces(attend, q, k, v, mask, before, _piece(q, k))
 
-    def backward(self, q, k, v, mask: Mask, whole: Whole, d_out, before: Gradients | None = None) -> Gradients:
+    def backward(
+        self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
+    ) -> Gradients:
         def differentiate(k, v, mask: Mask) -> Gradients:
-            branches = [_backward(self.tile, shape) for shape in SHAPES]
-            arrays = (q, k, v, mask, whole, d_out)
-            return lax.switch(shape_of(mask), [*branches, self.fallback.backward], *arrays)
+            branches = [_backward(self.tile, mod.scale, shape) for shape in SHAPES]
+            arrays = (q, k, v, mask, inputs)
+            return lax.switch(shape_of(mask), [*branches, self._rest_backward(mod)], *arrays)
 
         return backward_by_pieces(differentiate, q, k, v, mask, before, _piece(q, k))
+
+    def _rest_forward(self, mod: ScoreMod):
+        return lambda q, k, v, mask: self.fallback.forward(q, k, v, mask, mod)
+
+    def _rest_backward(self, mod: ScoreMod):
+        return lambda q, k, v, mask, inputs: self.fallback.backward(q, k, v, mask, mod, inputs)
 
 
 def shape_of(mask: Mask) -> Int32[Array, ""]:
@@ -113,8 +129,8 @@ def shape_of(mask: Mask) -> Int32[Array, ""]:
     def of_row(test, q, k) -> Bool[Array, "2 2"]:
         return test(jax.tree.map(lambda x: x[None, :, None], q), jax.tree.map(lambda x: x[None, None], k))
 
-    seen = jax.vmap(partial(of_row, mask.may_see))(q_bounds, k_bounds).any(0)
-    whole = jax.vmap(partial(of_row, mask.sees_all))(_filled(mask).q_bounds(q_size), k_bounds)
+    seen = jax.vmap(partial(of_row, mask.maybe_visible))(q_bounds, k_bounds).any(0)
+    whole = jax.vmap(partial(of_row, mask.fully_visible))(_filled(mask).q_bounds(q_size), k_bounds)
     is_missing = q_bounds.low_position > q_bounds.high_position  # a half without a query goes with any shape
     whole = (whole | is_missing[:, :, None]).all(0)
     tests = {
@@ -149,17 +165,19 @@ def _is_triangle(mask: Mask) -> Bool[Array, ""]:
     same = (mask.q_segment == segment) & ((mask.q_position == position) | ~there)
     follows = there[:, :-1] & (position[:, :-1] < position[:, 1:]) & (segment[:, :-1] == segment[:, 1:])
     is_triangle = same.all() & (follows | ~there[:, 1:]).all()
-    if mask.window is not None:
+    reach, _ = mask.reach
+    if reach is not None:
         latest, earliest = jnp.where(there, position, -MOST).max(1), jnp.where(there, position, MOST).min(1)
-        is_triangle &= is_within(latest, earliest, mask.window).all()
+        is_triangle &= is_within(latest, earliest, reach).all()
     return is_triangle
 
 
-def _forward(tile: Tile, shape: _Shape):
+def _forward(tile: Tile, scale: float, shape: _Shape):
     def attend(q, k, v, mask: Mask) -> Partial:
         if shape == NOTHING or _is_missing(shape, q, k):
-            return nothing(q)
-        out, lse = tile.forward(shape.of_q(q), shape.of_k(k), shape.of_k(v), is_causal=shape.is_causal)
+            return nothing(q, v)
+        arrays = shape.of_q(q), shape.of_k(k), shape.of_k(v)
+        out, lse = tile.forward(*arrays, scale=scale, is_causal=shape.is_causal)
         there = shape.of_q(_there(mask), 2)
         out = jnp.where(by_token(there), out.astype(jnp.float32), 0.0)
         seen = Partial.of(out, jnp.where(there, lse, -jnp.inf))
@@ -168,14 +186,16 @@ def _forward(tile: Tile, shape: _Shape):
     return attend
 
 
-def _backward(tile: Tile, shape: _Shape):
-    def differentiate(q, k, v, mask: Mask, whole: Whole, d_out) -> Gradients:
+def _backward(tile: Tile, scale: float, shape: _Shape):
+    def differentiate(q, k, v, mask: Mask, inputs: BackwardInputs) -> Gradients:
         if shape == NOTHING or _is_missing(shape, q, k):
-            return no_gradients(q, k)
+            return no_gradients(q, k, v)
         there = _there(mask)
-        lse, d_out = jnp.where(there, whole.lse, HIDDEN), jnp.where(by_token(there), d_out, 0).astype(q.dtype)
-        of_q = shape.of_q(whole.out.astype(q.dtype)), shape.of_q(lse, 2), shape.of_q(d_out)
-        dq, dk, dv = tile.backward(shape.of_q(q), shape.of_k(k), shape.of_k(v), *of_q, is_causal=shape.is_causal)
+        lse = jnp.where(there, inputs.whole.lse, HIDDEN)
+        d_out = jnp.where(by_token(there), inputs.d_out, 0).astype(q.dtype)
+        of_q = shape.of_q(inputs.out.astype(q.dtype)), shape.of_q(lse, 2), shape.of_q(d_out)
+        arrays = shape.of_q(q), shape.of_k(k), shape.of_k(v), *of_q
+        dq, dk, dv = tile.backward(*arrays, scale=scale, is_causal=shape.is_causal)
         dq, dk, dv = (x.astype(jnp.float32) for x in (dq, dk, dv))
         dk, dv = (_in_place(x, 1, shape.k, k.shape[1]) for x in (dk, dv))
         return Gradients(_in_place(dq, 1, shape.q, q.shape[1]), dk, dv)

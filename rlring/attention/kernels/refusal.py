@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlring.attention.local import Gradients, no_gradients
+from rlring.attention.kernel import Gradients, no_gradients
 from rlring.attention.softmax import Partial, nothing
 
 
@@ -14,14 +14,14 @@ class Refusal(NamedTuple):
 
     heads_first = False
 
-    def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
+    def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype
 
-    def forward(self, q, k, v, mask, before=None) -> Partial:
-        return _all_nan(nothing(q))
+    def forward(self, q, k, v, *rest) -> Partial:
+        return _all_nan(nothing(q, v))
 
     def backward(self, q, k, v, *rest) -> Gradients:
-        return _all_nan(no_gradients(q, k))
+        return _all_nan(no_gradients(q, k, v))
 
 
 def _all_nan(tree):

@@ -19,10 +19,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from rlring.attention.blocks import Blocks, pad
+from rlring.attention.kernel import BackwardInputs, Gradients
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
-from rlring.attention.local import Gradients, delta_of
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, Whole, finite
+from rlring.attention.score_mod import ScoreMod
+from rlring.attention.softmax import Partial, finite
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
@@ -43,25 +44,26 @@ class SplashKernel(NamedTuple):
     interpret: bool = False  # runs on any device, slowly: for tests
     heads_first = True
 
-    def kept_type(self, dtype: jnp.dtype) -> jnp.dtype:
+    def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so
 
-    def forward(self, q, k, v, mask: Mask, before: Partial | None = None) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
         def attend(k, v, mask: Mask) -> Partial:
             keys = _Keys.in_order(k, v, mask)
-            one = partial(_forward, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
+            one = partial(_forward, mod=mod, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
             out, lse = _by_sequence(one, (q, keys.k, keys.v), keys.seen())
             return Partial.of(out.astype(jnp.float32), lse)
 
         return forward_by_pieces(attend, q, k, v, mask, before, LONGEST)
 
-    def backward(self, q, k, v, mask: Mask, whole: Whole, d_out, before: Gradients | None = None) -> Gradients:
-        delta = delta_of(whole.out, d_out)
-        d_out, lse = d_out.astype(q.dtype), finite(whole.lse)
+    def backward(
+        self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
+    ) -> Gradients:
+        d_out, lse, delta = inputs.d_out.astype(q.dtype), finite(inputs.whole.lse), inputs.delta
 
         def differentiate(k, v, mask: Mask) -> Gradients:
             keys = _Keys.in_order(k, v, mask)
-            one = partial(_backward, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
+            one = partial(_backward, mod=mod, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
             dq, dk, dv = _by_sequence(one, (q, keys.k, keys.v, lse, delta, d_out), keys.seen())
             return Gradients(dq, keys.back(dk), keys.back(dv))
 
@@ -129,10 +131,11 @@ class _Keys(NamedTuple):
         mask = self.mask
         key = tuple(x[:, None, :] for x in (_segment(mask), mask.k_position))
         q_segment, q_position = mask.q_segment.astype(jnp.uint32)[:, :, None], mask.q_position[:, :, None]
-        before = 0 if mask.window is None else mask.window - 1
-        first = FIRST if mask.window is None else jnp.maximum(q_position, FIRST + before) - before
+        back, ahead = (None if side is None else side - 1 for side in mask.reach)
+        first = FIRST if back is None else jnp.maximum(q_position, FIRST + back) - back
         start = _precedes(key, (q_segment, first)).sum(2, dtype=jnp.int32)
-        last = q_position if mask.is_causal else LAST
+        last = LAST if ahead is None else jnp.minimum(q_position, LAST - ahead) + ahead
+        last = q_position if mask.is_causal else last
         stop = _precedes(key, (q_segment, last), or_ties=True).sum(2, dtype=jnp.int32)
         is_empty = (start >= stop) | (mask.q_segment < 0)
         return _Interval(*(jnp.where(is_empty, 0, x) for x in (start, stop)))
@@ -229,18 +232,18 @@ def _precision(q: Array):
     return jax.default_matmul_precision("default") if q.dtype == jnp.bfloat16 else nullcontext()
 
 
-def _scaled(q: Array) -> Array:
-    return q * q.shape[-1] ** -0.5  # the library does not scale the scores
+def _scaled(q: Array, mod: ScoreMod) -> Array:
+    return q * mod.scale  # the library does not scale the scores
 
 
-def _forward(q, k, v, seen: _Interval, *, tiles: _Tiles, interpret: bool) -> tuple[Array, Array]:
+def _forward(q, k, v, seen: _Interval, *, mod: ScoreMod, tiles: _Tiles, interpret: bool) -> tuple[Array, Array]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     length, (mask, _) = q.shape[0], tiles.masks(seen)
     with _precision(q):
         out, (lse,) = splash._splash_attention_forward(
             mask,
-            tiles.queries(_scaled(q)),
+            tiles.queries(_scaled(q, mod)),
             tiles.keys(k),
             tiles.keys(v),
             None,  # segments
@@ -249,6 +252,7 @@ def _forward(q, k, v, seen: _Interval, *, tiles: _Tiles, interpret: bool) -> tup
             is_mqa=False,
             block_sizes=splash.BlockSizes(block_q=tiles.q, block_kv=tiles.k, block_kv_compute=tiles.computed),
             residual_checkpoint_name=None,
+            attn_logits_soft_cap=mod.soft_cap,
             save_residuals=True,
             mask_function=_is_seen,
             interpret=interpret,
@@ -259,18 +263,18 @@ def _forward(q, k, v, seen: _Interval, *, tiles: _Tiles, interpret: bool) -> tup
     return _swapped(jnp.where(is_empty[:, None], 0.0, out)), jnp.where(is_empty, -jnp.inf, lse)
 
 
-def _backward(q, k, v, lse, delta, d_out, seen: _Interval, *, tiles: _Tiles, interpret: bool):
+def _backward(q, k, v, lse, delta, d_out, seen: _Interval, *, mod: ScoreMod, tiles: _Tiles, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     length, (by_key, by_query) = q.shape[0], tiles.masks(seen)
     of_q = tiles.numbers(lse), tiles.queries(d_out), tiles.numbers(delta)
-    arrays = (tiles.queries(_scaled(q)), tiles.keys(k), tiles.keys(v), None, None, *of_q)
+    arrays = (tiles.queries(_scaled(q, mod)), tiles.keys(k), tiles.keys(v), None, None, *of_q)
     layout = splash.QKVLayout.HEAD_DIM_MINOR
     both = {
         "bq": tiles.q,
         "is_mqa": False,
         "mask_value": splash.DEFAULT_MASK_VALUE,
-        "attn_logits_soft_cap": None,
+        "attn_logits_soft_cap": mod.soft_cap,
         "q_layout": layout,
         "k_layout": layout,
         "v_layout": layout,
@@ -282,7 +286,7 @@ def _backward(q, k, v, lse, delta, d_out, seen: _Interval, *, tiles: _Tiles, int
             *arrays, bkv=tiles.k, bkv_compute=tiles.computed, mask_info=by_query, use_fused_bwd_kernel=False, **both
         )
         dq = splash._splash_attention_bwd_dq(*arrays, bkv=tiles.k, mask_info=by_key, **both)
-    dq = dq[:, :length].astype(jnp.float32) * q.shape[-1] ** -0.5
+    dq = dq[:, :length].astype(jnp.float32) * mod.scale
     return tuple(_swapped(x) for x in (dq, dk[:, : k.shape[0]], dv[:, : k.shape[0]]))
 
 

@@ -50,7 +50,7 @@ def test_heads_that_do_not_divide():
 
 def test_foreign_mesh():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    with pytest.raises(UsageError, match=r"needs a mesh with the axes .* got \('x',\). Make it with rlring.make_mesh"):
+    with pytest.raises(UsageError, match=r"the mesh has the axes \('x',\); got MeshAxes\(.*\). Name the"):
         attention(*inputs(), config=AttentionConfig(), mesh=mesh)
 
 

@@ -11,6 +11,7 @@ import pytest
 from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import forward
 from rlring.attention.mask import Mask
+from rlring.attention.score_mod import ScoreMod
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, SIZE = 2, 4, 2, 40, 96, 16
 
@@ -55,10 +56,10 @@ def test_going_on_is_attention_over_all(blocks, growth, is_causal):
         q_position=positions[:, -QUERIES:], k_position=positions, q_segment=segments[:, -QUERIES:], k_segment=segments,
         is_causal=is_causal,
     )  # fmt: skip
-    total = None
+    total, mod = None, ScoreMod.plain(SIZE)
     for start, stop in ((0, 48), (48, 50), (50, 96)):
         here = replace(mask, k_position=positions[:, start:stop], k_segment=segments[:, start:stop])
-        total = jax.jit(forward, static_argnums=4)(q, k[:, start:stop], v[:, start:stop], here, blocks, total)
+        total = jax.jit(forward, static_argnums=5)(q, k[:, start:stop], v[:, start:stop], here, mod, blocks, total)
     out, lse = by_definition(q, k, v, np.asarray(mask.visible()))
     whole = total.whole()
     np.testing.assert_allclose(whole.out, out, atol=2e-6 * max(1.0, growth))
@@ -68,12 +69,12 @@ def test_going_on_is_attention_over_all(blocks, growth, is_causal):
 def test_after_everything_comes_nothing():
     q = k = jnp.ones((1, 20, 1, 4))
     seen = Mask.causal(jnp.arange(20, dtype=jnp.int32)[None])
-    blocks = Blocks(8, 8, 2**20)
-    total = forward(q, k, k, seen, blocks)
+    blocks, mod = Blocks(8, 8, 2**20), ScoreMod.plain(4)
+    total = forward(q, k, k, seen, mod, blocks)
     unseen = replace(seen, k_segment=jnp.full((1, 20), -1, jnp.int32))
-    again = forward(q, k, k, unseen, blocks, total)
+    again = forward(q, k, k, unseen, mod, blocks, total)
     for a, b in zip(again, total, strict=True):
         np.testing.assert_array_equal(a, b)
-    nothing = forward(q, k, k, unseen, blocks).whole()
+    nothing = forward(q, k, k, unseen, mod, blocks).whole()
     np.testing.assert_array_equal(nothing.out, jnp.zeros(q.shape))
     np.testing.assert_array_equal(nothing.lse, jnp.full((1, 1, 20), -jnp.inf))

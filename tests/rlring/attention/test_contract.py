@@ -1,5 +1,6 @@
 """The contract: every scheme equals dense attention, forward and all gradients, on every mesh."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlring.attention import AttentionConfig, Mask, attention, one_block, striped_order, zigzag_order
+from rlring.attention import AttentionConfig, Mask, attention, online_softmax, striped_order, zigzag_order
 from rlring.attention.ring_transport import Transport
 from rlring.mesh import make_mesh
 
@@ -206,8 +207,11 @@ def test_the_same_bits_twice(scheme, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [8, 2, 1])
-@pytest.mark.parametrize(("scheme", "mesh"), EVERY_CASE, ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "mesh", "kv_heads"),
+    [(*case, kv_heads) for case, kv_heads in zip(EVERY_CASE, itertools.cycle((8, 2, 1)), strict=False)],
+    ids=str,
+)
 def test_everything(scheme, mesh, kv_heads):
     """Every scheme on every mesh, every mask, both types; the masks of a kind share a batch, each is judged alone."""
     jax.clear_caches()  # conftest.forget_programs; one of these cases compiles as much as other modules
@@ -248,6 +252,6 @@ def test_scores_that_grow_without_end(dtype, slope, monkeypatch):
         # Scores reach 1,000: their own rounding is 1e-4 of a weight.
         assert relative_error(a, b) <= (2e-4 if dtype == jnp.float32 else 1e-2)
     if slope > 0:  # and it was necessary
-        monkeypatch.setattr(one_block.Running, "is_in_range", lambda running: jnp.bool(True))
+        monkeypatch.setattr(online_softmax.SoftmaxState, "is_in_range", lambda running: jnp.bool(True))
         other_blocks = BLOCKS | {"block_q": 7}  # compiled anew
         assert not np.isfinite(run(inputs, mask, AttentionConfig("blockwise", **other_blocks))[0]).all()

@@ -10,8 +10,8 @@ import pytest
 
 from rlring.attention import AttentionConfig, Mask, attention, decode_attention
 from rlring.attention.blocks import Blocks
+from rlring.attention.kernel import local_attention
 from rlring.attention.kernels.splash import SplashKernel
-from rlring.attention.local import local_attention
 from rlring.errors import UsageError
 from rlring.mesh import make_mesh
 

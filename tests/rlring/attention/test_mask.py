@@ -67,18 +67,18 @@ def test_blocks_and_bounds_agree_with_the_whole(mask):
             block = np.asarray(mask.block(3 * i, 3, 4 * j, 4).visible())
             np.testing.assert_array_equal(block, whole[:, 3 * i : 3 * i + 3, 4 * j : 4 * j + 4])
             q, k = (type(b)(*(x[:, n : n + 1] for x in b)) for b, n in ((q_bounds, i), (k_bounds, j)))
-            assert mask.may_see(q, k)[0] or not block.any()
-            assert block.all() or not mask.sees_all(q, k)[0]
+            assert mask.maybe_visible(q, k)[0] or not block.any()
+            assert block.all() or not mask.fully_visible(q, k)[0]
 
 
 def test_bounds_are_tight_for_plain_causal():
     mask = Mask.causal(jnp.arange(12, dtype=jnp.int32)[None])
     q, k = mask.q_bounds(4), mask.k_bounds(4)
     first, last = (type(k)(*(x[:, n : n + 1] for x in k)) for n in (0, 2))
-    assert mask.may_see(q, last).tolist() == [False, False, True]
-    assert mask.sees_all(q, first).tolist() == [False, True, True]
+    assert mask.maybe_visible(q, last).tolist() == [False, False, True]
+    assert mask.fully_visible(q, first).tolist() == [False, True, True]
     windowed = replace(mask, window=3)
-    assert windowed.may_see(q, first).tolist() == [True, True, False]
+    assert windowed.maybe_visible(q, first).tolist() == [True, True, False]
 
 
 def test_padding_is_nowhere():

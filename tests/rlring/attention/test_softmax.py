@@ -25,7 +25,7 @@ def test_merge_is_order_free_and_exact(order, seed, scale):
     rng = np.random.default_rng(seed)
     scores, values = scale * rng.normal(size=(5, 12)), rng.normal(size=(12, 3))
     parts = [part(scores[:, 3 * n : 3 * n + 3], values[3 * n : 3 * n + 3]) for n in range(4)]
-    total = nothing(parts[0].out)
+    total = nothing(parts[0].out, parts[0].out)
     for n in order:
         total = merge(total, parts[n])
     found, expected = total.whole(), part(scores, values).whole()
@@ -34,7 +34,7 @@ def test_merge_is_order_free_and_exact(order, seed, scale):
 
 
 def test_nothing_is_neutral():
-    empty = nothing(jnp.ones((1, 2, 1, 3)))
+    empty = nothing(jnp.ones((1, 2, 1, 3)), jnp.ones((1, 2, 1, 3)))
     np.testing.assert_array_equal(merge(empty, empty).whole().out, np.zeros((1, 2, 1, 3)))
     np.testing.assert_array_equal(merge(empty, empty).whole().lse, [[[-np.inf, -np.inf]]])
     some = Partial.of(jnp.ones((1, 2, 1, 3)), jnp.array([[[0.5, -100.0]]]))

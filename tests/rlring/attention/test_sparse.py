@@ -10,8 +10,8 @@ import pytest
 
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, inverse_order, zigzag_order
 from rlring.attention.band import _Band
-from rlring.attention.blocks import Blocks, pick, visits
-from rlring.attention.sparse import _Far, _far_blocks, _near_cut, _NearMask
+from rlring.attention.blocks import Blocks, pick, schedule
+from rlring.attention.sparse import SparseKernel, _Far, _NearMask
 from rlring.errors import UsageError
 from rlring.mesh import make_mesh
 
@@ -114,7 +114,7 @@ def test_every_mask(name, chunk):
     """The band in chunks of so many of its 6 tiles; of 4, the second goes around to the first tiles."""
     inputs, tile = arrays(4, 2), 16
     scores = 4 * chunk * (2 * 4 * tile**2)  # the band takes a fourth; two sequences, four heads
-    band = _Band.of(*inputs[:2], *_near_cut(Blocks(tile, tile, scores), PATTERNS["plain"]))
+    band = _Band.of(*inputs[:2], *SparseKernel(PATTERNS["plain"], Blocks(tile, tile, scores), 1).near_cut())
     assert (band.chunk, band.chunks) == (chunk, -(-6 // chunk))
     check(inputs, masks()[name], AttentionConfig("sparse", tile, tile, scores, sparse=PATTERNS["plain"]))
 
@@ -124,7 +124,7 @@ def test_the_default_blocks(mesh):
     """Several tiles of keys and chunks of the band, as users have them."""
     length, config = 2000, AttentionConfig("sparse", sparse=SparsePattern(64, 2, 8))
     inputs = arrays(4, 2, length)
-    cut = _near_cut(Blocks(512, 512, config.scores), config.sparse)
+    cut = SparseKernel(config.sparse, Blocks(512, 512, config.scores), 1).near_cut()
     assert _Band.of(*inputs[:2], *cut).chunks > 2
     check(inputs, masks(length)["plain"], config, make_mesh(**mesh) if mesh else None)
 
@@ -211,7 +211,7 @@ def visited(mask: Mask, length: int, k_length: int, tile: Blocks) -> int:
     """How many scores are computed for each row."""
     mask = mask.padded(-(-length // tile.q) * tile.q, -(-k_length // tile.k) * tile.k)
     q_bounds, k_bounds = mask.q_bounds(tile.q), mask.k_bounds(tile.k)
-    plans = [visits(mask, pick(q_bounds, i), k_bounds) for i in range(mask.q_position.shape[1] // tile.q)]
+    plans = [schedule(mask, pick(q_bounds, i), k_bounds) for i in range(mask.q_position.shape[1] // tile.q)]
     return sum(int(plan.seen) for plan in plans) * tile.q * tile.k
 
 
@@ -223,11 +223,11 @@ def test_what_is_not_seen_is_not_computed(pattern, layout):
     order = zigzag_order(length, 4) if layout == "zigzag" else np.arange(length)
     mask = Mask.causal(position[:, order], position[:, order] // (length // 8) if layout == "packed" else None)
     blocks, heads = Blocks(512, 512, 2**20), jnp.arange(kv_heads, dtype=jnp.int32)
-    near_tile, _ = _near_cut(blocks, pattern)
+    near_tile, _ = SparseKernel(pattern, blocks, 1).near_cut()
     near = visited(_NearMask.of(mask, pattern), length, length, Blocks(near_tile, near_tile, 2**20))
     far = _Far.of(mask, heads, kv_heads, pattern)
     assert int(far.chunks) == 1
-    seen, tile = far.mask(mask, far.keys(jnp.int32(0)), pattern), _far_blocks(blocks, length, pattern)
+    seen, tile = far.mask(mask, far.keys(jnp.int32(0)), pattern), SparseKernel(pattern, blocks, 1).far_blocks(length)
     computed = (near + visited(seen, length, far.size, tile)) / (length**2 / 2)
     kept = pattern.density(length, kv_heads=kv_heads)
     assert computed < (1.0 if layout == "packed" else 1.6) * kept

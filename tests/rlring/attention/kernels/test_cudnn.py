@@ -37,11 +37,11 @@ def test_this_jax_has_the_route():
 def test_the_tile_is_one_call(is_causal):
     q, k, v, _ = arrays()
     lse = jnp.zeros((2, 6, 64))
-    forward, backward = partial(CudnnTile().forward, is_causal=is_causal), CudnnTile().backward
+    forward, backward = partial(CudnnTile().forward, scale=0.125, is_causal=is_causal), CudnnTile().backward
     mask = r"\22mask_type\22: \22CAUSAL" if is_causal else r"\22mask_type\22: \22NO_MASK"
     for text, call in (
         (cuda(forward, q, k, v), FORWARD),
-        (cuda(partial(backward, is_causal=is_causal), q, k, v, q, lse, q), BACKWARD),
+        (cuda(partial(backward, scale=0.125, is_causal=is_causal), q, k, v, q, lse, q), BACKWARD),
     ):
         assert text.count(call) == 1
         assert mask in text
@@ -50,7 +50,7 @@ def test_the_tile_is_one_call(is_causal):
     assert re.search(re.escape(BACKWARD) + r"%arg0, %\w+, %\w+, %arg4, %arg5, %arg3\)", text)
     out, lse = jax.eval_shape(forward, q, k, v)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 6, 64), jnp.float32)
-    dq, dk, dv = jax.eval_shape(partial(backward, is_causal=is_causal), q, k, v, q, lse, q)
+    dq, dk, dv = jax.eval_shape(partial(backward, scale=0.125, is_causal=is_causal), q, k, v, q, lse, q)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
 
 

@@ -12,10 +12,10 @@ from rlring import Mask, UsageError
 from rlring.attention import kernels
 from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import BlockwiseKernel
+from rlring.attention.kernel import local_attention
 from rlring.attention.kernels import KERNELS, make_kernel
 from rlring.attention.kernels.rectangles import RectangleKernel
 from rlring.attention.kernels.splash import SplashKernel
-from rlring.attention.local import local_attention
 
 BLOCKS = Blocks(512, 512, 2**20)
 
@@ -67,10 +67,10 @@ def test_a_named_kernel_that_cannot_run(name, platform, dtype, message):
 class Uncalled(NamedTuple):
     """A tile that compiles on a CPU, for a mask that has no shape of a tile's."""
 
-    def forward(self, q, k, v, *, is_causal):
+    def forward(self, q, k, v, *, scale, is_causal):
         return jnp.zeros_like(q), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
 
-    def backward(self, q, k, v, out, lse, d_out, *, is_causal):
+    def backward(self, q, k, v, out, lse, d_out, *, scale, is_causal):
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
 
 
@@ -79,7 +79,7 @@ def test_only_auto_computes_in_plain_jax_what_cudnn_lacks(monkeypatch):
     monkeypatch.setattr(kernels, "unavailable", lambda dtype, size: None)
     make = partial(make_kernel, blocks=BLOCKS, platform="gpu", dtype=jnp.dtype(jnp.bfloat16), head_size=64)
     with pytest.raises(UsageError, match=r"'cudnn' cannot run: it knows no window; got window=8. .* use kernel 'auto'"):
-        make("cudnn", window=8)
+        make("cudnn", wanted={"window": 8})
     q, k, v = (jax.random.normal(jax.random.key(n), (1, 64, 2, 64), jnp.bfloat16) for n in range(3))
     position = jnp.arange(64, dtype=jnp.int32)[None]
     packed = Mask.causal(position % 32, position // 32)
@@ -92,5 +92,5 @@ def test_only_auto_computes_in_plain_jax_what_cudnn_lacks(monkeypatch):
         kernel = kernel._replace(tile=Uncalled())
         return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v))
 
-    assert all(np.isfinite(x).all() for x in run(make("auto", window=8)))
+    assert all(np.isfinite(x).all() for x in run(make("auto", wanted={"window": 8})))
     assert all(np.isnan(x).all() for x in run(make("cudnn")))

@@ -14,10 +14,11 @@ from rlring.attention.all_gather import all_gather_attention
 from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import BlockwiseKernel
 from rlring.attention.dense import dense_attention
+from rlring.attention.kernel import BackwardInputs, Gradients, local_attention
 from rlring.attention.kernels import rectangles
 from rlring.attention.kernels.rectangles import RectangleKernel, shape_of
-from rlring.attention.local import Gradients, local_attention
 from rlring.attention.ring import ring_attention
+from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import Partial
 from rlring.mesh import make_mesh
 
@@ -29,17 +30,17 @@ SIGNS = dict(zip(range(6), ".#\\<_?", strict=True))  # nothing, whole, triangle,
 class DenseTile(NamedTuple):
     """By the definition, in plain JAX."""
 
-    def forward(self, q, k, v, *, is_causal):
-        scores = _scores(q, k, is_causal)
+    def forward(self, q, k, v, *, scale, is_causal):
+        scores = _scores(q, k, scale, is_causal)
         out = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores), v)
         return out.reshape(q.shape), jax.nn.logsumexp(scores, -1).reshape(_numbers(q))
 
-    def backward(self, q, k, v, out, lse, d_out, *, is_causal):
-        scores = _scores(q, k, is_causal)
+    def backward(self, q, k, v, out, lse, d_out, *, scale, is_causal):
+        scores = _scores(q, k, scale, is_causal)
         weights = jnp.exp(scores - lse.reshape(*scores.shape[:4], 1))
         delta = jnp.moveaxis((out * d_out).sum(-1), 1, 2).reshape(*scores.shape[:4], 1)
         q, d_out = (_grouped(x, k) for x in (q, d_out))
-        d_scores = weights * (jnp.einsum("btkgh,bskh->bkgts", d_out, v) - delta) * q.shape[-1] ** -0.5
+        d_scores = weights * (jnp.einsum("btkgh,bskh->bkgts", d_out, v) - delta) * scale
         dq = jnp.einsum("bkgts,bskh->btkgh", d_scores, k).reshape(out.shape)
         return dq, jnp.einsum("bkgts,btkgh->bskh", d_scores, q), jnp.einsum("bkgts,btkgh->bskh", weights, d_out)
 
@@ -52,19 +53,19 @@ def _numbers(q):
     return q.shape[0], q.shape[2], q.shape[1]
 
 
-def _scores(q, k, is_causal):
-    scores = jnp.einsum("btkgh,bskh->bkgts", _grouped(q, k), k) * q.shape[-1] ** -0.5
+def _scores(q, k, scale, is_causal):
+    scores = jnp.einsum("btkgh,bskh->bkgts", _grouped(q, k), k) * scale
     return jnp.where(jnp.tri(*scores.shape[3:], dtype=bool), scores, -jnp.inf) if is_causal else scores
 
 
 class Poison(NamedTuple):
     """A tile and a kernel that nobody is to call: all it returns is NaN."""
 
-    def forward(self, q, k, v, mask=None, *, is_causal=False):
+    def forward(self, q, k, v, mask=None, *rest, **settings):
         found = Partial(*(jnp.full(shape, jnp.nan) for shape in (q.shape, _numbers(q), _numbers(q))))
         return found[:2] if mask is None else found
 
-    def backward(self, q, k, v, *rest, is_causal=False):
+    def backward(self, q, k, v, *rest, **settings):
         return Gradients(*(jnp.full(x.shape, jnp.nan, jnp.float32) for x in (q, k, v)))
 
 
@@ -234,13 +235,13 @@ def test_a_query_that_sees_nothing():
     """out 0 and lse -inf, and no gradient whatever its d_out: the tile's triangle knows nothing of padding."""
     q, k, v, d_out = arrays(8)
     mask = Mask.causal(positions(length=8), jnp.where(positions(length=8) < 5, 0, -1))
-    whole = PROVEN.forward(q, k, v, mask).whole()
+    whole = PROVEN.forward(q, k, v, mask, ScoreMod.plain(8)).whole()
     out, lse = whole.out, whole.lse
     assert np.isneginf(lse[:, :, 5:]).all()
     assert (np.asarray(out[:, 5:]) == 0).all()
     assert np.isfinite(lse[:, :, :5]).all()
-    gradients = PROVEN.backward(q, k, v, mask, whole, 1e3 * d_out)
-    for x in gradients:
+    gradients = PROVEN.backward(q, k, v, mask, ScoreMod.plain(8), BackwardInputs.of(whole, 1e3 * d_out))
+    for x in gradients[:3]:
         assert (np.asarray(x[:, 5:]) == 0).all()
         assert np.isfinite(x).all()
 

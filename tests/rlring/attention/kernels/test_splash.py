@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 from rlring.attention import Mask, striped_order, zigzag_order
 from rlring.attention.blocks import Blocks
 from rlring.attention.dense import dense_attention
+from rlring.attention.kernel import BackwardInputs, local_attention
 from rlring.attention.kernels.splash import LONGEST, SplashKernel, _Tiles
-from rlring.attention.local import local_attention
 from rlring.attention.ring import ring_attention
+from rlring.attention.score_mod import ScoreMod
 from rlring.mesh import make_mesh
 
 LENGTH, HEADS, KV_HEADS, SIZE = 200, 4, 2, 16  # no multiple of 128
@@ -105,7 +106,7 @@ def test_out_and_lse():
     """The lse is the natural one, float32; where nothing is seen out is 0, lse -inf, and no gradient is made of it."""
     q, k, v, d_out = arrays()
     mask = Mask.causal(tiled(POSITION), jnp.where(tiled(POSITION) < 150, 0, -1))
-    whole = KERNEL.forward(q, k, v, mask).whole()
+    whole = KERNEL.forward(q, k, v, mask, ScoreMod.plain(SIZE)).whole()
     out, lse = whole.out, whole.lse
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     keys = np.repeat(np.asarray(k, np.float64), HEADS // KV_HEADS, axis=2)
@@ -114,8 +115,8 @@ def test_out_and_lse():
     np.testing.assert_allclose(lse[:, :, :150], expected[:, :, :150], rtol=0, atol=1e-5)
     assert np.isneginf(lse[:, :, 150:]).all()
     assert (np.asarray(out[:, 150:]) == 0).all()
-    gradients = KERNEL.backward(q, k, v, mask, whole, 1e3 * d_out)
-    for x in gradients:
+    gradients = KERNEL.backward(q, k, v, mask, ScoreMod.plain(SIZE), BackwardInputs.of(whole, 1e3 * d_out))
+    for x in gradients[:3]:
         assert x.dtype == jnp.float32
         assert (np.asarray(x[:, 150:]) == 0).all()
         assert np.isfinite(x).all()
@@ -195,10 +196,11 @@ def test_lowers_for_a_tpu():
     inputs = arrays(1, 256, size=128, dtype=jnp.bfloat16)
     kernel = SplashKernel(Blocks(128, 128, 2**20))
     q, k, v, _ = inputs
-    every = q, k, v, Mask.causal(tiled(np.arange(256), 1))
+    every = q, k, v, Mask.causal(tiled(np.arange(256), 1)), ScoreMod.plain(128)
     forward = jax.jit(kernel.forward).trace(*every).lower(lowering_platforms=("tpu",)).as_text()
     whole = jax.eval_shape(lambda *x: kernel.forward(*x).whole(), *every)
-    backward = jax.jit(kernel.backward).trace(*every, whole, whole.out).lower(lowering_platforms=("tpu",)).as_text()
+    inputs = jax.eval_shape(BackwardInputs.of, whole, whole.out)
+    backward = jax.jit(kernel.backward).trace(*every, inputs).lower(lowering_platforms=("tpu",)).as_text()
     assert (forward.count("@tpu_custom_call"), backward.count("@tpu_custom_call")) == (1, 2)
 
 

@@ -8,7 +8,7 @@ import pytest
 from rlring import AttentionConfig, Mask, attention, zigzag_order
 from rlring.attention.blocks import Blocks
 from rlring.attention.blockwise import BlockwiseKernel
-from rlring.attention.hops import attention_in_hops
+from rlring.attention.simulated_ring import simulated_ring_attention
 
 
 @pytest.mark.parametrize("ring", [1, 4])
@@ -19,7 +19,7 @@ def test_out_and_gradients(ring):
 
     @jax.jit
     def in_hops(mask):
-        out, pull = jax.vjp(lambda q, k, v: attention_in_hops(q, k, v, mask, ring, kernel), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: simulated_ring_attention(q, k, v, mask, ring, kernel), q, k, v)
         return out, *pull(d_out)
 
     @jax.jit

@@ -9,20 +9,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from rlring.attention.blocks import Visits
+from rlring.attention.blocks import BlockSchedule
 from rlring.attention.exponential import power_of_two
-from rlring.attention.mask import Mask
-from rlring.attention.softmax import accumulator_type, divisor, exponent_or_none, finite, product
+from rlring.attention.score_mod import Tile
+from rlring.attention.softmax import accumulator_type, divisor, exponent_or_none, finite, product, zeros
 
 MOST = 1e19  # of a sum of exponentials, in float32
-LOG2_E = float(1.0 / np.log(2))
 
 
-class Running(NamedTuple):
+class SoftmaxState(NamedTuple):
     """The online softmax: the exponent keeps the exponentials in range, and out is still to be divided by the total."""
 
     exponent: Float[Array, "R Q"]  # -inf where nothing has been seen
@@ -30,16 +28,18 @@ class Running(NamedTuple):
     out: Float[Array, "R Q H"]
 
     @classmethod
-    def after(cls, out: Float[Array, "R Q H"], exponent: Float[Array, "R Q"], total: Float[Array, "R Q"]) -> "Running":
+    def after(
+        cls, out: Float[Array, "R Q H"], exponent: Float[Array, "R Q"], total: Float[Array, "R Q"]
+    ) -> "SoftmaxState":
         """Resumes from what finish() returned."""
         return cls(exponent_or_none(exponent, total), total, out)
 
     @classmethod
-    def none(cls, q: Float[Array, "R Q H"]) -> "Running":
+    def none(cls, q: Float[Array, "R Q H"], value_size: int) -> "SoftmaxState":
         """Returns the softmax over no keys."""
         dtype = accumulator_type(q.dtype)
-        zero = jnp.zeros(q.shape[:2], dtype)
-        return cls.after(jnp.zeros(q.shape, dtype), zero, zero)
+        zero = zeros(q.shape[:2], dtype, q)
+        return cls.after(zeros((*q.shape[:2], value_size), dtype, q), zero, zero)
 
     def is_in_range(self) -> Bool[Array, ""]:
         """Returns whether no sum came near the end of the numbers."""
@@ -51,8 +51,8 @@ class Running(NamedTuple):
 
 
 def softmax_over(
-    plan: Visits, attend_to: Callable, so_far: Callable[[], Running], *, shields: Bool[Array, ""]
-) -> Running:
+    plan: BlockSchedule, attend_to: Callable, so_far: Callable[[], SoftmaxState], *, shields: Bool[Array, ""]
+) -> SoftmaxState:
     """Returns the softmax after attend_to(block, running, add=..., is_masked=..., shields=...) at every block seen.
 
     so_far() is called where it is needed: kept from one place to the other it would be copied.
@@ -66,87 +66,105 @@ def softmax_over(
     return plan.visit_masked(attend_to, running, shields=shields)
 
 
-def first(q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
-    """Returns attention over a block of keys; visible None: every query sees every key."""
-    scores = _scores(q, k, visible)
-    exponent = _greatest(scores, q)
-    weights = _weights(scores, finite(exponent), q)
-    return Running(exponent, _sum(weights), _weighted(weights, v))
+def first(q, k, v, tile: Tile) -> SoftmaxState:
+    """Returns attention over a block of keys."""
+    return _attention(tile.logits(_scores(q, k)), v, tile, q)
 
 
 def attend(
-    q: Float[Array, "R Q H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], mask: Mask, *, shields: bool
-) -> Running:
-    """Returns attention of flat rows, at once: memory is Q * S. The mask has a row for each of them, or each sequence.
+    q: Float[Array, "R Q H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], tile: Tile, *, shields: bool
+) -> SoftmaxState:
+    """Returns attention of flat rows, at once: memory is Q * S. The tile is masked.
 
     shields: NaN and infinity reach only the queries that see them, as in every scheme; else all of the row.
     """
-    seen = visible(mask, q)
-    scores = jnp.where(seen, _shielded_product(q, k), -jnp.inf) if shields else _scores(q, k, seen)
-    exponent = _greatest(scores, q)
-    weights = _weights(scores, finite(exponent), q)
-    out = _weighted(weights, v)
-    if shields:
+    if not shields:
+        return first(q, k, v, tile)
+    seen = tile.visible
+    running = _attention(tile.logits(_shielded_product(q, k)), v, tile, q)
+    out = running.out
 
-        def shielded():  # slow, where shielded values for the product would be a copy of all of them
-            return jnp.where(seen[..., None], weights[..., None] * v[:, None].astype(weights.dtype), 0).sum(
-                2, dtype=out.dtype
-            )
+    def shielded():  # slow, where shielded values for the product would be a copy of all of them
+        scores = tile.logits(_shielded_product(q, k))
+        weights = tile.kept(_weights(scores, finite(running.exponent), tile, q))
+        values = jnp.where(seen[..., None], weights[..., None] * v[:, None].astype(weights.dtype), 0)
+        return values.sum(2, dtype=out.dtype) / tile.mod.kept_share
 
-        out = lax.cond(jnp.isfinite(out).all(), lambda: out, shielded)
-    return Running(exponent, _sum(weights), out)
+    return running._replace(out=lax.cond(jnp.isfinite(out).all(), lambda: out, shielded))
+
+
+def _attention(logits, v, tile: Tile, q) -> SoftmaxState:
+    exponent = _greatest(logits, tile)
+    weights = _weights(logits, finite(exponent), tile, q)
+    return SoftmaxState(exponent, _sum(weights), _weighted(weights, v, tile))
 
 
 @jax.custom_jvp
 def _shielded_product(q: Float[Array, "R Q H"], k: Float[Array, "R S H"]) -> Float[Array, "R Q S"]:
     """Returns _scores(); what is not finite in one of the two reaches no gradient of what does not see it."""
-    return _scores(q, k, None)
+    return _scores(q, k)
 
 
 @_shielded_product.defjvp
 def _product_jvp(primals, tangents):
     (q, k), (q_tangent, k_tangent) = primals, tangents
     q_finite, k_finite = (jnp.where(_is_finite(x), x, 0) for x in (q, k))
-    return _shielded_product(q, k), _scores(q_tangent, k_finite, None) + _scores(q_finite, k_tangent, None)
+    return _shielded_product(q, k), _scores(q_tangent, k_finite) + _scores(q_finite, k_tangent)
 
 
-def add(running: Running, q, k, v, visible: Bool[Array, "R Q S"] | None) -> Running:
+def add(running: SoftmaxState, q, k, v, tile: Tile) -> SoftmaxState:
     """Returns attention over a block of more keys."""
-    scores = _scores(q, k, visible)
-    exponent = jnp.maximum(running.exponent, _greatest(scores, q))
-    weights = _weights(scores, finite(exponent), q)
+    logits = tile.logits(_scores(q, k))
+    exponent = jnp.maximum(running.exponent, _greatest(logits, tile))
+    weights = _weights(logits, finite(exponent), tile, q)
     fade = power_of_two(running.exponent, finite(exponent))
     total = running.total * fade + _sum(weights)
-    return Running(exponent, total, running.out * fade[..., None] + _weighted(weights, v))
+    return SoftmaxState(exponent, total, running.out * fade[..., None] + _weighted(weights, v, tile))
 
 
-def _add_in_range(running: Running, q, k, v, visible: None) -> Running:
+def _add_in_range(running: SoftmaxState, q, k, v, tile: Tile) -> SoftmaxState:
     """Returns what add does, a pass faster, unless a score is far above those so far: then is_in_range() is False.
 
     Any exponent near that of the greatest score serves: it cancels.
     """
-    weights = _weights(_scores(q, k, visible), running.exponent, q)
-    return Running(running.exponent, running.total + _sum(weights), running.out + _weighted(weights, v))
+    weights = _weights(tile.logits(_scores(q, k)), running.exponent, tile, q)
+    return SoftmaxState(running.exponent, running.total + _sum(weights), running.out + _weighted(weights, v, tile))
 
 
-def gradients(q, d_out, exponent, total, delta, k, v, visible: Bool[Array, "R Q S"] | None, *, shields: bool = False):
-    """Returns dq[R, Q, H], dk[R, H, S] and dv[R, H, S]: tokens last, so that no product transposes the scores.
+class BlockGradients(NamedTuple):
+    """Tokens last, so that no product transposes the scores."""
+
+    dq: Float[Array, "R Q H"]
+    dk: Float[Array, "R H S"]
+    dv: Float[Array, "R H S"]
+    logits: Float[Array, "R Q S"]
+
+
+def gradients(q, d_out, exponent, total, delta, k, v, tile: Tile, *, shields: bool = False) -> BlockGradients:
+    """Returns the gradients of the block.
 
     exponent and total are those over all keys. The weights are those of the forward, to the last bit: so over all keys
-    d_scores adds up to 0, and what the keys have in common adds nothing to dq.
+    d_logits adds up to 0, and what the keys have in common adds nothing to dq.
     """
-    accumulator = accumulator_type(q.dtype)
-    weights = _weights(_scores(q, k, visible), exponent, q).astype(accumulator) * (1.0 / divisor(total)[..., None])
-    d_weights = product("rqh,rsh->rqs", d_out, v, accumulator)
-    d_scores = weights * (d_weights - delta[..., None])  # never rounded: they cancel each other
+    accumulator, mod = accumulator_type(q.dtype), tile.mod
+    scores = _scores(q, k)
+    weights = _weights(tile.logits(scores), exponent, tile, q).astype(accumulator) * (1.0 / divisor(total)[..., None])
+    d_weights = tile.kept(product("rqh,rsh->rqs", d_out, v, accumulator))
+    if mod.dropout:
+        d_weights = d_weights / mod.kept_share
+    d_logits = weights * (d_weights - delta[..., None])  # never rounded: they cancel each other
+    weights = tile.kept(weights)
     if shields:  # as shielded() says, here for the products with queries and keys
         weights = jnp.where(_is_finite(d_out), weights, jnp.nan)
-        weights, d_scores = (jnp.where(visible, x, 0) for x in (weights, d_scores))
+        weights, d_logits = (jnp.where(tile.visible, x, 0) for x in (weights, d_logits))
         q, k, d_out = (jnp.where(_is_finite(x), x, 0) for x in (q, k, d_out))
-    dq = product("rqs,rsh->rqh", d_scores, k, accumulator) * _scale(q)
-    dk = product("rqh,rqs->rhs", q, d_scores, accumulator) * _scale(q)
+    d_scores = mod.d_scores(d_logits, scores)
+    if shields and mod.soft_cap is not None:  # tanh of a score that nobody sees may be NaN
+        d_scores = jnp.where(tile.visible, d_scores, 0)
+    dq = product("rqs,rsh->rqh", d_scores, k, accumulator) * mod.scale
+    dk = product("rqh,rqs->rhs", q, d_scores, accumulator) * mod.scale
     dv = product("rqh,rqs->rhs", d_out, _for_product(weights, q), accumulator)
-    return dq, dk, dv
+    return BlockGradients(dq, dk, dv / mod.kept_share if mod.dropout else dv, d_logits)
 
 
 def has_gaps(*arrays: Float[Array, "..."]) -> Bool[Array, ""]:
@@ -170,33 +188,19 @@ def shielded(k: Float[Array, "R S H"], v: Float[Array, "R S H"]) -> tuple[Float[
     return jnp.where(is_finite, k, jnp.nan), jnp.where(is_finite, v, 0)
 
 
-def visible(mask: Mask, q: Float[Array, "R Q H"]) -> Bool[Array, "R Q S"]:
-    """Returns what each query of these rows sees, of a mask for each row or for the rows of each sequence."""
-    seen, (rows, queries, _) = mask.visible(), q.shape
-    masks, length, keys = seen.shape
-    every = jnp.broadcast_to(seen[:, None], (masks, rows * queries // (masks * length), length, keys))
-    return every.reshape(rows, queries, keys)
-
-
-def _scale(q: Float[Array, "R Q H"]) -> float:
-    """Returns what scores are multiplied by: 1 / sqrt(H) (Vaswani et al. 1706.03762, equation 1)."""
-    return q.shape[-1] ** -0.5
-
-
-def _scores(q, k, visible):
+def _scores(q, k):
     """Returns the scores before their scaling, which costs a pass here and nothing inside the exponential."""
-    scores = product("rqh,rsh->rqs", q, k, accumulator_type(q.dtype))
-    return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+    return product("rqh,rsh->rqs", q, k, accumulator_type(q.dtype))
 
 
-def _greatest(scores, q):
+def _greatest(logits, tile: Tile):
     """Returns the exponent to which no weight is greater than 1."""
-    return jnp.ceil(scores.max(-1) * (_scale(q) * LOG2_E))
+    return jnp.ceil(logits.max(-1) * tile.mod.unit)
 
 
-def _weights(scores, exponent, q):
-    """Returns exp(score * scale) / 2**exponent."""
-    return _for_product(power_of_two(scores * (_scale(q) * LOG2_E), exponent[..., None]), q)
+def _weights(logits, exponent, tile: Tile, q):
+    """Returns exp(logit) / 2**exponent."""
+    return _for_product(power_of_two(logits * tile.mod.unit, exponent[..., None]), q)
 
 
 def _for_product(weights, q):
@@ -212,8 +216,9 @@ def _sum(weights):
     return weights.sum(-1, dtype=accumulator_type(weights.dtype))
 
 
-def _weighted(weights, v):
-    return product("rqs,rsh->rqh", weights, v, accumulator_type(v.dtype))
+def _weighted(weights, v, tile: Tile):
+    out = product("rqs,rsh->rqh", tile.kept(weights), v, accumulator_type(v.dtype))
+    return out / tile.mod.kept_share if tile.mod.dropout else out
 
 
 def _is_finite(x: Float[Array, "R S H"]) -> Bool[Array, "R S 1"]:

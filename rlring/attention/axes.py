@@ -1,0 +1,114 @@
+"""MeshAxes: which axes of a mesh carry the batch, the sequence and the heads of attention."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlring.attention.mask import Mask
+from rlring.errors import UsageError
+
+
+@dataclass(frozen=True)
+class MeshAxes:
+    """Names of mesh axes. A default name that the mesh lacks is an axis of one device; None is no axis.
+
+    The sequence is split over the pair (ring, ulysses), ulysses innermost; the ulysses axis wants the fastest links.
+    heads is an axis over which the heads are split and stay so (tensor parallelism). Axes of the mesh that are not
+    named here are left alone: attention is computed alike on all their devices.
+    """
+
+    batch: tuple[str, ...] = ("data",)
+    ring: str | None = "ring"
+    ulysses: str | None = "ulysses"
+    heads: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.batch, str):
+            raise UsageError(f"MeshAxes.batch is a tuple of names; got {self.batch!r}. Use ({self.batch!r},).")
+        names = self._names()
+        if len(set(names)) < len(names):
+            raise UsageError(f"each mesh axis has one part in attention; got {self}. Name each axis once.")
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.ring, self.ulysses) if name is not None)
+
+    @property
+    def tokens(self) -> P:
+        """How [B, T, N, H] is split."""
+        return P(self.batch or None, self.sequence or None, self.heads)
+
+    def of(self, sizes: Mapping[str, int]) -> "MeshAxes":
+        """Returns the axes that a mesh of these sizes has.
+
+        Raises:
+            UsageError: the mesh lacks an axis whose name is not a default, or all of them.
+        """
+        defaults = ("data", "ring", "ulysses")
+        missing = [name for name in self._names() if name not in sizes]
+        unknown = [name for name in missing if name not in defaults]
+        if unknown or (missing and len(missing) == len(self._names()) and sizes):
+            raise UsageError(
+                f"the mesh has the axes {tuple(sizes)}; got {self}. Name the mesh's own axes in "
+                "axes=rlring.MeshAxes(...), or make the mesh with rlring.make_mesh."
+            )
+        there = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "batch"}
+        kept = {name: axis if axis in sizes else None for name, axis in there.items()}
+        return MeshAxes(tuple(name for name in self.batch if name in sizes), **kept)
+
+    def _names(self) -> tuple[str, ...]:
+        return *self.batch, *(name for name in (self.ring, self.ulysses, self.heads) if name is not None)
+
+
+DEFAULT = MeshAxes()  # those of rlring.make_mesh
+
+
+def size_of(mesh: Mesh, name: str | tuple[str, ...] | None) -> int:
+    """Returns over how many devices of the mesh something is split that is split over these axes."""
+    names = (name,) if isinstance(name, str) else name or ()
+    size = 1
+    for one in names:
+        size *= mesh.shape[one]
+    return size
+
+
+def index_of(names: tuple[str, ...]):
+    """Returns which of the parts is this device's, of what is split over these axes; inside shard_map."""
+    return lax.axis_index(names) if names else 0
+
+
+def varying_alike(tree):
+    """Returns the tree with arrays all of which jax.shard_map takes to differ between the same devices."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+
+    def cast(x):
+        return lax.pcast(x, tuple(axes - jax.typeof(x).manual_axis_type.varying), to="varying")
+
+    return jax.tree.map(cast, tree)
+
+
+def split_explicitly(arrays, mesh: Mesh, specs):
+    """Returns the arrays split as jax.shard_map wants them, which by itself splits them only over other axes."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return arrays
+
+    def split(spec: P, part):
+        return jax.tree.map(lambda x: jax.reshard(x, NamedSharding(mesh, spec)), part)
+
+    return jax.tree.map(split, specs, arrays, is_leaf=lambda x: isinstance(x, P))
+
+
+def with_places(mask: Mask, names: tuple[str, ...]) -> Mask:
+    """Returns the mask of a shard with the places of its tokens, of a sequence that is split over these axes."""
+
+    def places(position):
+        rows, length = position.shape
+        start = jnp.asarray(index_of(names), jnp.int32) * length
+        return jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (rows, length))
+
+    return replace(mask, q_place=places(mask.q_position), k_place=places(mask.k_position))

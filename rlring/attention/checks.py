@@ -1,0 +1,144 @@
+"""What can be said about a call of attention before anything is computed: one sentence for each mistake."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlring.attention.axes import DEFAULT, MeshAxes, size_of
+from rlring.attention.mask import Mask, checked
+from rlring.attention.schemes import SCHEMES
+from rlring.attention.score_mod import ScoreMod
+from rlring.errors import UsageError
+
+
+def check_arrays(q, k, v, mask: Mask) -> Mask:
+    """Returns the mask in int32; raises UsageError for arrays that do not fit each other."""
+    fits = q.ndim == k.ndim == v.ndim == 4
+    if not (fits and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]):
+        raise UsageError(
+            f"attention needs q[B, T, N, H], k[B, S, K, H] and v[B, S, K, V]; got q{q.shape}, k{k.shape}, v{v.shape}. "
+            "B is the same in all three, H in q and k, S and K in k and v."
+        )
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise UsageError(
+            f"each key/value head serves the same number of query heads; got {q.shape[2]} query heads over "
+            f"{k.shape[2]} key/value heads. Make the number of query heads a multiple."
+        )
+    if not (q.dtype == k.dtype == v.dtype):
+        raise UsageError(f"q, k and v share one type; got {q.dtype}, {k.dtype} and {v.dtype}. Cast them with .astype.")
+    return checked(mask, q.shape[:2], k.shape[:2])
+
+
+def checked_mod(q, k, *, scale, soft_cap, sinks, bias, dropout, keys: int | None = None) -> ScoreMod:
+    """Returns what the arguments of attention() say of the scores, without the seeds of a dropout.
+
+    keys: S of the whole sequence, where k is a shard of it.
+    """
+    heads, keys = q.shape[2], k.shape[1] if keys is None else keys
+    for name, number in (("scale", scale), ("soft_cap", soft_cap)):
+        if number is not None and not (isinstance(number, float | int | np.number) and np.isfinite(number)):
+            raise UsageError(
+                f"{name} is one finite number, known when the program is compiled; got {_shown(number)}. For one that "
+                "is learnt, scale the queries."
+            )
+    if soft_cap is not None and soft_cap <= 0:
+        raise UsageError(f"soft_cap is greater than 0; got {soft_cap}. Use None for no cap.")
+    if sinks is not None and jnp.shape(sinks) != (heads,):
+        raise UsageError(f"sinks has one logit for each of the {heads} query heads; got shape {jnp.shape(sinks)}.")
+    shapes = (heads,), (heads, q.shape[1], keys)
+    if bias is not None and jnp.shape(bias) not in shapes:
+        raise UsageError(
+            f"bias is [N, T, S] = {shapes[1]}, or the slopes of each head, [N] = {shapes[0]}; got shape "
+            f"{jnp.shape(bias)}."
+        )
+    is_slopes = bias is not None and jnp.ndim(bias) == 1
+    return ScoreMod(
+        q.shape[3] ** -0.5 if scale is None else float(scale),
+        None if soft_cap is None else float(soft_cap),
+        0.0 if dropout is None else _rate(dropout),
+        slopes=jnp.asarray(bias) if is_slopes else None,
+        bias=None if bias is None or is_slopes else jnp.asarray(bias),
+        sinks=None if sinks is None else jnp.asarray(sinks),
+    )
+
+
+def _rate(dropout) -> float:
+    rate = dropout[0] if isinstance(dropout, tuple) and len(dropout) == 2 else None
+    if not isinstance(rate, float | int) or not 0 <= rate < 1:
+        raise UsageError(
+            "dropout is a pair (rate, key): a number from 0 to below 1, known when the program is compiled, and a key "
+            f"of jax.random; got {_shown(dropout if rate is None else rate)}. Use None for no dropout."
+        )
+    return float(rate)
+
+
+def seeds(dropout, batch: int, heads: int):
+    """Returns uint32[B, N, 2] of a pair (rate, key), or None: the same on every mesh."""
+    return None if dropout is None or dropout[0] == 0 else jax.random.bits(dropout[1], (batch, heads, 2), jnp.uint32)
+
+
+def of_nothing(q, v, mod: ScoreMod, return_lse: bool):
+    """Returns attention where there are no queries, keys or values."""
+    out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+    lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    lse = lse if mod.sinks is None else jnp.broadcast_to(mod.sinks.astype(jnp.float32), lse.shape)
+    return (out, lse) if return_lse else out
+
+
+def check_split(q, k, axes: MeshAxes, mesh: Mesh) -> None:
+    """Raises UsageError where batch or heads cannot be split over the mesh."""
+    devices = size_of(mesh, axes.batch)
+    if q.shape[0] % devices:
+        raise UsageError(
+            f"the batch is split over {_product(mesh, axes.batch)} devices; got B={q.shape[0]}. Use a multiple of "
+            f"{devices}."
+        )
+    shares = size_of(mesh, axes.heads)
+    if q.shape[2] % shares or k.shape[2] % shares:
+        raise UsageError(
+            f"the heads are split over {_product(mesh, (axes.heads,))} devices; got {q.shape[2]} query heads and "
+            f"{k.shape[2]} key/value heads. Use multiples of {shares}."
+        )
+
+
+def check_batch(batch: int, mesh: Mesh, axes: MeshAxes = DEFAULT) -> None:
+    """Raises UsageError for a mesh without these axes, or over whose batch axes the batch cannot be split."""
+    axes = axes.of(mesh.shape)
+    devices = size_of(mesh, axes.batch)
+    if batch % devices:
+        raise UsageError(
+            f"the batch is split over {_product(mesh, axes.batch)} devices; got B={batch}. Use a multiple of {devices}."
+        )
+
+
+def check_scheme(scheme: str, heads: int, kv_heads: int, ring: int, ulysses: int) -> None:
+    """Raises UsageError where the scheme cannot split the sequence, or these heads, over so many devices."""
+    sizes = {"ring": ring, "ulysses": ulysses}
+    unsplit = [name for name, size in sizes.items() if size > 1 and name not in SCHEMES[scheme].splits]
+    if unsplit:
+        wrong = unsplit[0]
+        instead = "Use scheme 'hybrid', which splits the sequence both ways, or another mesh."
+        if scheme == "sparse":
+            instead = (
+                "Split the sequence over mesh.ulysses, which gives each device the whole sequence for some of the "
+                "heads, or use scheme 'ring', 'all_gather' or 'hybrid', which follow no pattern."
+            )
+        raise UsageError(
+            f"attention scheme {scheme!r} needs mesh.{wrong}=1; got mesh.{wrong}={sizes[wrong]}. {instead}"
+        )
+    if SCHEMES[scheme].splits_heads and (heads % ulysses or (kv_heads % ulysses and ulysses % kv_heads)):
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        raise UsageError(
+            f"attention scheme {scheme!r} splits the heads over mesh.ulysses={ulysses} devices; got {heads} query "
+            f"heads and {kv_heads} key/value heads. Use mesh.ulysses in {fitting}, or scheme 'ring', which splits no "
+            "heads."
+        )
+
+
+def _product(mesh: Mesh, names) -> str:
+    return " * ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+
+
+def _shown(x) -> str:
+    return repr(x) if isinstance(x, bool | int | float | str | None) else f"a {type(x).__name__}"

@@ -1,0 +1,140 @@
+"""The schemes: one table that says what each splits and how it is made; and the settings that choose among them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Array
+
+from rlring.attention.all_gather import GatheringKernel
+from rlring.attention.axes import MeshAxes
+from rlring.attention.blocks import Blocks, default_block
+from rlring.attention.dense import dense
+from rlring.attention.kernel import Kernel, attend
+from rlring.attention.kernels import KERNELS, features, make_kernel
+from rlring.attention.mask import Mask
+from rlring.attention.ring import RingKernel
+from rlring.attention.ring_transport import Transport
+from rlring.attention.score_mod import ScoreMod
+from rlring.attention.sparse import SparseKernel
+from rlring.attention.sparse_pattern import SparsePattern
+from rlring.attention.ulysses import ulysses_attention
+from rlring.errors import UsageError
+
+Attend = Callable[[Array, Array, Array, Mask, ScoreMod], tuple[Array, Array]]  # q, k, v -> out, lse
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How attention is computed. Only `sparse` changes the result; the rest changes speed and memory.
+
+    scheme "auto" goes by the rule of choose.choose_scheme.
+
+    Raises:
+        UsageError: an unknown scheme or kernel, a block without tokens, or a pattern without its scheme.
+    """
+
+    scheme: str = "ring"
+    block_q: int | None = None  # tokens; shorter sequences use shorter blocks; None: blocks.default_block()
+    block_k: int | None = None
+    scores: int = 2**20  # of one block, held at once; more falls out of a CPU's cache, accelerators like 2**24
+    kernel: str = "jax"  # what computes a block: kernels.make_kernel; sparse and dense attention are plain JAX
+    transport: Transport | None = None  # in which order a ring transfers and computes; None: what suits the platform
+    sparse: SparsePattern | None = None  # which blocks of the context each head sees; with scheme "sparse"
+    # Differentiable by jax.jvp and not by jax.grad, which is the other way round without it. A Hessian-vector product,
+    # jax.jvp of jax.grad, needs no setting.
+    forward_mode: bool = False
+
+    def __post_init__(self):
+        if self.scheme not in ("auto", *SCHEMES):
+            raise UsageError(
+                f"there is no attention scheme {self.scheme!r}. Choose one of {', '.join(('auto', *SCHEMES))}."
+            )
+        if self.kernel not in KERNELS:
+            raise UsageError(f"there is no attention kernel {self.kernel!r}. Choose one of {', '.join(KERNELS)}.")
+        for name in ("block_q", "block_k", "scores"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(
+                    f"attention.{name} is at least 1; got {getattr(self, name)}. Leave it out for the default."
+                )
+        if (self.scheme == "sparse") != (self.sparse is not None):
+            raise UsageError(
+                f"scheme 'sparse' and attention.sparse go together; got scheme {self.scheme!r} with sparse="
+                f"{self.sparse}. Use scheme='sparse' with sparse=SparsePattern(...), or neither of the two."
+            )
+
+
+class Setting(NamedTuple):
+    """Where a scheme runs."""
+
+    config: AttentionConfig
+    platform: str  # kernels.platform_of()
+    axes: MeshAxes  # those of the mesh
+    needs_lse: bool  # whether something depends on the lse, so that it has a gradient
+
+    def on_kernel(self, of: Callable[[Kernel], Kernel] | None = None) -> Attend:
+        """Returns attention by the kernel that the settings choose, or by what `of` makes of it: then of shards."""
+
+        def run(q, k, v, mask: Mask, mod: ScoreMod):
+            blocks = self.blocks(is_split=of is not None)
+            blocks = blocks.within_halves(q.shape[1], k.shape[1]) if of else blocks
+            wanted = features(q, v, mask, mod, needs_lse=self.needs_lse)
+            of_arrays = {"dtype": q.dtype, "head_size": q.shape[3], "wanted": wanted}
+            kernel = make_kernel(self.config.kernel, blocks, platform=self.platform, **of_arrays)
+            return attend(q, k, v, mask, mod, of(kernel) if of else kernel, forward_mode=self.config.forward_mode)
+
+        return run
+
+    def blocks(self, *, is_split: bool) -> Blocks:
+        default = default_block(self.platform, is_split=is_split)
+        return Blocks(self.config.block_q or default, self.config.block_k or default, self.config.scores)
+
+    def by_heads(self, local: Attend) -> Attend:
+        """Returns attention whose heads are split over the ulysses axis for `local`."""
+        if self.axes.ulysses is None:
+            return local
+        return lambda *arrays: ulysses_attention(*arrays, axis=self.axes.ulysses, local=local)
+
+
+class Scheme(NamedTuple):
+    """One way to compute attention."""
+
+    make: Callable[[Setting], Attend]
+    splits: tuple[str, ...] = ()  # over which of MeshAxes the sequence may be split
+    splits_heads: bool = False  # over ulysses
+
+
+def _ring(here: Setting) -> Attend:
+    if here.axes.ring is None:
+        return here.on_kernel()
+    transport = here.config.transport or Transport.of(here.platform)
+    return here.on_kernel(lambda kernel: RingKernel(here.axes.ring, kernel, transport))
+
+
+def _all_gather(here: Setting) -> Attend:
+    return here.on_kernel(lambda kernel: GatheringKernel(here.axes.sequence, kernel) if here.axes.sequence else kernel)
+
+
+def _sparse(here: Setting) -> Attend:
+    def run(q, k, v, mask: Mask, mod: ScoreMod):
+        blocks = here.blocks(is_split=False)
+
+        def local(q_here, k_here, v_here, mask: Mask, mod: ScoreMod):
+            kernel = SparseKernel(here.config.sparse, blocks, k.shape[2], here.axes.ulysses)
+            return attend(q_here, k_here, v_here, mask, mod, kernel, forward_mode=here.config.forward_mode)
+
+        return here.by_heads(local)(q, k, v, mask, mod)
+
+    return run
+
+
+SCHEMES = {
+    "dense": Scheme(lambda here: dense),
+    "blockwise": Scheme(lambda here: here.on_kernel()),
+    "ring": Scheme(_ring, ("ring",)),
+    "all_gather": Scheme(_all_gather, ("ring", "ulysses")),
+    "ulysses": Scheme(lambda here: here.by_heads(here.on_kernel()), ("ulysses",), splits_heads=True),
+    # USP, Fang and Zhao 2405.07719
+    "hybrid": Scheme(lambda here: here.by_heads(_ring(here)), ("ring", "ulysses"), splits_heads=True),
+    "sparse": Scheme(_sparse, ("ulysses",), splits_heads=True),
+}

@@ -1,0 +1,76 @@
+"""Beyond the gradient: Hessian-vector products and forward mode, through every scheme."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlring.attention import AttentionConfig, Mask, SparsePattern, attention
+from rlring.attention.ring_transport import Transport
+from rlring.mesh import make_mesh
+
+BLOCKS = {"block_q": 6, "block_k": 5}
+SPARSE = {"sparse": SparsePattern(block=4, local_blocks=2, stride=1)}  # sees all
+CASES = {
+    "blockwise": ("blockwise", {}, {}),
+    "ring": ("ring", {"ring": 4}, {}),
+    "ring of a GPU": ("ring", {"ring": 4}, {"transport": Transport.of("gpu")}),
+    "ring of a TPU": ("ring", {"ring": 4}, {"transport": Transport.of("tpu")}),
+    "all_gather": ("all_gather", {"ring": 4}, {}),
+    "hybrid": ("hybrid", {"ring": 2, "ulysses": 2}, {}),
+    "sparse": ("sparse", {}, SPARSE),
+}
+QUICK = ("ring", "ring of a GPU", "blockwise")
+random = np.random.default_rng(0)
+
+
+def inputs(kind: str) -> dict[str, np.ndarray]:
+    shapes = {"q": (2, 30, 4, 8), "k": (2, 30, 2, 8), "v": (2, 30, 2, 8), "sinks": (4,)}
+    return {name: random.normal(size=shape).astype(kind) for name, shape in shapes.items()}
+
+
+def loss(x, config, mesh=None):
+    position = jnp.tile(jnp.arange(30, dtype=jnp.int32), (2, 1))
+    mask = Mask.causal(position, position // 13, window=9 if config.sparse is None else None)
+    out, lse = attention(mask=mask, config=config, mesh=mesh, soft_cap=2.0, return_lse=True, **x)
+    return (jnp.sin(out) * out).sum() + jnp.cos(lse).sum()
+
+
+def expected(of, x, tangents):
+    """In float64, by the definition."""
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (x, tangents))
+        return jax.tree.map(np.asarray, of(AttentionConfig("dense"), None)(*exact))
+
+
+def check(of, name: str, **settings):
+    scheme, mesh, more = CASES[name]
+    config = AttentionConfig(scheme, **BLOCKS, **more, **settings)
+    x, tangents = inputs("float32"), inputs("float32")
+    got = of(config, make_mesh(**mesh))(x, tangents)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected(of, x, tangents)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+
+
+def cases():
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", cases())
+def test_hessian_vector_products(name):
+    def product(config, mesh):
+        gradient = jax.grad(partial(loss, config=config, mesh=mesh))
+        return jax.jit(lambda x, tangents: jax.jvp(gradient, (x,), (tangents,))[1])
+
+    check(product, name)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_forward_mode(name):
+    def derivative(config, mesh):
+        of = partial(loss, config=config, mesh=mesh)
+        return jax.jit(lambda x, tangents: jax.jvp(of, (x,), (tangents,)))
+
+    check(derivative, name, forward_mode=True)
