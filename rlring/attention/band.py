@@ -91,20 +91,18 @@ class _Band(NamedTuple):
         The mask is that of the rows.
         """
 
-        def tiles(tile):
-            def take(x):
-                chunk = self._chunk(lambda x, start, size: lax.dynamic_slice_in_dim(x, start, size, 1), x, tile, 1)
-                return chunk.reshape(-1, self.tile)
-
-            return take
-
         def per_row(x):  # rows are sequences by heads, each of all its tiles; masks may be of sequences alone
             every = x.reshape(mask.rows, 1, self.chunk, *x.shape[1:])
             every = jnp.broadcast_to(every, (mask.rows, self.turns.rows // mask.rows, *every.shape[2:]))
             return every.reshape(-1, 1, *x.shape[1:])
 
-        pairs = mask.map_queries(tiles(q_tile)).map_keys(tiles(k_tile))
+        pairs = mask.map_queries(partial(self._tiles, q_tile)).map_keys(partial(self._tiles, k_tile))
         return Tile.of(mod, self.terms(mod, rows), pairs, q_tiles, is_masked=is_masked, per_row=per_row)
+
+    def _tiles(self, tile, x: Int32[Array, "m tokens"]) -> Int32[Array, "m*C tile"]:
+        """Returns what is known of the tokens of a chunk, tile by tile."""
+        chunk = self._chunk(lambda x, start, size: lax.dynamic_slice_in_dim(x, start, size, 1), x, tile, 1)
+        return chunk.reshape(-1, self.tile)
 
     def terms(self, mod: ScoreMod, rows: Rows) -> RowTerms:
         """Returns what belongs to the rows of all tiles."""

@@ -79,101 +79,129 @@ class RingKernel(NamedTuple):
     def backward(
         self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
     ) -> Gradients:
-        return _backward(q, k, v, mask, mod, inputs, *self)
+        return _as_far_as_seen(_Backward(self, q, k, v, mask, mod, inputs).around, mask, self.axis)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(here: RingKernel, q, k, v, mask, mod, before) -> Partial:
-    return _around(here, q, k, v, mask, mod, before, packing=PACKED)
+def _forward(here: RingKernel, *arrays) -> Partial:
+    return _forward_packed_as(PACKED, here, *arrays)
 
 
 @_forward.defjvp
 def _forward_jvp(here: RingKernel, primals, tangents):
-    return jax.jvp(partial(_around, here, packing=UNPACKED), primals, tangents)
+    return jax.jvp(partial(_forward_packed_as, UNPACKED, here), primals, tangents)
 
 
-def _around(here: RingKernel, q, k, v, mask, mod, before, *, packing: Packing) -> Partial:
-    axis, kernel, transport = here
+def _forward_packed_as(packing: Packing, here: RingKernel, q, k, v, mask, mod, before) -> Partial:
+    return _as_far_as_seen(_Forward(here, packing, q, k, v, mask, mod, before).around, mask, here.axis)
 
-    def ring(hops: int) -> Partial:
-        def hop(state, is_last=False):
-            total, loaded = state
-            arriving = None if is_last else packing.sent(loaded, axis)
-            parcel = packing.unload(loaded, home)  # and sent on as it came
-            hop_mask = parcel.mask(mask)
 
-            def attend(total: Partial) -> Partial:
-                return kernel.forward(q, *parcel.keys(kernel), hop_mask, mod, total)
+class _Forward(NamedTuple):
+    """A pass around the ring; the arrays are those of this device."""
 
-            # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its
-            # own out.
-            return in_turn((lax.cond(hop_mask.shows_any(), attend, lambda total: total, total), arriving))
+    ring: RingKernel
+    packing: Packing
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K V"]
+    mask: Mask
+    mod: ScoreMod
+    before: Partial | None
 
-        home = _Parcel.of(k, v, mask, kernel)
-        arriving = packing.sent(packing.load(home), axis) if hops else None
-        total = kernel.forward(q, k, v, mask, mod, before)
+    def around(self, hops: int) -> Partial:
+        """Returns attention over the keys of this device and of so many before it."""
+        arriving = self.packing.sent(self.packing.load(self.home), self.ring.axis) if hops else None
+        total = self.ring.kernel.forward(self.q, self.k, self.v, self.mask, self.mod, self.before)
         if hops:
-            total, _ = hop(transport.repeat(hop, hops - 1, in_turn((total, arriving))), is_last=True)
+            state = self.ring.transport.repeat(self.hop, hops - 1, in_turn((total, arriving)))
+            total, _ = self.hop(state, is_last=True)
         return total
 
-    return _as_far_as_seen(ring, mask, axis)
+    def hop(self, state, is_last: bool = False):
+        """Returns attention over the keys that have arrived as well, and what arrives next."""
+        (total, loaded), kernel = state, self.ring.kernel
+        arriving = None if is_last else self.packing.sent(loaded, self.ring.axis)
+        parcel = self.packing.unload(loaded, self.home)  # and sent on as it came
+        mask = parcel.mask(self.mask)
+
+        def attend(total: Partial) -> Partial:
+            return kernel.forward(self.q, *parcel.keys(kernel), mask, self.mod, total)
+
+        # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its own
+        # out.
+        return in_turn((lax.cond(mask.shows_any(), attend, lambda total: total, total), arriving))
+
+    @property
+    def home(self) -> _Parcel:
+        return _Parcel.of(self.k, self.v, self.mask, self.ring.kernel)
 
 
-def _backward(q, k, v, mask, mod, inputs: BackwardInputs, axis, kernel, transport: Transport) -> Gradients:
-    def ring(hops: int) -> Gradients:
+class _Backward(NamedTuple):
+    """A pass around the ring with the gradients of keys and values; the arrays are those of this device."""
+
+    ring: RingKernel
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K V"]
+    mask: Mask
+    mod: ScoreMod
+    inputs: BackwardInputs
+
+    def around(self, hops: int) -> Gradients:
+        """Returns the gradients of attention over the keys of this device and of so many before it."""
+        _, kernel, transport = self.ring
         # A whole ring turns the other way round: a compiler that sees both passes would else keep the keys of all
         # devices since the forward. Where few hops are enough they are those of the forward.
-        step = -1 if hops == lax.axis_size(axis) - 1 else 1
-        shift = partial(transport.shift, axis=axis, step=step)
-
-        def hop(state, is_last=False):
-            at_home, behind, parcel = state  # behind: what the hops before this one found for the keys that were here
-            # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
-            arriving, behind = shift((None if is_last else parcel, behind))
-            before = at_home._replace(dk=behind[0], dv=behind[1])
-            after, arriving = differentiate(before, parcel, arriving)
-            return _at_home(after), (after.dk, after.dv), arriving
-
-        def differentiate_beside(before: Gradients, parcel: _Parcel, arriving):
-            hop_mask = parcel.mask(mask)
-
-            def add(at_home: Gradients) -> Gradients:
-                here = kernel.backward(q, *parcel.keys(kernel), hop_mask, mod, inputs)
-                more = jax.tree.map(jnp.add, at_home, _at_home(here))
-                return _travelling(here, kernel)._replace(dq=more.dq, mod=more.mod)
-
-            def skip(at_home: Gradients) -> Gradients:
-                return no_gradients(q, parcel.k, parcel.v)._replace(dq=at_home.dq, mod=at_home.mod)
-
-            here = lax.cond(hop_mask.shows_any(), add, skip, _at_home(before))
-            here, before, arriving = in_turn((here, before, arriving))
-            return here._replace(dk=before.dk + here.dk, dv=before.dv + here.dv), arriving
-
-        def differentiate_in_place(before: Gradients, parcel: _Parcel, arriving):
-            """The same, waiting for what is behind: no price where nothing is sent while it computes."""
-            hop_mask = parcel.mask(mask)
-
-            def add(before: Gradients) -> Gradients:
-                before = _travelling(before, kernel)
-                found = kernel.backward(q, *parcel.keys(kernel), hop_mask, mod, inputs, before)
-                return _travelling(found, kernel)
-
-            return lax.cond(hop_mask.shows_any(), add, lambda same: same, before), arriving
-
-        differentiate = differentiate_beside if transport.overlaps else differentiate_in_place
-        home = _Parcel.of(k, v, mask, kernel)
-        arriving = shift(home) if hops else None
-        here = kernel.backward(q, k, v, mask, mod, inputs)
+        step = -1 if hops == lax.axis_size(self.ring.axis) - 1 else 1
+        shift = partial(transport.shift, axis=self.ring.axis)
+        home = _Parcel.of(self.k, self.v, self.mask, kernel)
+        arriving = shift(home, step=step) if hops else None
+        here = kernel.backward(self.q, self.k, self.v, self.mask, self.mod, self.inputs)
         if hops == 0:
             return here
         # What is found at home travels as well: kept, it would be there beside what arrives in the end.
         here, arriving = in_turn((_travelling(here, kernel), arriving))
+        hop = partial(self.hop, partial(shift, step=step))
         state = transport.repeat(hop, hops - 1, (_at_home(here), (here.dk, here.dv), arriving))
         at_home, found, _ = hop(state, is_last=True)
-        dk, dv = transport.shift(found, axis, step=-hops * step)
+        dk, dv = shift(found, step=-hops * step)
         return _travelling(at_home._replace(dk=dk, dv=dv), kernel)
 
-    return _as_far_as_seen(ring, mask, axis)
+    def hop(self, shift: Callable, state, is_last: bool = False):
+        at_home, behind, parcel = state  # behind: what the hops before this one found for the keys that were here then
+        # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
+        arriving, behind = shift((None if is_last else parcel, behind))
+        before = at_home._replace(dk=behind[0], dv=behind[1])
+        differentiate = self.differentiate_beside if self.ring.transport.overlaps else self.differentiate_in_place
+        after, arriving = differentiate(before, parcel, arriving)
+        return _at_home(after), (after.dk, after.dv), arriving
+
+    def differentiate_beside(self, before: Gradients, parcel: _Parcel, arriving):
+        """Returns the gradients with those of the parcel's keys, which need not wait for what is behind."""
+        mask, kernel = parcel.mask(self.mask), self.ring.kernel
+
+        def add(at_home: Gradients) -> Gradients:
+            here = kernel.backward(self.q, *parcel.keys(kernel), mask, self.mod, self.inputs)
+            more = jax.tree.map(jnp.add, at_home, _at_home(here))
+            return _travelling(here, kernel)._replace(dq=more.dq, mod=more.mod)
+
+        def skip(at_home: Gradients) -> Gradients:
+            return no_gradients(self.q, parcel.k, parcel.v)._replace(dq=at_home.dq, mod=at_home.mod)
+
+        here = lax.cond(mask.shows_any(), add, skip, _at_home(before))
+        here, before, arriving = in_turn((here, before, arriving))
+        return here._replace(dk=before.dk + here.dk, dv=before.dv + here.dv), arriving
+
+    def differentiate_in_place(self, before: Gradients, parcel: _Parcel, arriving):
+        """The same, waiting for what is behind: no price where nothing is sent while it computes."""
+        mask, kernel = parcel.mask(self.mask), self.ring.kernel
+
+        def add(before: Gradients) -> Gradients:
+            before = _travelling(before, kernel)
+            found = kernel.backward(self.q, *parcel.keys(kernel), mask, self.mod, self.inputs, before)
+            return _travelling(found, kernel)
+
+        return lax.cond(mask.shows_any(), add, lambda same: same, before), arriving
 
 
 def _as_far_as_seen(ring: Callable, mask: Mask, axis: str):

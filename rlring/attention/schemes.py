@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from jaxtyping import Array
@@ -117,12 +118,8 @@ def _all_gather(here: Setting) -> Attend:
 
 def _sparse(here: Setting) -> Attend:
     def run(q, k, v, mask: Mask, mod: ScoreMod):
-        blocks = here.blocks(is_split=False)
-
-        def local(q_here, k_here, v_here, mask: Mask, mod: ScoreMod):
-            kernel = SparseKernel(here.config.sparse, blocks, k.shape[2], here.axes.ulysses)
-            return attend(q_here, k_here, v_here, mask, mod, kernel, forward_mode=here.config.forward_mode)
-
+        kernel = SparseKernel(here.config.sparse, here.blocks(is_split=False), k.shape[2], here.axes.ulysses)
+        local = partial(attend, kernel=kernel, forward_mode=here.config.forward_mode)
         return here.by_heads(local)(q, k, v, mask, mod)
 
     return run

@@ -4,6 +4,7 @@ For measuring what cutting attention into hops costs: the same kernel calls as r
 sent. Not a scheme: on one device nothing is gained by it.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -40,54 +41,69 @@ class _SimulatedRingKernel(NamedTuple):
         return self.kernel.residual_dtype(dtype)
 
     def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: None = None) -> Partial:
-        q_size, k_size = q.shape[1] // self.ring, k.shape[1] // self.ring
+        cut = _Cut.of(self.ring, q, k, v, mask)
 
         def device(r) -> Partial:
-            q_r = take(q, r, q_size, 1)
-
-            def hop(n, total: Partial) -> Partial:
-                source = (r - n) % self.ring
-                seen = _mask(mask, r, source, q_size, k_size)
-
-                def attend(total: Partial) -> Partial:
-                    here = take(k, source, k_size, 1), take(v, source, k_size, 1)
-                    return self.kernel.forward(q_r, *here, seen, mod, total)
-
-                return lax.cond(seen.shows_any(), attend, lambda total: total, total)
-
-            home = take(k, r, k_size, 1), take(v, r, k_size, 1)
-            first = self.kernel.forward(q_r, *home, _mask(mask, r, r, q_size, k_size), mod)
-            return lax.fori_loop(1, self.ring, hop, first)
+            first = self.kernel.forward(cut.queries(q, r), *cut.keys(r), cut.pair(r, r), mod)
+            return lax.fori_loop(1, self.ring, partial(self._forward_hop, cut, mod, r), first)
 
         parts = lax.map(device, jnp.arange(self.ring))
         return Partial(joined(parts.out, 1), *(joined(x, 2) for x in (parts.exponent, parts.total)))
 
+    def _forward_hop(self, cut: "_Cut", mod: ScoreMod, r, n, total: Partial) -> Partial:
+        source = (r - n) % self.ring
+        seen = cut.pair(r, source)
+
+        def attend(total: Partial) -> Partial:
+            return self.kernel.forward(cut.queries(cut.q, r), *cut.keys(source), seen, mod, total)
+
+        return lax.cond(seen.shows_any(), attend, lambda total: total, total)
+
     def backward(self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: None = None) -> Gradients:
-        q_size, k_size = q.shape[1] // self.ring, k.shape[1] // self.ring
+        cut = _Cut.of(self.ring, q, k, v, mask)
 
         def device(r, gradients: Gradients) -> Gradients:
-            tokens = (take(x, r, q_size, 1) for x in inputs[:2])
-            inputs_r = BackwardInputs(*tokens, *(take(x, r, q_size, 2) for x in inputs[2:]))
-            q_r = take(q, r, q_size, 1)
-
-            def hop(n, gradients: Gradients) -> Gradients:
-                source = (r - n) % self.ring
-                here = take(k, source, k_size, 1), take(v, source, k_size, 1)
-                seen = _mask(mask, r, source, q_size, k_size)
-
-                def differentiate(gradients: Gradients) -> Gradients:
-                    places = (r, q_size), (source, k_size), (source, k_size)
-                    before = (take(x, *place, 1) for x, place in zip(gradients, places, strict=False))
-                    after = self.kernel.backward(q_r, *here, seen, mod, inputs_r, Gradients(*before))
-                    parts = zip(gradients, after, places, strict=False)
-                    return Gradients(*(put(x, part, place, 1) for x, part, (place, _) in parts))
-
-                return lax.cond(seen.shows_any(), differentiate, lambda same: same, gradients)
-
-            return lax.fori_loop(0, self.ring, hop, gradients)
+            tokens = (cut.queries(x, r) for x in inputs[:2])
+            inputs_r = BackwardInputs(*tokens, *(take(x, r, cut.q_size, 2) for x in inputs[2:]))
+            return lax.fori_loop(0, self.ring, partial(self._backward_hop, cut, mod, inputs_r, r), gradients)
 
         return lax.fori_loop(0, self.ring, device, no_gradients(q, k, v))
 
+    def _backward_hop(
+        self, cut: "_Cut", mod: ScoreMod, inputs: BackwardInputs, r, n, gradients: Gradients
+    ) -> Gradients:
+        source = (r - n) % self.ring
+        seen, places = cut.pair(r, source), ((r, cut.q_size), (source, cut.k_size), (source, cut.k_size))
 
-def _mask(mask: Mask, q_device, k_device, q_size: int, k_size: int) -> Mask:
-    return mask.block(q_device * q_size, q_size, k_device * k_size, k_size)
+        def differentiate(gradients: Gradients) -> Gradients:
+            before = Gradients(*(take(x, *place, 1) for x, place in zip(gradients, places, strict=False)))
+            after = self.kernel.backward(cut.queries(cut.q, r), *cut.keys(source), seen, mod, inputs, before)
+            parts = zip(gradients, after, places, strict=False)
+            return Gradients(*(put(x, part, place, 1) for x, part, (place, _) in parts))
+
+        return lax.cond(seen.shows_any(), differentiate, lambda same: same, gradients)
+
+
+class _Cut(NamedTuple):
+    """Arrays in the shards of the devices of a ring."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K V"]
+    mask: Mask
+    q_size: int  # of a shard
+    k_size: int
+
+    @classmethod
+    def of(cls, ring: int, q, k, v, mask: Mask) -> "_Cut":
+        return cls(q, k, v, mask, q.shape[1] // ring, k.shape[1] // ring)
+
+    def queries(self, x: Float[Array, "B T N H"], device) -> Array:
+        return take(x, device, self.q_size, 1)
+
+    def keys(self, device) -> tuple[Array, Array]:
+        return take(self.k, device, self.k_size, 1), take(self.v, device, self.k_size, 1)
+
+    def pair(self, q_device, k_device) -> Mask:
+        """Returns the mask of one device's queries and another's keys."""
+        return self.mask.block(q_device * self.q_size, self.q_size, k_device * self.k_size, self.k_size)
