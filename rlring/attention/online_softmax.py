@@ -68,7 +68,10 @@ def softmax_over(
 
 def first(q, k, v, tile: Tile) -> SoftmaxState:
     """Returns attention over a block of keys."""
-    return _attention(tile.logits(_scores(q, k)), v, tile, q)
+    logits = tile.logits(_scores(q, k))
+    exponent = _greatest(logits, tile)
+    weights = _weights(logits, finite(exponent), tile, q)
+    return SoftmaxState(exponent, _sum(weights), _weighted(weights, v, tile))
 
 
 def attend(
@@ -80,23 +83,19 @@ def attend(
     """
     if not shields:
         return first(q, k, v, tile)
-    seen = tile.visible
-    running = _attention(tile.logits(_shielded_product(q, k)), v, tile, q)
-    out = running.out
-
-    def shielded():  # slow, where shielded values for the product would be a copy of all of them
-        scores = tile.logits(_shielded_product(q, k))
-        weights = tile.kept(_weights(scores, finite(running.exponent), tile, q))
-        values = jnp.where(seen[..., None], weights[..., None] * v[:, None].astype(weights.dtype), 0)
-        return values.sum(2, dtype=out.dtype) / tile.mod.kept_share
-
-    return running._replace(out=lax.cond(jnp.isfinite(out).all(), lambda: out, shielded))
-
-
-def _attention(logits, v, tile: Tile, q) -> SoftmaxState:
+    logits = tile.logits(_shielded_product(q, k))
     exponent = _greatest(logits, tile)
     weights = _weights(logits, finite(exponent), tile, q)
-    return SoftmaxState(exponent, _sum(weights), _weighted(weights, v, tile))
+    out = _weighted(weights, v, tile)
+
+    def shielded():  # slow, where shielded values for the product would be a copy of all of them
+        kept = tile.kept(weights)[
+            ..., None
+        ]  # made outside: on a mesh, gradients of q in a branch would need a collective
+        values = jnp.where(tile.visible[..., None], kept * v[:, None].astype(kept.dtype), 0)
+        return values.sum(2, dtype=out.dtype) / tile.mod.kept_share
+
+    return SoftmaxState(exponent, _sum(weights), lax.cond(jnp.isfinite(out).all(), lambda: out, shielded))
 
 
 @jax.custom_jvp
