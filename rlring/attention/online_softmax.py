@@ -89,9 +89,8 @@ def attend(
     out = _weighted(weights, v, tile)
 
     def shielded():  # slow, where shielded values for the product would be a copy of all of them
-        kept = tile.kept(weights)[
-            ..., None
-        ]  # made outside: on a mesh, gradients of q in a branch would need a collective
+        # The weights are made outside: a gradient of queries needs a collective, which must not be in a branch.
+        kept = tile.kept(weights)[..., None]
         values = jnp.where(tile.visible[..., None], kept * v[:, None].astype(kept.dtype), 0)
         return values.sum(2, dtype=out.dtype) / tile.mod.kept_share
 

@@ -40,7 +40,7 @@ class Settings:
     matmul: int
     kernel: str = "jax"
     blocks: tuple[int, int] | None = None  # None: those of AttentionConfig
-    hops: int = 0  # of a ring whose devices take turns on one: attention.hops; 0: not measured
+    hops: int = 0  # of a ring whose devices take turns on one: attention.simulated_ring; 0: not measured
     sparse: tuple[SparsePattern, ...] = ()
 
 

@@ -10,7 +10,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from rlring.attention.ulysses import check_heads
+from rlring.attention.checks import check_scheme
 from rlring.bench.candidates import (
     ONE_DEVICE,
     Run,
@@ -156,7 +156,7 @@ def _check(settings: Settings) -> None:
     for devices in settings.devices if several else ():
         make_mesh(ring=devices)
         if "ulysses" in several:
-            check_heads("ulysses", settings.heads, settings.kv_heads, devices)
+            check_scheme("ulysses", settings.heads, settings.kv_heads, 1, devices)
         for length in settings.lengths:
             if devices > 1 and length % (2 * devices):
                 raise UsageError(

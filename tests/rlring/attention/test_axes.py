@@ -23,7 +23,7 @@ CASES = {  # scheme, mesh, axes
     "all_gather": ("all_gather", {"x": 2, "y": 4}, MeshAxes((), ring="y", ulysses=None)),
     "one axis": ("auto", {"sp": 8}, MeshAxes((), ulysses="sp")),
 }
-QUICK = ("heads", "hybrid")
+QUICK = ("hybrid",)
 random = np.random.default_rng(0)
 
 

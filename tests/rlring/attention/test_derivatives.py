@@ -22,7 +22,7 @@ CASES = {
     "hybrid": ("hybrid", {"ring": 2, "ulysses": 2}, {}),
     "sparse": ("sparse", {}, SPARSE),
 }
-QUICK = ("ring", "ring of a GPU", "blockwise")
+QUICK = ("ring of a GPU", "blockwise")
 random = np.random.default_rng(0)
 
 

@@ -94,10 +94,13 @@ def test_what_is_no_mask():
 
 
 def test_what_is_no_window():
-    for window, got in (((3, 0), r"\(3, 0\)"), (2.0, "2.0"), (True, "True"), ("4", "'4'")):
+    for window, got in ((2.0, "2.0"), (True, "True"), ("4", "'4'")):
         with pytest.raises(UsageError, match=rf"how many tokens a query looks back, .* one whole number.*; got {got}"):
             Mask.causal(zeros(2), window=window)
-    with pytest.raises(UsageError, match=r"known when the program is compiled; got a .*Tracer. Make it a static"):
+    for window, got in (((3, -1), "3, -1"), ((1, 2, 3), "1, 2, 3"), ((2.0, 1), "2.0, 1"), ((True, None), "True, None")):
+        with pytest.raises(UsageError, match=rf"a window \(left, right\) is how many tokens .*; got \({got}\)"):
+            Mask.full(zeros(2), window=window)
+    with pytest.raises(UsageError, match=r"known when the program is compiled, or a pair .*; got a .*Tracer. Make it"):
         jax.jit(lambda window: Mask.causal(zeros(2), window=window))(3)
     with pytest.raises(UsageError, match=r"is_causal is True or False when the program is compiled; got a .*Tracer"):
         jax.jit(lambda x: Mask(*[zeros(2)] * 4, is_causal=x))(True)
