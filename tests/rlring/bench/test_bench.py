@@ -83,7 +83,7 @@ def test_table_and_json(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "patterns",
-    [{"4,2,2": "70.8"}, pytest.param({"4,2,2": "70.8", "4,8,1": "100.0"}, marks=pytest.mark.slow)],
+    [pytest.param({"4,2,2": "70.8", "4,8,1": "100.0"}, marks=pytest.mark.slow)],
     ids=len,
 )
 def test_hops_and_patterns(capsys, patterns):

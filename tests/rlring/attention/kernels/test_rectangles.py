@@ -66,7 +66,8 @@ class Poison(NamedTuple):
         return found[:2] if mask is None else found
 
     def backward(self, q, k, v, *rest, **settings):
-        return Gradients(*(jnp.full(x.shape, jnp.nan, jnp.float32) for x in (q, k, v)))
+        found = Gradients(*(jnp.full(x.shape, jnp.nan, jnp.float32) for x in (q, k, v)))
+        return found[:3] if settings else found
 
 
 BLOCKWISE = BlockwiseKernel(Blocks(24, 20, 2**12))
