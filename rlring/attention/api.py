@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from rlring.attention.axes import DEFAULT, MeshAxes, index_of, size_of, split_explicitly, varying_alike, with_places
 from rlring.attention.blocks import pad
-from rlring.attention.checks import check_arrays, check_scheme, check_split, checked_mod, of_nothing, seeds
+from rlring.attention.checks import check_arrays, check_kinds, check_scheme, check_split, checked_mod, of_nothing, seeds
 from rlring.attention.choose import choose_scheme
 from rlring.attention.kernels import platform_of
 from rlring.attention.mask import Mask
@@ -55,12 +55,13 @@ def attention(
     dropout: (rate, key of jax.random): that share of the weights becomes 0 and the others grow by 1 / (1 - rate). The
         same on any mesh.
     return_lse: returns (out, lse) with lse[B, T, N], the log-sum-exps of the logits, sinks included, in float32; -inf
-        for a row that sees nothing.
+        for a row that sees nothing. Of float64 arrays it is float64.
 
     Raises:
         UsageError: arguments that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel
             that cannot run on these devices or lacks something that was asked for.
     """
+    check_kinds(config, axes, mesh)
     mask = check_arrays(q, k, v, mask)
     mod = checked_mod(q, k, scale=scale, soft_cap=soft_cap, sinks=sinks, bias=bias, dropout=dropout)
     mod = replace(mod, seeds=seeds(dropout, q.shape[0], q.shape[2]))
@@ -73,7 +74,7 @@ def attention(
         check_split(q, k, axes, mesh)
     devices, shares = (1, 1) if mesh is None else (size_of(mesh, axes.batch), size_of(mesh, axes.heads))
     config = _with_scheme(config, q, k, devices, shares, ring, ulysses)
-    if q.size == 0 or k.size == 0 or v.size == 0:
+    if q.size == 0 or k.size == 0:
         return of_nothing(q, v, mod, return_lse)
     if mesh is not None:
         return _on_mesh(q, k, v, mask, mod, config=config, mesh=mesh, axes=axes, return_lse=return_lse)
@@ -98,13 +99,14 @@ def sharded_attention(
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Returns what attention() does, of this device's shards, inside the caller's own jax.shard_map.
 
-    All arrays are this device's shards, split as attention() says; of a bias [N, T, S] all keys are here, S those of
-    the whole sequence. The key of a dropout is the same on all devices. Axes that this shard_map does not map are axes
-    of one device.
+    All arrays are this device's shards, split as attention() says; sinks and slopes by heads; of a bias [N, T, S] all
+    keys are here, S those of the whole sequence. The key of a dropout is the same on all devices. A default name of
+    MeshAxes that this shard_map does not map is an axis of one device.
 
     Raises:
         UsageError: as attention() does.
     """
+    check_kinds(config, axes)
     mapped = jax.sharding.get_abstract_mesh()
     sizes = {name: mapped.shape[name] for name in mapped.manual_axes}
     if not sizes:
@@ -116,7 +118,7 @@ def sharded_attention(
     mod = replace(mod, seeds=_seeds_here(dropout, q, axes))
     _check_sparse(config, mask, mod)
     config = _with_scheme(config, q, k, 1, 1, ring, ulysses)
-    if q.size == 0 or k.size == 0 or v.size == 0:
+    if q.size == 0 or k.size == 0:
         return of_nothing(q, v, mod, return_lse)
     platform = platform_of(jax.devices()[0])
     return _on_shard(q, k, v, mask, mod, config=config, platform=platform, axes=axes, return_lse=return_lse)
@@ -182,7 +184,9 @@ def _on_mesh(q, k, v, mask: Mask, mod: ScoreMod, *, config: AttentionConfig, mes
     specs = (tokens, tokens, tokens, of_mask, of_mod)
     on_shards = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
     results = on_shards(*split_explicitly((q, k, v, mask, mod), mesh, specs))
-    return jax.tree.map(lambda x: x[:, :length], results) if q_pad else results
+    if q_pad:  # of what is split explicitly, JAX takes no part that the devices cannot share
+        results = split_explicitly(results, mesh, P(axes.batch or None, None, heads))
+    return jax.tree.map(lambda x: x[:, :length], results)
 
 
 @partial(jax.jit, static_argnames=("config", "platform", "axes", "return_lse"))

@@ -28,8 +28,9 @@ class MeshAxes:
     heads: str | None = None
 
     def __post_init__(self):
-        if isinstance(self.batch, str):
-            raise UsageError(f"MeshAxes.batch is a tuple of names; got {self.batch!r}. Use ({self.batch!r},).")
+        if not isinstance(self.batch, tuple):
+            use = f"({self.batch!r},)" if isinstance(self.batch, str) else "() for no axis"
+            raise UsageError(f"MeshAxes.batch is a tuple of names; got {self.batch!r}. Use {use}.")
         names = self._names()
         if len(set(names)) < len(names):
             raise UsageError(f"each mesh axis has one part in attention; got {self}. Name each axis once.")
@@ -94,11 +95,17 @@ def varying_alike(tree):
 
 def split_explicitly(arrays, mesh: Mesh, specs):
     """Returns the arrays split as jax.shard_map wants them, which by itself splits them only over other axes."""
-    if AxisType.Explicit not in mesh.axis_types:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if AxisType.Explicit not in kinds.values():
         return arrays
 
+    def explicit(names):
+        names = (names,) if isinstance(names, str) else names or ()
+        return tuple(name for name in names if kinds[name] == AxisType.Explicit) or None
+
     def split(spec: P, part):
-        return jax.tree.map(lambda x: jax.reshard(x, NamedSharding(mesh, spec)), part)
+        sharding = NamedSharding(mesh, P(*map(explicit, spec)))
+        return jax.tree.map(lambda x: jax.reshard(x, sharding), part)
 
     return jax.tree.map(split, specs, arrays, is_leaf=lambda x: isinstance(x, P))
 

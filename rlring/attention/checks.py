@@ -7,18 +7,18 @@ from jax.sharding import Mesh
 
 from rlring.attention.axes import DEFAULT, MeshAxes, size_of
 from rlring.attention.mask import Mask, checked
-from rlring.attention.schemes import SCHEMES
+from rlring.attention.schemes import SCHEMES, AttentionConfig
 from rlring.attention.score_mod import ScoreMod
 from rlring.errors import UsageError
 
 
 def check_arrays(q, k, v, mask: Mask) -> Mask:
     """Returns the mask in int32; raises UsageError for arrays that do not fit each other."""
-    fits = q.ndim == k.ndim == v.ndim == 4
+    fits = all(getattr(x, "ndim", None) == 4 for x in (q, k, v))
     if not (fits and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]):
         raise UsageError(
-            f"attention needs q[B, T, N, H], k[B, S, K, H] and v[B, S, K, V]; got q{q.shape}, k{k.shape}, v{v.shape}. "
-            "B is the same in all three, H in q and k, S and K in k and v."
+            "attention needs q[B, T, N, H], k[B, S, K, H] and v[B, S, K, V]; got "
+            f"q{_shape(q)}, k{_shape(k)}, v{_shape(v)}. B is the same in all three, H in q and k, S and K in k and v."
         )
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise UsageError(
@@ -27,7 +27,18 @@ def check_arrays(q, k, v, mask: Mask) -> Mask:
         )
     if not (q.dtype == k.dtype == v.dtype):
         raise UsageError(f"q, k and v share one type; got {q.dtype}, {k.dtype} and {v.dtype}. Cast them with .astype.")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise UsageError(f"q, k and v are real numbers with a fraction; got {q.dtype}. Cast them with .astype.")
+    if 0 in (q.shape[3], v.shape[3]):
+        raise UsageError(f"heads have a size of at least 1; got q{q.shape} and v{v.shape}.")
     return checked(mask, q.shape[:2], k.shape[:2])
+
+
+def check_kinds(config, axes, mesh=None) -> None:
+    """Raises UsageError for what is no AttentionConfig, MeshAxes or Mesh."""
+    for name, value, kind in (("config", config, AttentionConfig), ("axes", axes, MeshAxes), ("mesh", mesh, Mesh)):
+        if not isinstance(value, kind) and not (name == "mesh" and value is None):
+            raise UsageError(f"{name} is an instance of {kind.__name__}; got {_shown(value)}.")
 
 
 def checked_mod(q, k, *, scale, soft_cap, sinks, bias, dropout, keys: int | None = None) -> ScoreMod:
@@ -37,20 +48,24 @@ def checked_mod(q, k, *, scale, soft_cap, sinks, bias, dropout, keys: int | None
     """
     heads, keys = q.shape[2], k.shape[1] if keys is None else keys
     for name, number in (("scale", scale), ("soft_cap", soft_cap)):
-        if number is not None and not (isinstance(number, float | int | np.number) and np.isfinite(number)):
+        if number is not None and not (_is_real(number) and abs(number) < np.inf):
             raise UsageError(
-                f"{name} is one finite number, known when the program is compiled; got {_shown(number)}. For one that "
-                "is learnt, scale the queries."
+                f"{name} is one finite number, known when the program is compiled; got {_shown(number)}. Make it a "
+                "static argument of jax.jit."
             )
     if soft_cap is not None and soft_cap <= 0:
         raise UsageError(f"soft_cap is greater than 0; got {soft_cap}. Use None for no cap.")
-    if sinks is not None and jnp.shape(sinks) != (heads,):
-        raise UsageError(f"sinks has one logit for each of the {heads} query heads; got shape {jnp.shape(sinks)}.")
+    for name, x in (("sinks", sinks), ("bias", bias)):
+        dtype = getattr(x, "dtype", None)
+        if x is not None and not (dtype is not None and jnp.issubdtype(dtype, jnp.floating)):
+            got = f"a {type(x).__name__}" if dtype is None else dtype
+            raise UsageError(f"{name} is an array of real numbers; got {got}. Cast it; what may be seen, a Mask says.")
+    if sinks is not None and sinks.shape != (heads,):
+        raise UsageError(f"sinks has one logit for each of the {heads} query heads; got shape {sinks.shape}.")
     shapes = (heads,), (heads, q.shape[1], keys)
-    if bias is not None and jnp.shape(bias) not in shapes:
+    if bias is not None and bias.shape not in shapes:
         raise UsageError(
-            f"bias is [N, T, S] = {shapes[1]}, or the slopes of each head, [N] = {shapes[0]}; got shape "
-            f"{jnp.shape(bias)}."
+            f"bias is [N, T, S] = {shapes[1]}, or the slopes of each head, [N] = {shapes[0]}; got shape {bias.shape}."
         )
     is_slopes = bias is not None and jnp.ndim(bias) == 1
     return ScoreMod(
@@ -64,8 +79,10 @@ def checked_mod(q, k, *, scale, soft_cap, sinks, bias, dropout, keys: int | None
 
 
 def _rate(dropout) -> float:
-    rate = dropout[0] if isinstance(dropout, tuple) and len(dropout) == 2 else None
-    if not isinstance(rate, float | int) or not 0 <= rate < 1:
+    rate, key = dropout if isinstance(dropout, tuple) and len(dropout) == 2 else (None, None)
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    is_key = dtype is not None and shape == (() if jnp.issubdtype(dtype, jax.dtypes.prng_key) else (2,))
+    if not (_is_real(rate) and is_key and 0 <= rate < 1):
         raise UsageError(
             "dropout is a pair (rate, key): a number from 0 to below 1, known when the program is compiled, and a key "
             f"of jax.random; got {_shown(dropout if rate is None else rate)}. Use None for no dropout."
@@ -138,6 +155,14 @@ def check_scheme(scheme: str, heads: int, kv_heads: int, ring: int, ulysses: int
 
 def _product(mesh: Mesh, names) -> str:
     return " * ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+
+
+def _is_real(x) -> bool:
+    return isinstance(x, float | int | np.floating | np.integer) and not isinstance(x, bool)
+
+
+def _shape(x) -> tuple[int, ...] | str:
+    return getattr(x, "shape", f", a {type(x).__name__}")
 
 
 def _shown(x) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from rlring.attention import online_softmax
-from rlring.attention.axes import DEFAULT, MeshAxes, size_of, with_places
+from rlring.attention.axes import DEFAULT, MeshAxes, size_of, split_explicitly, with_places
 from rlring.attention.blocks import pad
 from rlring.attention.checks import check_arrays, check_split, checked_mod, of_nothing
 from rlring.attention.exponential import power_of_two
@@ -52,7 +52,7 @@ def decode_attention(
     if mesh is not None:
         axes = axes.of(mesh.shape)
         check_split(q, k, axes, mesh)
-    if q.size == 0 or k.size == 0 or v.size == 0:
+    if q.size == 0 or k.size == 0:
         return of_nothing(q, v, mod, return_lse)
     if mesh is None:
         return _on_shard(q, k, v, mask, mod, axes=(), return_lse=return_lse)
@@ -69,7 +69,8 @@ def _on_mesh(q, k, v, mask: Mask, mod: ScoreMod, *, mesh: Mesh, axes: MeshAxes, 
     mask_specs = mask.map_queries(lambda _: P(axes.batch or None)).map_keys(lambda _: P(*axes.tokens[:2]))
     run = partial(_on_shard, axes=axes.sequence, return_lse=return_lse)
     specs = (every, axes.tokens, axes.tokens, mask_specs, mod.specs(P(axes.heads), bias=P(axes.heads)))
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=every)(q, k, v, mask, mod)
+    on_shards = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=every)
+    return on_shards(*split_explicitly((q, k, v, mask, mod), mesh, specs))
 
 
 @partial(jax.jit, static_argnames=("axes", "return_lse"))

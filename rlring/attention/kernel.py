@@ -139,8 +139,11 @@ def with_sinks(
 
     Counted once, however many devices share the keys. Attention sinks: Xiao et al. 2309.17453; learnt: gpt-oss.
     """
-    sinks = sinks.astype(lse.dtype)[None, :, None]
-    return out.astype(lse.dtype) * by_token(jax.nn.sigmoid(lse - sinks)), jnp.logaddexp(lse, sinks)
+    sinks = jnp.broadcast_to(sinks.astype(lse.dtype)[None, :, None], lse.shape)
+    sees_none = jnp.isneginf(lse)  # such a row has no key but the sink, which may be -inf as well
+    finite_lse = jnp.where(sees_none, 0.0, lse)
+    share = jnp.where(sees_none, 0.0, jax.nn.sigmoid(finite_lse - sinks))
+    return out.astype(lse.dtype) * by_token(share), jnp.where(sees_none, sinks, jnp.logaddexp(finite_lse, sinks))
 
 
 def _attend_forward_mode(q, k, v, mask: Mask, mod: ScoreMod, kernel: Kernel):

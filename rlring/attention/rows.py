@@ -107,12 +107,12 @@ class Rows(NamedTuple):
 
     def _take_heads(self, x: Shaped[Array, "N ..."], starts: tuple, sizes: tuple) -> Shaped[Array, "r G ..."]:
         group = x.shape[0] // self.kv_heads
-        part = lax.dynamic_slice(x, (self._start(group)[1], *starts), (self.heads * group, *sizes))
+        part = lax.dynamic_slice(x, _places(self._start(group)[1], *starts), (self.heads * group, *sizes))
         return jnp.broadcast_to(part, (self.sequences, *part.shape)).reshape(-1, group, *sizes)
 
     def _add_heads(self, x: Float[Array, "N ..."], part: Float[Array, "r G ..."], starts: tuple) -> Array:
         more = part.reshape(self.sequences, self.heads * part.shape[1], *part.shape[2:]).sum(0)
-        place = (self._start(part.shape[1])[1], *starts)
+        place = _places(self._start(part.shape[1])[1], *starts)
         return lax.dynamic_update_slice(x, lax.dynamic_slice(x, place, more.shape) + more, place)
 
     def of_masks(self, masks):
@@ -128,6 +128,11 @@ class Rows(NamedTuple):
     def _start(self, group: int):
         """Returns the first sequence and the first of its heads, of which there are so many for each row."""
         return self.first // self.kv_heads, self.first % self.kv_heads * group
+
+
+def _places(*starts) -> tuple[Int32[Array, ""], ...]:
+    """Returns the starts in one type: JAX takes no others together."""
+    return tuple(jnp.asarray(start, jnp.int32) for start in starts)
 
 
 def all_rows(batch: int, kv_heads: int) -> Rows:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 from jaxtyping import Array
 
 from rlring.attention.all_gather import GatheringKernel
@@ -54,9 +55,10 @@ class AttentionConfig:
         if self.kernel not in KERNELS:
             raise UsageError(f"there is no attention kernel {self.kernel!r}. Choose one of {', '.join(KERNELS)}.")
         for name in ("block_q", "block_k", "scores"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+            number = getattr(self, name)
+            if number is not None and (not isinstance(number, int | np.integer) or number < 1):
                 raise UsageError(
-                    f"attention.{name} is at least 1; got {getattr(self, name)}. Leave it out for the default."
+                    f"attention.{name} is a whole number of at least 1; got {number}. Leave it out for the default."
                 )
         if (self.scheme == "sparse") != (self.sparse is not None):
             raise UsageError(

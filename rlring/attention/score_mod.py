@@ -195,7 +195,7 @@ class Tile(NamedTuple):
         if terms.seeds is not None:
             places = jnp.broadcast_arrays(mask.q_place[:, :, None], mask.k_place[:, None, :])
             bits = _bits(terms.seeds, *(per_row(x).astype(jnp.uint32) for x in places))
-            keep = flat(bits < np.uint32(round(mod.kept_share * 2**32)))
+            keep = flat(bits < np.uint32(min(round(mod.kept_share * 2**32), 2**32 - 1)))
         visible = flat(per_row(mask.visible())) if is_masked else None
         return cls(mod, visible, None if bias is None else flat(bias.astype(dtype)), keep, distance)
 

@@ -21,7 +21,7 @@ def inputs(batch=2, length=8, heads=4, kv_heads=4, size=4):
 def test_config_is_checked():
     with pytest.raises(UsageError, match=r"no attention scheme 'rink'. Choose one of auto, dense, blockwise, ring"):
         AttentionConfig("rink")
-    with pytest.raises(UsageError, match=r"attention.block_k is at least 1; got 0"):
+    with pytest.raises(UsageError, match=r"attention.block_k is a whole number of at least 1; got 0"):
         AttentionConfig(block_k=0)
     assert hash(AttentionConfig()) == hash(AttentionConfig("ring"))
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rlring
-from rlring.attention import AttentionConfig, Mask, MeshAxes, attention, sharded_attention
+from rlring.attention import AttentionConfig, Mask, MeshAxes, attention, decode_attention, sharded_attention
 from rlring.errors import UsageError
 
 ROWS, LENGTH, HEADS, KV_HEADS, SIZE = 4, 48, 8, 4, 8
@@ -123,6 +123,20 @@ def test_explicit_sharding():
         out = jax.jit(lambda x: attention(mask=mask(), config=config, mesh=mesh, axes=axes, **x))(x)
     one = attention(mask=mask(), config=AttentionConfig("dense"), **arrays_like(x))
     np.testing.assert_allclose(out, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [(AxisType.Explicit,) * 2, (AxisType.Auto, AxisType.Explicit)], ids=str)
+def test_explicit_sharding_of_a_length_that_does_not_divide(kinds):
+    mesh, axes = jax.make_mesh((2, 4), ("dp", "seq"), axis_types=kinds), MeshAxes(("dp",), ring="seq")
+    q, k, v = (normal(2, 11, 4, SIZE) for _ in range(3))
+    position = jnp.tile(jnp.arange(11, dtype=jnp.int32), (2, 1))
+    with jax.set_mesh(mesh):
+        of = partial(attention, q, k, v, Mask.causal(position), mesh=mesh, axes=axes)
+        out = of(config=AttentionConfig("ring", **BLOCKS))
+        decoded = decode_attention(q, k, v, Mask.causal(position), mesh=mesh, axes=axes)
+    one = attention(q, k, v, Mask.causal(position), config=AttentionConfig("dense"))
+    np.testing.assert_allclose(out, one, atol=1e-5)
+    np.testing.assert_allclose(decoded, one, atol=1e-5)
 
 
 def arrays_like(x):

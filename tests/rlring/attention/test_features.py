@@ -208,12 +208,49 @@ def test_decode(mesh):
         ),
         ({"dropout": 0.1}, r"dropout is a pair \(rate, key\): .*; got 0.1. Use None"),
         ({"dropout": (1.0, KEY)}, r"dropout is a pair .*; got 1.0. Use None"),
+        ({"dropout": (0.1, None)}, r"dropout is a pair .*; got 0.1. Use None"),
+        ({"dropout": (0.1, jax.random.split(KEY))}, r"dropout is a pair .* a key of jax.random"),
+        ({"scale": True}, r"scale is one finite number, .*; got True"),
+        ({"bias": jnp.ones((4, 48, 48), bool)}, r"bias is an array of real numbers; got bool. .* a Mask says"),
+        ({"sinks": [0.0] * 4}, r"sinks is an array of real numbers; got a list"),
+        ({"config": "ring"}, r"config is an instance of AttentionConfig; got 'ring'"),
+        ({"axes": ("data", "ring")}, r"axes is an instance of MeshAxes; got a tuple"),
+        ({"mesh": jax.devices()}, r"mesh is an instance of Mesh; got a list"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):
     q = jnp.zeros((1, LENGTH, HEADS, SIZE))
     with pytest.raises(UsageError, match=message):
-        attention(q, q, q, Mask.causal(positions(1)), config=AttentionConfig(), **arguments)
+        attention(q, q, q, Mask.causal(positions(1)), **({"config": AttentionConfig()} | arguments))
+
+
+@pytest.mark.parametrize(("shape", "message"), [((1, LENGTH, 2, 8), "got int32. Cast"), ((1, LENGTH, 2, 0), "size of")])
+def test_arrays_that_are_no_heads(shape, message):
+    q = jnp.zeros(shape, jnp.int32 if shape[3] else jnp.float32)
+    with pytest.raises(UsageError, match=message):
+        attention(q, q, q, Mask.causal(positions(1)), config=AttentionConfig())
+
+
+@pytest.mark.parametrize("scheme", ["blockwise", "dense"])
+def test_no_sink_where_nothing_is_seen(scheme):
+    """A sink of -inf is none."""
+    q, nowhere = jnp.ones((1, 4, 2, 8)), Mask.causal(positions(1, 4), jnp.array([[-1, 0, 0, 0]], jnp.int32))
+    config, sinks = AttentionConfig(scheme), jnp.full(2, -jnp.inf)
+    out, lse = attention(q, q, q, nowhere, config=config, sinks=sinks, return_lse=True)
+    without = attention(q, q, q, nowhere, config=config)
+    np.testing.assert_array_equal(out, without)
+    assert np.isneginf(lse[:, 0]).all()
+    gradient = jax.grad(lambda sinks: attention(q, q, q, nowhere, config=config, sinks=sinks).sum())(jnp.zeros(2))
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("mesh", [None, {"ring": 2}], ids=str)
+def test_a_bias_in_float64(mesh):
+    with jax.enable_x64(True):
+        q, bias = jnp.ones((1, 6, 2, 8)), jnp.asarray(BIAS[:2, :6, :6], jnp.float64)
+        of = partial(attention, q, q, q, Mask.causal(positions(1, 6)), bias=bias)
+        got = of(config=AttentionConfig("ring"), mesh=make_mesh(**mesh) if mesh else None)
+        np.testing.assert_allclose(got, of(config=AttentionConfig("dense")), atol=1e-12)
 
 
 def test_a_bias_does_not_go_with_a_pattern():
