@@ -1,5 +1,6 @@
 """MeshAxes: which axes of a mesh carry the batch, the sequence and the heads of attention."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -72,10 +73,7 @@ DEFAULT = MeshAxes()  # those of rlring.make_mesh
 def size_of(mesh: Mesh, name: str | tuple[str, ...] | None) -> int:
     """Returns over how many devices of the mesh something is split that is split over these axes."""
     names = (name,) if isinstance(name, str) else name or ()
-    size = 1
-    for one in names:
-        size *= mesh.shape[one]
-    return size
+    return math.prod(mesh.shape[one] for one in names)
 
 
 def index_of(names: tuple[str, ...]):

@@ -68,15 +68,11 @@ class Blocks(NamedTuple):
 
     def terms(self, mod: ScoreMod, rows: Rows, mask: Mask, start) -> RowTerms:
         """Returns what belongs to these rows and the queries from start, of a block with this mask."""
-        return rows.terms(mod, start, self.q, self._keys(mod, mask))
+        return rows.terms(mod, start, self.q, mask.span_of_keys)
 
     def add_terms(self, total: ModGradients, part: RowTerms, rows: Rows, mask: Mask, start) -> ModGradients:
         """Returns the total with the gradients of what terms() returned."""
-        return rows.add_terms(total, part, start, self._keys(total, mask))
-
-    def _keys(self, mod: ScoreMod | ModGradients, mask: Mask) -> tuple:
-        """Returns where the keys of a block begin among those of all devices, and how many they are."""
-        return None if mod.bias is None else mask.k_place[0, 0], self.k
+        return rows.add_terms(total, part, start, mask.span_of_keys)
 
 
 class BlockSchedule(NamedTuple):

@@ -9,7 +9,7 @@ from rlring.attention.axes import DEFAULT, MeshAxes, size_of
 from rlring.attention.mask import Mask, checked
 from rlring.attention.schemes import SCHEMES, AttentionConfig
 from rlring.attention.score_mod import ScoreMod
-from rlring.errors import UsageError
+from rlring.errors import UsageError, shown
 
 
 def check_arrays(q, k, v, mask: Mask) -> Mask:
@@ -38,7 +38,7 @@ def check_kinds(config, axes, mesh=None) -> None:
     """Raises UsageError for what is no AttentionConfig, MeshAxes or Mesh."""
     for name, value, kind in (("config", config, AttentionConfig), ("axes", axes, MeshAxes), ("mesh", mesh, Mesh)):
         if not isinstance(value, kind) and not (name == "mesh" and value is None):
-            raise UsageError(f"{name} is an instance of {kind.__name__}; got {_shown(value)}.")
+            raise UsageError(f"{name} is an instance of {kind.__name__}; got {shown(value)}.")
 
 
 def checked_mod(q, k, *, scale, soft_cap, sinks, bias, dropout, keys: int | None = None) -> ScoreMod:
@@ -50,7 +50,7 @@ def checked_mod(q, k, *, scale, soft_cap, sinks, bias, dropout, keys: int | None
     for name, number in (("scale", scale), ("soft_cap", soft_cap)):
         if number is not None and not (_is_real(number) and abs(number) < np.inf):
             raise UsageError(
-                f"{name} is one finite number, known when the program is compiled; got {_shown(number)}. Make it a "
+                f"{name} is one finite number, known when the program is compiled; got {shown(number)}. Make it a "
                 "static argument of jax.jit."
             )
     if soft_cap is not None and soft_cap <= 0:
@@ -85,7 +85,7 @@ def _rate(dropout) -> float:
     if not (_is_real(rate) and is_key and 0 <= rate < 1):
         raise UsageError(
             "dropout is a pair (rate, key): a number from 0 to below 1, known when the program is compiled, and a key "
-            f"of jax.random; got {_shown(dropout if rate is None else rate)}. Use None for no dropout."
+            f"of jax.random; got {shown(dropout if rate is None else rate)}. Use None for no dropout."
         )
     return float(rate)
 
@@ -105,12 +105,7 @@ def of_nothing(q, v, mod: ScoreMod, return_lse: bool):
 
 def check_split(q, k, axes: MeshAxes, mesh: Mesh) -> None:
     """Raises UsageError where batch or heads cannot be split over the mesh."""
-    devices = size_of(mesh, axes.batch)
-    if q.shape[0] % devices:
-        raise UsageError(
-            f"the batch is split over {_product(mesh, axes.batch)} devices; got B={q.shape[0]}. Use a multiple of "
-            f"{devices}."
-        )
+    check_batch(q.shape[0], mesh, axes)
     shares = size_of(mesh, axes.heads)
     if q.shape[2] % shares or k.shape[2] % shares:
         raise UsageError(
@@ -163,7 +158,3 @@ def _is_real(x) -> bool:
 
 def _shape(x) -> tuple[int, ...] | str:
     return getattr(x, "shape", f", a {type(x).__name__}")
-
-
-def _shown(x) -> str:
-    return repr(x) if isinstance(x, bool | int | float | str | None) else f"a {type(x).__name__}"

@@ -101,8 +101,7 @@ def attend(
     mod = ScoreMod.plain(q.shape[3]) if mod is None else mod
     rows = rows_of_queries(q, k.shape[0] // q.shape[0])
     flat = rows.reshape(rows.shape[0], -1, rows.shape[3])
-    keys = None if mod.bias is None else mask.k_place[0, 0], k.shape[1]
-    terms = all_rows(q.shape[0], k.shape[0] // q.shape[0]).terms(mod, 0, q.shape[1], keys)
+    terms = all_rows(q.shape[0], k.shape[0] // q.shape[0]).terms(mod, 0, q.shape[1], mask.span_of_keys)
     tile = Tile.of(mod, terms, mask, flat, is_masked=True)
     exponent, total, out = online_softmax.attend(flat, k, v, tile, shields=shields)  # there are few queries
     if is_lost is not None:

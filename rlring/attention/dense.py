@@ -37,8 +37,8 @@ def dense(
     q_RGTH, k_RSH, v_RSH = rows_of_queries(q, k.shape[2]), rows_of_keys(k), rows_of_keys(v)
     scores = jnp.einsum("rgth,rsh->rgts", q_RGTH, k_RSH, preferred_element_type=accumulator)
     flat = q_RGTH.reshape(scores.shape[0], -1, q.shape[3])
-    keys = None if mod.bias is None else mask.k_place[0, 0], k.shape[1]
-    tile = Tile.of(mod, all_rows(batch, k.shape[2]).terms(mod, 0, length, keys), mask, flat, is_masked=True)
+    terms = all_rows(batch, k.shape[2]).terms(mod, 0, length, mask.span_of_keys)
+    tile = Tile.of(mod, terms, mask, flat, is_masked=True)
     bias, visible = (None if x is None else x.reshape(scores.shape) for x in (tile.bias, tile.visible))
     logits = scores * mod.scale
     logits = logits if mod.soft_cap is None else mod.soft_cap * jnp.tanh(logits / mod.soft_cap)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-from rlring.errors import UsageError
+from rlring.errors import UsageError, shown
 
 PADDING = -1  # the segment of a token that is not there
 MOST = 2**31 - 1  # that int32 holds
@@ -132,6 +132,11 @@ class Mask:
         return queries.map_keys(lambda x: lax.dynamic_slice_in_dim(x, k_start, k_size, 1))
 
     @property
+    def span_of_keys(self) -> tuple[Int32[Array, ""] | None, int]:
+        """Where neighbouring keys begin in the whole arrays, None if the mask does not say; and how many they are."""
+        return (None if self.k_place is None else self.k_place[0, 0]), self.k_position.shape[1]
+
+    @property
     def rows(self) -> int:
         """B."""
         return self.q_position.shape[0]
@@ -219,7 +224,7 @@ def _checked_window(window) -> Window | None:
     if number is None:
         raise UsageError(
             "a window is how many tokens a query looks back, itself included: one whole number, known when the program "
-            f"is compiled, or a pair (left, right); got {_shown(window)}. Make it a static argument of jax.jit."
+            f"is compiled, or a pair (left, right); got {shown(window)}. Make it a static argument of jax.jit."
         )
     if not 1 <= number <= MOST:
         raise UsageError(
@@ -236,7 +241,7 @@ def _checked_sides(sides: tuple) -> tuple[int | None, int | None] | None:
         raise UsageError(
             "a window (left, right) is how many tokens a query looks back and ahead beside itself: two whole numbers "
             "from 0 to 2**31 - 2, known when the program is compiled, or None for no limit; got "
-            f"({', '.join(map(_shown, sides))}). Make it a static argument of jax.jit."
+            f"({', '.join(map(shown, sides))}). Make it a static argument of jax.jit."
         )
     return None if numbers == (None, None) else numbers
 
@@ -249,10 +254,6 @@ def _whole(number) -> int | None:
         return operator.index(number)
     except TypeError:
         return None
-
-
-def _shown(x) -> str:
-    return repr(x) if isinstance(x, bool | int | float | str | None) else f"a {type(x).__name__}"
 
 
 def _as_int32(name: str, x) -> Int32[Array, "..."]:
