@@ -29,7 +29,7 @@ from data.store import TrajectoryStore
 from data.store_file import FORMAT_VERSION, check_own
 from data.store_writer import simulator_versions, write_store
 from data.tasks import goal_task
-from data.tasks.catalogue import check_task
+from data.tasks.catalogue import body, check_task
 from data.trajectory import Trajectory
 from data.worker_pool import check_workers, worker_pool
 
@@ -140,7 +140,7 @@ def _check_collected_for(folder: Path, task: str, hides_goal: bool) -> None:
             f"{note}: not what data.collect writes ({error!r}); delete it if the episodes are whole"
         ) from None
     # Rewards can be computed anew for any task of a body; a hidden-goal task also fixes start and action length.
-    same = collected.split("-")[0] == task.split("-")[0]
+    same = body(collected) == body(task)
     if hides_goal:
         of = goal_task(collected)
         same = of is not None and of.collected_on == goal_task(task).collected_on

@@ -219,9 +219,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         The compiled model is shared where no episode changes it.
         """
         other = copy.copy(self)
-        other._physics = self._physics.copy(
-            share_model=self.task_name not in episode_randomization.EPISODE_RANDOMIZATIONS
-        )
+        other._physics = self._physics.copy(share_model=not episode_randomization.changes_model(self.task_name))
         other._task = copy.copy(self._task)
         other._task._random = np.random.RandomState()
         other._steps_left = 0

@@ -51,6 +51,14 @@ EPISODE_RANDOMIZATIONS: dict[str, tuple[EpisodeRandomization, ...]] = {
     "swimmer-swimmer15": (EpisodeRandomization("geom_pos", "target", ("x", "y")),),
 }
 
+# Entries as above, or a terrain, which no reward depends on and which is too large to keep.
+_CHANGES_MODEL = {*EPISODE_RANDOMIZATIONS, "quadruped-escape"}
+
+
+def changes_model(task: str) -> bool:
+    """Returns whether an episode may change the compiled model, so that two environments cannot share one."""
+    return task in _CHANGES_MODEL
+
 
 def read(task: str, physics: mujoco.Physics) -> dict[str, Float64[np.ndarray, " E"]]:
     """Returns the present episode's values by name: `target`, or `gains` of `point_mass-hard`; none for most tasks."""

@@ -25,6 +25,11 @@ _DOG = "it pays for the forces under the paws, which follow from the step before
 _REFUSED: dict[str, str] = {f"dog-{task}": _DOG for task in ("fetch", "run", "stand", "trot", "walk")}
 
 
+def why_refused(task: str) -> str | None:
+    """Returns why a task's rewards cannot be computed from what is stored; None where they can."""
+    return _REFUSED.get(task)
+
+
 def relabel(
     task: str,
     trajectory: Trajectory,
@@ -41,8 +46,8 @@ def relabel(
     check_task(task)
     if control not in ("actual", "exorl"):
         raise DataError(f"control {control!r} is unknown; use 'actual' (as paid) or 'exorl' (as if the control were 0)")
-    if task in _REFUSED:
-        raise DataError(f"{task} cannot be relabelled: {_REFUSED[task]}")
+    if why_refused(task):
+        raise DataError(f"{task} cannot be relabelled: {why_refused(task)}")
     if trajectory.physics is None:
         raise DataError(
             f"{trajectory.source}: no physics states, so its rewards cannot be computed for {task}. "

@@ -8,26 +8,26 @@ from dm_control.rl import control
 from data.errors import DataError
 from data.tasks import custom
 
-# It hands its terrain to a renderer at every reset, which needs OpenGL even where nothing is rendered.
-_LEFT_OUT = "quadruped-escape"
+_SAME_BODY = {"pointmass": "point_mass_maze"}  # TD-JEPA's name of ExoRL's maze
 
 
 def task_names() -> tuple[str, ...]:
-    """Returns the names of all tasks: dm_control's suite (but `quadruped-escape`) and those of data/tasks."""
-    names = {f"{domain}-{task}" for domain, task in suite.ALL_TASKS} | set(custom.names())
-    return tuple(sorted(names - {_LEFT_OUT}))
+    """Returns the names of all tasks: dm_control's suite and those of data/tasks."""
+    return tuple(sorted({f"{domain}-{task}" for domain, task in suite.ALL_TASKS} | set(custom.names())))
+
+
+def body(task: str) -> str:
+    """Returns what moves in a task: its domain, under one name. Episodes of one task of a body serve all others."""
+    domain = task.split("-")[0]
+    return _SAME_BODY.get(domain, domain)
 
 
 def check_task(task: str) -> None:
     """Raises a DataError with the nearest names when there is no such task."""
     names = task_names()
-    if task == _LEFT_OUT:
-        raise DataError(
-            f"task {task!r} is left out: it needs OpenGL at every reset. Use another of data.dmc.task_names()"
-        )
     if task not in names:
         near = difflib.get_close_matches(task.replace("_", "-", 1) if "-" not in task else task, names, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "see data.dmc.task_names()"
+        hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "see `python -m data.tasks`"
         raise DataError(f"task {task!r} does not exist; {hint} Tasks are named domain-task, such as 'walker-walk'")
 
 

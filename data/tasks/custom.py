@@ -7,7 +7,7 @@ import numpy as np
 from dm_control.rl import control
 from dm_control.suite import point_mass, reacher
 
-from data.tasks import GoalTask, exorl, goal_task
+from data.tasks import GoalTask, cheetah, goal_task, hopper, jaco, maze, quadruped, walker
 from data.tasks.map import sample_signs
 
 
@@ -107,5 +107,10 @@ _BUILDERS: dict[str, Callable[[], control.Environment]] = {
     "point_mass-map": lambda: _hidden("point_mass-map", point_mass, PointMassMap, randomize_gains=False),
     "reacher-dark": lambda: _hidden("reacher-dark", reacher, ReacherDark, target_size=0.05),
     "reacher-map": lambda: _hidden("reacher-map", reacher, ReacherMap, target_size=0.05),
-    **exorl.BUILDERS,
+    **cheetah.BUILDERS,
+    **hopper.BUILDERS,
+    **jaco.BUILDERS,
+    **maze.BUILDERS,
+    **quadruped.BUILDERS,
+    **walker.BUILDERS,
 }

@@ -3,13 +3,15 @@
 import gymnasium
 import numpy as np
 import pytest
-from dm_control import suite
+from dm_control import composer, suite
+from dm_control.suite import quadruped
 from gymnasium.utils.env_checker import check_env
 
 from data import dmc
 from data.dmc import Environment, make
 from data.environment_batch import EnvironmentBatch
 from data.errors import DataError
+from data.tasks import jaco
 
 # Every domain of the suite's benchmark once, and what is special: no limits (lqr), asymmetric ranges (quadruped), RK4.
 COMPARED = ["acrobot-swingup", "ball_in_cup-catch", "cartpole-swingup", "cheetah-run", "finger-turn_easy", "fish-swim"]
@@ -37,6 +39,48 @@ def test_steps_are_those_of_dm_control(task: str):
         observation, reward, terminated, truncated, info = environment.step(action)
         assert reward == expected.reward
         assert (terminated, truncated, info["discount"]) == (False, False, expected.discount)
+
+
+def test_escape_is_dm_controls_without_opengl(monkeypatch):
+    theirs = suite.load("quadruped", "escape", environment_kwargs={"flat_observation": True})
+    theirs.task._random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(5)))
+    monkeypatch.setattr(quadruped.Physics, "contexts", None)  # they ask for it at every reset
+    expected = theirs.reset()
+    environment = make("quadruped-escape")
+    other = environment.clone()
+    observation, _ = environment.reset(seed=5)
+    first = environment._physics.model.hfield_data.copy()
+    other.reset(seed=6)
+    np.testing.assert_array_equal(environment._physics.model.hfield_data, first)
+    assert not np.array_equal(other._physics.model.hfield_data, first)
+    spec = theirs.action_spec()
+    for action in actions(environment, 5):
+        np.testing.assert_array_equal(observation, expected.observation["observations"].astype(np.float32))
+        expected = theirs.step(spec.minimum + (spec.maximum - spec.minimum) / 2 * (action.astype(np.float64) + 1))
+        observation, reward, *_ = environment.step(action)
+        assert reward == expected.reward
+
+
+def test_jaco_is_composers():
+    task = jaco.reach_task(jaco.PLACES["top_left"])
+    theirs = composer.Environment(task, time_limit=10.0)
+    theirs._random_state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(5)))
+    environment = make("jaco-reach_top_left")
+    expected, (observation, info) = theirs.reset(), environment.reset(seed=5)
+    spec, steps, truncated = theirs.action_spec(), 0, False
+    assert environment.observation_space.shape == (42,)
+    for action in actions(environment, 1000):
+        shown = np.concatenate([part.ravel() for part in expected.observation.values()])
+        np.testing.assert_array_equal(observation, shown.astype(np.float32))
+        np.testing.assert_array_equal(info["physics"], theirs.physics.get_state())
+        assert expected.last() == truncated
+        if truncated:
+            break
+        expected = theirs.step(spec.minimum + (spec.maximum - spec.minimum) / 2 * (action.astype(np.float64) + 1))
+        observation, reward, _, truncated, info = environment.step(action)
+        steps += 1
+        assert reward == expected.reward
+    assert steps == environment.episode_steps == 250
 
 
 def test_episodes_have_the_length_of_dm_controls():
@@ -172,8 +216,7 @@ def test_a_batch_refuses_what_does_not_fit():
         ("walker-wlak", "did you mean 'walker-walk'"),
         ("walker_walk", "did you mean 'walker-walk'"),
         ("point_mass_dark", "'point_mass-dark'"),
-        ("zzz", "see data.dmc.task_names"),
-        ("quadruped-escape", "needs OpenGL"),
+        ("zzz", "see `python -m data.tasks`"),
     ],
 )
 def test_unknown_tasks(name: str, message: str):

@@ -13,6 +13,7 @@ from data.errors import DataError
 from data.exorl import read_episode, write_episode
 from data.relabel import _REFUSED, relabel
 from data.tasks import goal_task
+from data.tasks.maze import ROOMS
 from data.trajectory import Trajectory
 
 BENCHMARK = [f"{domain}-{task}" for domain, task in suite.BENCHMARKING]
@@ -22,7 +23,7 @@ CHARGES_CONTROL = {
     *(f"humanoid-{task}" for task in ("run", "run_pure_state", "stand", "walk")),
     *(f"humanoid_CMU-{task}" for task in ("run", "stand", "walk")),
     *("hopper-stand", "point_mass-easy", "point_mass-hard"),
-    *(f"point_mass_maze-reach_{room}" for room in ("top_left", "top_right", "bottom_left", "bottom_right")),
+    *(f"{maze}-reach_{room}" for maze in ("point_mass_maze", "pointmass") for room in ROOMS),
 }
 # Positions and velocities, by MuJoCo index, from which random actions are paid something that changes.
 STARTS = {
@@ -31,6 +32,8 @@ STARTS = {
     "cartpole-swingup": {0: 0.0, 1: 0.3},
     "cartpole-swingup_sparse": {0: 0.0, 1: 0.05},
     "cheetah-run": {9: 5.0},
+    "cheetah-walk": {9: 1.0},
+    "cheetah-walk_backward": {9: -1.0},
     "cheetah-run_backward": {9: -5.0},
     "cheetah-flip": {11: 4.0},
     "cheetah-flip_backward": {11: -4.0},
@@ -42,13 +45,22 @@ STARTS = {
     "finger-turn_hard": {5: 15.0},
     "hopper-hop": {1: 0.1, 2: 0.0, 3: 0.0, 4: 0.0, 5: 0.0, 6: 0.0, 7: 2.0},
     "hopper-stand": {1: 0.1, 2: 0.0, 3: 0.0, 4: 0.0, 5: 0.0, 6: 0.0},
+    "jaco-reach_top_left": {0: 5.29, 1: 3.8, 2: 0.91, 3: 3.22, 4: 5.99, 5: 5.37},
+    "jaco-reach_top_right": {0: 4.74, 1: 3.79, 2: 0.88, 3: 3.21, 4: 6.02, 5: 4.81},
+    "jaco-reach_bottom_left": {0: 4.8, 1: 4.01, 2: 1.62, 3: 6.05, 4: 0.87, 5: 1.43},
+    "jaco-reach_bottom_right": {0: 4.73, 1: 3.99, 2: 1.58, 3: 3.36, 4: 5.44, 5: 4.95},
     "pendulum-swingup": {0: 0.0, 1: 0.5},
     "point_mass-easy": {0: 0.01, 1: 0.01},
     "point_mass-hard": {0: 0.01, 1: 0.01},
-    "point_mass_maze-reach_top_left": {0: -0.14, 1: 0.16},
-    "point_mass_maze-reach_top_right": {0: 0.14, 1: 0.16},
-    "point_mass_maze-reach_bottom_left": {0: -0.14, 1: -0.16},
-    "point_mass_maze-reach_bottom_right": {0: 0.14, 1: -0.16},
+    **{
+        f"{maze}-reach_{room}": {0: x - 0.01 * np.sign(x), 1: y + 0.01 * np.sign(y)}
+        for maze in ("point_mass_maze", "pointmass")
+        for room, (x, y) in ROOMS.items()
+    },
+    **{f"{maze}-loop": {0: -0.14, 1: 0.14, 2: 0.08, 3: 0.08} for maze in ("point_mass_maze", "pointmass")},
+    "pointmass-reach_bottom_left_long": {0: 0.0, 1: 0.25, 2: 0.05},
+    **{f"{maze}-square": {0: 0.0, 1: 0.25, 2: 0.05} for maze in ("point_mass_maze", "pointmass")},
+    **{f"{maze}-fast_slow": {0: 0.0, 1: 0.25, 2: -0.05} for maze in ("point_mass_maze", "pointmass")},
 }
 # Tasks that pay only at a drawn place, and the place that is there: the target is put where the body is.
 PLACES = {
@@ -126,7 +138,8 @@ def test_whatever_the_model_draws_for_an_episode_is_kept(task: str):
     changed = {name for name in fields if not np.array_equal(before[name], getattr(model, name), equal_nan=True)}
     assert len(fields) > 200
     assert changed - {"light_pos", "geom_rgba", "site_rgba"} == {
-        entry.field for entry in EPISODE_RANDOMIZATIONS.get(task, ())
+        *(entry.field for entry in EPISODE_RANDOMIZATIONS.get(task, ())),
+        *["hfield_data"] * (task == "quadruped-escape"),  # no reward depends on the terrain
     }
     kept = environment.extras()
     environment.reset(seed=3)

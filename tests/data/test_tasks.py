@@ -1,12 +1,15 @@
 """tasks: hidden goals seen from outside the simulator, and ExoRL's tasks on the suite's bodies."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data.dmc import make
 from data.environment_batch import EnvironmentBatch
-from data.policies import controller
+from data.policies import POLICIES, controller
 from data.tasks import goal_task, goal_task_names
+from data.tasks.__main__ import main
 
 DARK = ["point_mass-dark", "reacher-dark"]
 MAPS = ["point_mass-map", "reacher-map"]
@@ -156,12 +159,14 @@ def test_the_walls_of_the_maze_hold_and_its_start_follows_the_seed():
 # A task, a velocity or position of its body by index, and values of it with the rewards that ExoRL's formulas give.
 EXORL = [
     ("cheetah-run_backward", 9, {-12.0: 1.0, -4.0: 0.4, 0.0: 0.0, 4.0: 0.0}),
+    ("cheetah-walk", 9, {3.0: 1.0, 1.0: 0.5, 0.0: 0.0, -1.0: 0.0}),
+    ("cheetah-walk_backward", 9, {-3.0: 1.0, -0.5: 0.25, 0.0: 0.0, 1.0: 0.0}),
     ("hopper-hop_backward", 7, {-2.5: 1.0, -1.5: 0.75, 0.5: 0.0}),
 ]
 
 
 @pytest.mark.parametrize(("task", "index", "expected"), EXORL)
-def test_speeds_backward(task: str, index: int, expected: dict[float, float]):
+def test_speeds(task: str, index: int, expected: dict[float, float]):
     environment = make(task)
     state = np.zeros(environment.physics_state().size)
     for speed, reward in expected.items():
@@ -198,6 +203,101 @@ def test_quadruped_tasks():
         assert make("quadruped-roll_fast").rewards_at(moving[None], None)[0] == pytest.approx(0.75)
     state[3:7] = 0.0, 1.0, 0.0, 0.0  # upside down
     assert make("quadruped-stand").rewards_at(state[None], None)[0] == pytest.approx(0.0)
+
+
+def test_walker_spin_pays_the_turn_alone():
+    environment = make("walker-spin")
+    low, momentum = np.zeros(18), []
+    low[0], low[1] = -1.0, 0.7  # near the floor, on its side: nothing of it stands
+    for speed in (0.0, 1.0, 1000.0, -1000.0):
+        state = low.copy()
+        state[11] = speed
+        environment.set_physics_state(state)
+        momentum.append(environment._physics.named.data.subtree_angmom["torso"][1])
+        paid = environment.rewards_at(state[None], None)[0]
+        assert paid == pytest.approx(np.clip(momentum[-1] / 10, 0, 1), abs=1e-6)
+    assert 0 < max(momentum[:2]) < 10 < max(momentum)
+
+
+# Where the mass is, its velocity, and what the published formulas pay there.
+MAZE = [
+    ("loop", (-0.12, 0.12, 0.08, 0.08), 1.0),
+    ("loop", (0.12, 0.12, 0.08, -0.08), 1.0),
+    ("loop", (0.12, -0.12, -0.08, -0.08), 1.0),
+    ("loop", (-0.12, -0.12, -0.08, 0.08), 1.0),
+    ("loop", (-0.12, 0.12, -0.08, -0.08), 1 / 3),
+    ("loop", (-0.12, 0.12, 0.055, 0.105), 2 / 3),
+    ("loop", (-0.12, 0.12 + 0.03 * 2**0.5, 0.055, 0.055), 0.5),
+    ("loop", (0.0, 0.0, 0.0, 0.0), 0.0),
+    ("square", (0.0, 0.25, 0.05, 0.0), 0.5),
+    ("square", (0.0, 0.25, -0.05, 0.0), 0.0),
+    ("square", (0.25, 0.0, 0.0, -0.3), 1.0),
+    ("square", (-0.25, 0.0, 0.0, 0.02), 0.2),
+    ("square", (0.0, -0.25, -0.1, 0.0), 1.0),
+    ("square", (0.25, 0.25, 0.1, -0.1), 0.0),
+    ("square", (0.1, 0.1, 0.1, -0.1), 0.0),
+    ("fast_slow", (0.0, 0.25, -0.045, 0.0), 1.0),
+    ("fast_slow", (0.0, 0.25, -0.035, 0.0), 0.5),
+    ("fast_slow", (0.0, 0.29, -0.045, 0.0), 0.0),
+    ("fast_slow", (0.25, 0.0, 0.0, 0.095), 1.0),
+    ("fast_slow", (0.25, 0.0, 0.0, 0.045), 0.0),
+    ("fast_slow", (-0.25, 0.0, 0.0, -0.105), 0.5),
+    ("fast_slow", (0.0, -0.25, 0.04, 0.0), 1.0),
+    ("fast_slow", (0.25, 0.25, -0.045, 0.095), 0.0),
+    ("reach_bottom_left_long", (-0.15, -0.15, 0.1, 0.0), 1.0),
+    ("reach_bottom_left_long", (0.0, 0.25, 0.05, 0.0), 0.25),
+    ("reach_bottom_left_long", (0.0, 0.25, -0.05, 0.0), -5.0),
+    ("reach_bottom_left_long", (0.25, 0.1, 0.0, -0.5), 0.5),
+    ("reach_bottom_left_long", (0.25, 0.1, 0.0, 0.5), -10.0),
+    ("reach_bottom_left_long", (0.25, 0.25, 0.1, -0.1), 0.0),
+]
+
+
+@pytest.mark.parametrize("name", ["loop", "square", "fast_slow", "reach_bottom_left_long"])
+def test_the_maze_of_td_jepa(name: str):
+    states = np.array([state for task, state, _ in MAZE if task == name])
+    paid = [reward for task, _, reward in MAZE if task == name]
+    np.testing.assert_allclose(make(f"pointmass-{name}").rewards_at(states, None), paid, atol=1e-6)
+    if name in ("loop", "square", "fast_slow"):
+        np.testing.assert_allclose(make(f"point_mass_maze-{name}").rewards_at(states, None), paid, atol=1e-6)
+
+
+def test_td_jepa_pays_from_further_away_than_exorl():
+    # A gaussian that is 0.1 at one margin from the edge of the target, 0.015 m from its middle.
+    for name, margin in (("point_mass_maze", 0.015), ("pointmass", 0.09)):
+        distance = np.array([0.0, 0.015, 0.03, 0.105])
+        states = np.stack([0.15 - distance, np.full(4, 0.15), *np.zeros((2, 4))], axis=1)
+        outside = np.maximum(distance - 0.015, 0) / margin
+        free, charged = (make(f"{name}-reach_top_right").rewards_at(states, a) for a in (None, np.ones((4, 2))))
+        np.testing.assert_allclose(free, 0.1 ** (outside**2), atol=1e-6)
+        np.testing.assert_allclose(charged, 0.8 * free, atol=1e-6)
+
+
+def test_the_list_of_tasks(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "88 tasks" in said
+    assert "flip* run spin* stand walk" in said
+    assert all(f"  {policy} " in said for policy in POLICIES)
+    assert main(["walker-wlak"]) == 2
+    assert "did you mean 'walker-walk'" in capsys.readouterr().err
+    assert main(["walker", "--check", "--episodes", "0"]) == 2
+    assert capsys.readouterr().err == "error: --episodes must be 1 or more; got 0\n"
+
+
+def test_the_check_of_tasks(capsys):
+    assert main(["point_mass-dark", "point_mass-easy", "dog-fetch", "--check", "--episodes", "1"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows[0] == "| `point_mass` | dark | 4 | 2 | 4 | 16 | 0 |"
+    assert rows[1] == "| `point_mass` | easy | 4 | 2 | 4 | 1000 | 0 |"
+    assert rows[2].startswith("| `dog` | fetch | 232 | 38 | 210 | 1000 | no: it pays for the forces under the paws")
+
+
+@pytest.mark.slow
+def test_the_table_of_all_tasks_is_the_one_in_the_guide(capsys):
+    assert main(["--check"]) == 0
+    printed = capsys.readouterr().out
+    assert printed in (Path(__file__).parents[2] / "docs/data.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_the_commands_of_a_page_are_there(page, capsys, monkeypatch):
         if words[2] in ("pip", "venv"):
             continue
         module = importlib.import_module(words[2])
+        if not hasattr(module, "main"):
+            module = importlib.import_module(f"{words[2]}.__main__")
         with pytest.raises(SystemExit) as asked:
             module.main(["--help"])
         assert asked.value.code == 0
