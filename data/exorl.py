@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32
 
 from data.actions import clipped_actions
 from data.atomic_file import temporary_name
@@ -29,6 +30,7 @@ _NAME = re.compile(r".*_(\d+)_(\d+)\.npz")
 # is ValueError or RuntimeError; nothing of ours runs where this is caught.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 _ROWS = ("observation", "action", "reward", "discount")
+TASK_REWARDS = "task_rewards"  # the extra that holds the rewards of several tasks, a column each
 
 
 def write_episode(folder: str | Path, index: int, trajectory: Trajectory) -> Path:
@@ -66,20 +68,17 @@ def write_episode(folder: str | Path, index: int, trajectory: Trajectory) -> Pat
 
 
 def read_episode(path: str | Path) -> Trajectory:
-    """Returns the episode at `path`, dummy row dropped; unknown keys go to `extras`.
+    """Returns the episode at `path`, dummy row dropped.
 
-    Actions up to 1e-6 outside of [-1, 1], eight roundings of float32, are clipped to it. DataError, which names the
-    file, when it is cut off, damaged or no npz, holds Python objects, lacks a key, has wrong shapes or a length other
-    than its name says, holds NaN, or an action further outside.
+    Unknown keys with a row per observation (a skill) go to `extras`; others are left out. Where several tasks are paid
+    at once, as in ExoRL's maze, `reward` is the first one's, and `extras` holds all as TASK_REWARDS. Actions up to 1e-6
+    outside of [-1, 1], eight roundings of float32, are clipped to it. DataError, which names the file, when it is cut
+    off, damaged or no npz, holds Python objects, lacks a key, has wrong shapes or a length other than its name says,
+    holds NaN, or an action further outside.
     """
     path = Path(path)
     arrays = _read_arrays(path)
-    missing = [name for name in _ROWS if name not in arrays]
-    if missing:
-        raise DataError(
-            f"{path}: not an ExoRL episode: it lacks {', '.join(missing)}; got keys {sorted(arrays)}. "
-            "Move the file elsewhere"
-        )
+    _check_keys(path, _ROWS, arrays)
     rows = len(arrays["observation"]) if arrays["observation"].ndim else 0
     for name in _ROWS:
         if arrays[name].ndim < 1 or len(arrays[name]) != rows:
@@ -87,23 +86,33 @@ def read_episode(path: str | Path) -> Trajectory:
                 f"{path}: {name} has shape {arrays[name].shape}; ExoRL episodes have as many rows in every array, and "
                 f"observation has {rows} (row 0 of {name} is a dummy)"
             )
-    named = _NAME.fullmatch(path.name)
-    if named and int(named[2]) != rows - 1:
-        raise DataError(
-            f"{path}: the name says {int(named[2])} steps and the file holds {rows - 1}; it was cut off or renamed. "
-            "Delete it, or collect it again"
-        )
+    _check_length(path, rows)
+    rewards = arrays.pop("reward")
+    if rewards.size > rows:
+        arrays[TASK_REWARDS] = rewards
     trajectory = Trajectory(
         observation=arrays.pop("observation"),
         action=arrays.pop("action")[1:],
-        reward=_scalar_rows(path, "reward", arrays.pop("reward"))[1:],
+        reward=_first_column(path, rewards)[1:],
         discount=_scalar_rows(path, "discount", arrays.pop("discount"))[1:],
         physics=arrays.pop("physics", None),
-        extras=arrays,
+        extras={key: values for key, values in arrays.items() if values.ndim and len(values) == rows},
         source=str(path),
     )
     action = clipped_actions(trajectory.action, str(path))
     return trajectory if action is trajectory.action else replace(trajectory, action=action)
+
+
+def read_reward(path: str | Path) -> Float32[np.ndarray, " M"]:
+    """Returns the rewards of the episode at `path` as `read_episode` does, without reading the rest of it."""
+    path = Path(path)
+    arrays = _read_arrays(path, only="reward")
+    _check_keys(path, ("reward",), arrays)
+    _check_length(path, len(arrays["reward"]) if arrays["reward"].ndim else 0)
+    reward = _first_column(path, arrays["reward"])[1:]
+    if reward.dtype.kind not in "fiu" or not np.isfinite(reward).all():
+        raise DataError(f"{path}: every reward must be a finite number; delete the episode or collect it again")
+    return reward.astype(np.float32)
 
 
 def list_episodes(folder: str | Path) -> list[Path]:
@@ -158,7 +167,25 @@ def is_whole(path: str | Path) -> bool:
         return False
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _check_keys(path: Path, names: tuple[str, ...], arrays: dict[str, np.ndarray]) -> None:
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise DataError(
+            f"{path}: not an ExoRL episode: it lacks {', '.join(missing)}; got keys {sorted(arrays)}. "
+            "Move the file elsewhere"
+        )
+
+
+def _check_length(path: Path, rows: int) -> None:
+    named = _NAME.fullmatch(path.name)
+    if named and int(named[2]) != rows - 1:
+        raise DataError(
+            f"{path}: the name says {int(named[2])} steps and the file holds {rows - 1}; it was cut off or renamed. "
+            "Delete it, or collect it again"
+        )
+
+
+def _read_arrays(path: Path, only: str | None = None) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise DataError(f"{path}: no such episode")
     content = path.read_bytes()
@@ -166,7 +193,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"{path}: not an npz file; delete it, or collect the episode again")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
+            names = [name for name in archive.namelist() if only in (None, name.removesuffix(".npy"))]
+            return {name.removesuffix(".npy"): _read_array(archive, name) for name in names}
     except _DAMAGE as error:
         raise DataError(
             f"{path}: cut off or damaged, or holding Python objects ({error}); delete it, or collect the episode again"
@@ -177,6 +205,12 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     # Read to the end, where zipfile compares the checksum; np.load stops before it.
     content = io.BytesIO(archive.read(name))
     return np.lib.format.read_array(content, allow_pickle=False)
+
+
+def _first_column(path: Path, rewards: np.ndarray) -> np.ndarray:
+    if rewards.ndim == 2 and rewards.shape[1]:
+        return rewards[:, 0]
+    return _scalar_rows(path, "reward", rewards)
 
 
 def _scalar_rows(path: Path, name: str, values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import DataError, Trajectory
-from data.exorl import episode_length, list_episodes, read_episode, write_episode
+from data.exorl import episode_length, list_episodes, read_episode, read_reward, write_episode
 
 
 def counting(steps=5):
@@ -125,7 +125,7 @@ def test_damage_is_noticed_or_harmless(tmp_path):
     [
         ({"reward": None}, "not an ExoRL episode: it lacks reward; got keys"),
         ({"action": np.zeros((5, 1))}, r"action has shape \(5, 1\); ExoRL episodes have as many rows in every array"),
-        ({"reward": np.zeros((6, 2))}, r"reward has shape \(6, 2\); expected one number a row"),
+        ({"discount": np.zeros((6, 2))}, r"discount has shape \(6, 2\); expected one number a row"),
         ({"action": np.full((6, 1), np.nan)}, r"action\[0, 0\] is nan; every value must be finite"),
         ({"observation": np.zeros(6)}, r"observation has shape \(6,\)"),
         ({"observation": np.float32(0)}, r"observation has shape \(\)"),
@@ -205,3 +205,38 @@ def test_nothing_is_left_of_an_episode_that_does_not_fit_the_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
     assert read_episode(write_episode(tmp_path, 0, large)).length == 1000
+
+
+def test_several_tasks_and_a_collectors_own_keys(tmp_path):
+    """As published: the maze's files hold the rewards of four tasks, those of skill agents a skill for each row."""
+    path = tmp_path / "episode_000000_5.npz"
+    rows = exorl_rows()
+    rows["reward"] = np.arange(24, dtype=np.float32).reshape(6, 4)
+    rows |= {"meta": np.eye(6, 16, dtype=np.float32), "seed": np.array(7), "tags": np.arange(3)}
+    np.savez_compressed(path, **rows)
+    episode = read_episode(path)
+    assert episode.reward.tolist() == [4, 8, 12, 16, 20]
+    assert episode.extras.keys() == {"skill", "meta", "task_rewards"}
+    np.testing.assert_array_equal(episode.extras["task_rewards"], rows["reward"])
+    np.testing.assert_array_equal(read_reward(path), episode.reward)
+    assert_same(read_episode(write_episode(tmp_path / "again", 0, episode)), episode)
+
+
+def test_rewards_alone(tmp_path):
+    path = write_episode(tmp_path, 3, counting())
+    np.testing.assert_array_equal(read_reward(path), read_episode(path).reward)
+    rows = exorl_rows()
+    for change, message in (
+        ({"reward": np.full((6, 1), np.nan)}, "every reward must be a finite number"),
+        ({"reward": rows["reward"][:4]}, "the name says 5 steps and the file holds 3"),
+        ({"reward": np.array(1.0)}, "the name says 5 steps and the file holds -1"),
+        ({"reward": rows["reward"].astype(object)}, "holding Python objects"),
+        ({"reward": rows["reward"].astype(str)}, "every reward must be a finite number"),
+    ):
+        np.savez_compressed(path, **rows | change)
+        with pytest.raises(DataError, match=message):
+            read_reward(path)
+    del rows["reward"]
+    np.savez_compressed(path, **rows)
+    with pytest.raises(DataError, match="it lacks reward"):
+        read_reward(path)

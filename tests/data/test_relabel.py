@@ -18,6 +18,10 @@ from data.trajectory import Trajectory
 
 BENCHMARK = [f"{domain}-{task}" for domain, task in suite.BENCHMARKING]
 RELABELLED = sorted({*BENCHMARK, *task_names()} - set(_REFUSED))
+# The same body and the same kind of reward as others here.
+ALIKE = {*(f"pointmass-{name}" for name in ("loop", "square", "fast_slow", *(f"reach_{room}" for room in ROOMS)))}
+ALIKE |= {*(f"{body}-reach_{room}" for body in ("jaco", "point_mass_maze") for room in list(ROOMS)[1:])}
+EACH = [pytest.param(task, marks=pytest.mark.slow) if task in ALIKE else task for task in RELABELLED]
 CHARGES_CONTROL = {
     *(f"cartpole-{task}" for task in ("balance", "swingup", "two_poles", "three_poles")),
     *(f"humanoid-{task}" for task in ("run", "run_pure_state", "stand", "walk")),
@@ -103,7 +107,7 @@ def episodes(task: str, count: int = 2, steps: int = 40) -> list[Trajectory]:
     return [roll_out(environment, policy, 3, index) for index in range(count)]
 
 
-@pytest.mark.parametrize("task", RELABELLED)
+@pytest.mark.parametrize("task", EACH)
 def test_relabelled_is_paid(task: str, tmp_path):
     collected = episodes(task)
     if goal_task(task) is None:
@@ -125,7 +129,7 @@ def test_relabelled_is_paid(task: str, tmp_path):
             np.testing.assert_array_equal(free, relabel(task, stored))
 
 
-@pytest.mark.parametrize("task", RELABELLED)
+@pytest.mark.parametrize("task", EACH)
 def test_whatever_the_model_draws_for_an_episode_is_kept(task: str):
     """Compares whole models between episodes: nothing but what extras() keeps may differ (colours and lamps aside)."""
     environment = make(task)
