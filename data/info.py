@@ -68,6 +68,7 @@ def _of_store(path: Path) -> str:
     others = [field for field in store.fields if field not in (*sizes, "reward", "discount")]
     facts = {
         "from": store.source,
+        "left out": _some(store.skipped),
         "rewards": f"of {store.task}, control {store.control}" if store.control else "",
         "made with": _versions(store.versions),
         "numbers": _numbers({**sizes, **{field: int(np.prod(store.shape(field)[1:])) for field in others}}),
@@ -141,6 +142,10 @@ def _steps(lengths: Int[np.ndarray, " N"]) -> str:
 
 def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _some(messages: Sequence[str]) -> str:
+    return f"{len(messages)} bad, such as {messages[0]}" if messages else ""
 
 
 def _numbers(sizes: Mapping[str, int]) -> str:

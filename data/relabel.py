@@ -20,6 +20,8 @@ from data.tasks import goal_task
 from data.tasks.catalogue import check_task
 from data.trajectory import Trajectory
 
+Control = Literal["actual", "exorl"]
+
 _DOG = "it pays for the forces under the paws, which follow from the step before and are not in the physics state"
 # Tasks whose reward is no function of state, control and what the episode drew; a test holds all others to 1e-6.
 _REFUSED: dict[str, str] = {f"dog-{task}": _DOG for task in ("fetch", "run", "stand", "trot", "walk")}
@@ -34,7 +36,7 @@ def relabel(
     task: str,
     trajectory: Trajectory,
     *,
-    control: Literal["actual", "exorl"] = "actual",
+    control: Control = "actual",
     goal: Float[np.ndarray, " G"] | None = None,
 ) -> Float32[np.ndarray, " M"]:
     """Returns the reward that `task` pays for every step of the trajectory.

@@ -67,6 +67,8 @@ class TrajectoryStore:
             self.fields: tuple[str, ...] = _fields(file)
             self.observation_size = int(file["observation"].shape[1])
             self.action_size = int(file["action"].shape[1])
+            # Which episodes were left out when it was built, and why.
+            self.skipped = tuple(text.decode() for text in file["skipped"][:]) if "skipped" in file else ()
         self.task = str(attributes["task"])
         self.source = str(attributes["source"])
         self._content_hash = str(attributes["content_hash"])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from data.atomic_file import Sink, atomic_file
 from data.errors import DataError
+from data.origin import Origin
 from data.store import QUANTILES, STEP_FIELDS, StoreStatistics, TrajectoryStore
 from data.store_file import HEAD, check_own, seal
 from data.trajectory import Trajectory
@@ -27,14 +28,16 @@ def write_store(
     task: str,
     source: str,
     keep_physics: bool = False,
-    made_from: str = "",
+    origin: Origin | None = None,
     control: str | None = None,
     goal: str | None = None,
+    skipped: Sequence[str] = (),
     progress: bool = False,
 ) -> TrajectoryStore:
     """Writes `trajectories`, one in memory at a time, to a store at `path` and returns it opened.
 
-    `made_from` names the sources, so that a builder knows its work again; `content_hash` is of the numbers alone.
+    `origin` names the sources, so that a builder knows its work again; `content_hash` is of the numbers alone.
+    `skipped` says which episodes were left out and why; it is read when all trajectories are written.
     `keep_physics` also keeps `extras`: both serve later relabelling alone. `goal="hindsight"` marks a task whose goal
     is chosen when chains are drawn. DataError when a trajectory differs in shape from the first, when there is none,
     and when something else than a store is at `path`, which is never replaced; OSError with the path when the disk is
@@ -50,7 +53,10 @@ def write_store(
             writer.finish(path)
             identity = {"task": task, "goal": goal or "", "control": control or ""}
             file.attrs.update(**identity, content_hash=writer.content_hash(identity))
-            file.attrs.update(source=source.encode(errors="backslashreplace").decode(), made_from=made_from)
+            file.attrs.update(source=source.encode(errors="backslashreplace").decode())
+            (origin or Origin()).write(file)
+            if skipped:
+                file["skipped"] = [message.encode(errors="backslashreplace") for message in skipped]
             file.attrs.update({f"{name}_version": version for name, version in simulator_versions().items()})
         sink.check()
         seal(sink)
@@ -60,6 +66,19 @@ def write_store(
 def simulator_versions() -> dict[str, str]:
     """Returns the installed versions of dm_control and mujoco, which decide what rewards come out of relabelling."""
     return {name: metadata.version(name) for name in ("dm_control", "mujoco")}
+
+
+class Counted:
+    """An iterable of trajectories with a length, so that the progress bar knows the end."""
+
+    def __init__(self, trajectories: Iterable[Trajectory], count: int) -> None:
+        self.trajectories, self.count = trajectories, count
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return iter(self.trajectories)
+
+    def __len__(self) -> int:
+        return self.count
 
 
 class _Writer:

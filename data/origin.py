@@ -1,0 +1,50 @@
+"""Origin: what a store was made from, so that a builder knows its work again and shards become one store."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+from jaxtyping import UInt8
+
+from data.store_file import open_store
+
+_DIGESTS = "source_digests"
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The episodes' files, each by a digest of name and bytes, and the settings that made a store of them, as JSON."""
+
+    settings: str = ""
+    digests: UInt8[np.ndarray, "F 32"] = field(default_factory=lambda: np.empty((0, 32), np.uint8))
+    shard: str = ""
+    """Which part of a store it is, `I/N`; empty: all of it."""
+
+    @property
+    def made_from(self) -> str:
+        """The hash of all of it, 64 hex digits; empty where nothing is known."""
+        if not self.settings:
+            return ""
+        return hashlib.sha256(f"{self.settings}\n{self.shard}\n".encode() + self.digests.tobytes()).hexdigest()
+
+    def write(self, file: h5py.File) -> None:
+        """Writes it into a store that is being made."""
+        file.attrs.update(made_from=self.made_from, settings=self.settings, shard=self.shard)
+        if len(self.digests):
+            file[_DIGESTS] = self.digests
+
+    @classmethod
+    def of(cls, path: Path) -> "Origin":
+        """Returns that of the store at `path`; empty where it was made before stores kept it."""
+        file, _ = open_store(path)
+        with file:
+            digests = file[_DIGESTS][:] if _DIGESTS in file else np.empty((0, 32), np.uint8)
+            return cls(str(file.attrs.get("settings", "")), digests, str(file.attrs.get("shard", "")))
+
+
+def digest(path: Path) -> bytes:
+    """Returns a hash of a file's name and bytes, 32 bytes."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest()).digest()

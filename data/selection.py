@@ -1,0 +1,107 @@
+"""Which episodes of a folder a store is built from: all, the first, a slice, or some spread over all; its shards."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from data.errors import DataError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Episodes in file-name order, always whole: those that end after `skip_steps` and within `limit_steps` more.
+
+    With `spread`, episodes at equal distances instead, as many as `limit_steps` has room for. (ExoRL's own loader reads
+    the first 1,000,000 steps; InFOM skips 5,000,000 and takes 500,000.)
+    """
+
+    skip_steps: int = 0
+    limit_steps: int | None = None
+    spread: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit_steps is not None and self.limit_steps < 1:
+            raise DataError(f"--limit-steps must be 1 or more; got {self.limit_steps}")
+        if self.skip_steps < 0:
+            raise DataError(f"--skip-steps must be 0 or more; got {self.skip_steps}")
+        if self.spread and self.limit_steps is None:
+            raise DataError("--spread takes as many episodes as --limit-steps has room for; give that too")
+
+    def choose(self, lengths: Sequence[int] | Int[np.ndarray, " E"], where: Path) -> list[int]:
+        """Returns which episodes are chosen, of those with so many steps at `where`; DataError when they are none."""
+        lengths = np.asarray(lengths)
+        ends = np.cumsum(lengths)
+        begin = int(np.searchsorted(ends, self.skip_steps, side="right")) if self.skip_steps else 0
+        if begin == len(lengths):
+            raise DataError(f"--skip-steps {self.skip_steps} leaves nothing of {where}, which has {ends[-1]} steps")
+        if self.limit_steps is None:
+            return list(range(begin, len(lengths)))
+        count = int(np.searchsorted(ends, self.skip_steps + self.limit_steps, side="right")) - begin
+        if count < 1:
+            raise DataError(
+                f"--limit-steps {self.limit_steps} is less than the first episode of {where}"
+                f"{' that is not skipped' if begin else ''}, {lengths[begin]} steps; raise it"
+            )
+        if not self.spread:
+            return list(range(begin, begin + count))
+        return (begin + _spread(lengths[begin:], self.limit_steps)).tolist()
+
+    def describe(self, chosen: int, there: int) -> str:
+        """Returns in words which so many of the episodes that are there are chosen."""
+        after = f", after the first {self.skip_steps} steps" if self.skip_steps else ""
+        if self.spread:
+            return f"{chosen} of {there} episodes, spread evenly{after}"
+        if chosen == there:
+            return f"all {there} episodes"
+        return f"the first {chosen} of {there} episodes in file-name order{after}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of the chosen episodes: part `index`, counted from 0."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Returns the shard that `I/N` names; DataError when it names none."""
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise DataError(f"--shard is I/N, with I from 0 to N - 1, such as 0/8; got {text!r}")
+        return cls(int(found[1]), int(found[2]))
+
+    def choose(self, paths: Sequence[Path]) -> list[Path]:
+        """Returns the shard's part of the chosen episodes; DataError when there are fewer of them than shards."""
+        if len(paths) < self.count:
+            raise DataError(f"--shard {self}: only {len(paths)} episodes are chosen; use at most as many shards")
+        return [paths[row] for row in np.array_split(np.arange(len(paths)), self.count)[self.index]]
+
+    def path(self, out: Path) -> Path:
+        """Returns where the shard of the store `out` lies: beside it."""
+        return out.with_name(f"{out.stem}.shard-{self.index}-of-{self.count}{out.suffix}")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def shards_of(out: Path) -> dict[Shard, Path]:
+    """Returns the shards of the store `out` that are there."""
+    name = re.compile(re.escape(out.stem) + r"\.shard-(\d+)-of-(\d+)" + re.escape(out.suffix))
+    found = {path: name.fullmatch(path.name) for path in sorted(out.parent.glob("*"))}
+    return {Shard(int(match[1]), int(match[2])): path for path, match in found.items() if match}
+
+
+def _spread(lengths: np.ndarray, limit: int) -> np.ndarray:
+    """Returns the indices of as many episodes at equal distances as have at most `limit` steps together."""
+    count = min(len(lengths), int(limit / lengths.mean()) + 1)
+    while True:
+        # Each stands in the middle of its equal part.
+        chosen = ((np.arange(count) + 0.5) * len(lengths) / count).astype(int)
+        if count == 1 or lengths[chosen].sum() <= limit:
+            return chosen
+        count -= 1
