@@ -12,6 +12,8 @@ if is_command():  # of all other programs Ctrl-C is their own business
 
 from rlring.attention import (
     AttentionConfig,
+    BlockMask,
+    FunctionMask,
     Mask,
     MeshAxes,
     SparsePattern,
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "SEQUENCE_AXES",
     "AttentionConfig",
+    "BlockMask",
+    "FunctionMask",
     "KVCache",
     "Mask",
     "MeshAxes",

@@ -11,7 +11,9 @@ from types import ModuleType
 
 from rlring.attention.api import attention, sharded_attention
 from rlring.attention.axes import MeshAxes
+from rlring.attention.block_mask import BlockMask
 from rlring.attention.decode import decode_attention
+from rlring.attention.function_mask import FunctionMask
 from rlring.attention.layouts import inverse_order, striped_order, zigzag_order
 from rlring.attention.mask import Mask
 from rlring.attention.schemes import SCHEMES as _TABLE
@@ -23,6 +25,8 @@ SCHEMES = ("auto", *_TABLE)
 __all__ = [
     "SCHEMES",
     "AttentionConfig",
+    "BlockMask",
+    "FunctionMask",
     "Mask",
     "MeshAxes",
     "SparsePattern",

@@ -176,7 +176,7 @@ def _on_mesh(q, k, v, mask: Mask, mod: ScoreMod, *, config: AttentionConfig, mes
         mod = mod.padded(q.shape[1] + q_pad, k_pad)
         q, k, v = (pad(x, 1, x.shape[1] + more) for x, more in ((q, q_pad), (k, k_pad), (v, k_pad)))
     tokens, seq, heads = axes.tokens, axes.sequence or None, axes.heads
-    of_mask = P(axes.batch or None, seq)
+    of_mask = mask.specs(P(axes.batch or None, seq))
     of_mod = mod.specs(P(heads), bias=P(heads, seq), seeds=P(axes.batch or None, heads))
     platform = platform_of(mesh.devices.flat[0])
     run = partial(_on_shard, config=config, platform=platform, axes=axes, return_lse=return_lse)

@@ -14,9 +14,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention import online_softmax
-from rlring.attention.blocks import Blocks, BlockSchedule, pad, pick
+from rlring.attention.block_view import Bounds, pick
+from rlring.attention.blocks import Blocks, BlockSchedule, pad
 from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
-from rlring.attention.mask import Bounds, Mask
+from rlring.attention.mask import Mask
 from rlring.attention.rows import Rows, Turns
 from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod, Tile
 from rlring.attention.softmax import Partial, accumulator_type, nothing, zeros

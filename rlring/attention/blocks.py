@@ -4,12 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from rlring.attention.mask import Bounds, Mask
+from rlring.attention.mask import Mask
 from rlring.attention.rows import Rows, Turns
 from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod
 
@@ -102,16 +101,6 @@ class BlockSchedule(NamedTuple):
     def visit(self, start, stop, step: Callable, state):
         """Returns the state after step(block, state) at these places of the order."""
         return lax.fori_loop(start, stop, lambda n, state: step(self.order[n], state), state)
-
-
-def schedule(mask: Mask, q_bounds: Bounds, k_bounds: Bounds) -> BlockSchedule:
-    """Returns the plan for one block of queries and all blocks of keys, or the other way round."""
-    return BlockSchedule.of(mask.maybe_visible(q_bounds, k_bounds), mask.fully_visible(q_bounds, k_bounds))
-
-
-def pick(bounds: Bounds, first, size: int = 1) -> Bounds:
-    """Returns the bounds of one block, or of so many from this one on."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, 1), bounds)
 
 
 def take(x: Array, block, size: int, dimension: int) -> Array:

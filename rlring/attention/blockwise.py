@@ -12,9 +12,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from rlring.attention import online_softmax
-from rlring.attention.blocks import Blocks, pad, pick, schedule
+from rlring.attention.block_view import BlockView
+from rlring.attention.blocks import Blocks, BlockSchedule, pad
 from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
-from rlring.attention.mask import Bounds, Mask
+from rlring.attention.mask import Mask
 from rlring.attention.online_softmax import SoftmaxState
 from rlring.attention.rows import Rows, Turns
 from rlring.attention.score_mod import ScoreMod, Tile
@@ -99,15 +100,14 @@ class _Call(NamedTuple):
     mod: ScoreMod
     blocks: Blocks
     turns: Turns
-    q_bounds: Bounds
-    k_bounds: Bounds
+    view: BlockView
 
     @classmethod
     def of(cls, q, k, v, mask: Mask, mod: ScoreMod, blocks: Blocks) -> "_Call":
         blocks = blocks.fit(q, k)
         turns = blocks.turns(q, k)
         q, k, v, mask, mod = blocks.padded(q, k, v, mask, mod)
-        return cls(q, k, v, mask, mod, blocks, turns, mask.q_bounds(blocks.q), mask.k_bounds(blocks.k))
+        return cls(q, k, v, mask, mod, blocks, turns, mask.view(blocks.q, blocks.k))
 
     @property
     def q_blocks(self) -> int:
@@ -143,7 +143,7 @@ class _Call(NamedTuple):
         elif self.is_one_block:
             state = attend_to(0, so_far(), is_masked=True, shields=True)
         else:
-            plan = schedule(mask, *rows.of_masks((pick(self.q_bounds, i), self.k_bounds)))
+            plan = BlockSchedule.of(*rows.of_masks(self.view).of_queries(i))
             state = online_softmax.softmax_over(plan, attend_to, so_far, shields=shields)
         return rows.put_partial(total, state.finish(), start)
 
@@ -170,7 +170,7 @@ class _Call(NamedTuple):
         if self.is_one_block:  # faster without any loop
             found = add_from(0, found, is_masked=True, shields=True)
         else:
-            plan = schedule(mask, *rows.of_masks((self.q_bounds, pick(self.k_bounds, j))))
+            plan = BlockSchedule.of(*rows.of_masks(self.view).of_keys(j))
             found = plan.walk(add_from, found, shields=shields)
         keep = rows.put if is_first else rows.add
         dk, dv = (keep(x, part.mT, j * blocks.k) for x, part in ((total.dk, found.dk), (total.dv, found.dv)))

@@ -66,7 +66,7 @@ def _on_mesh(q, k, v, mask: Mask, mod: ScoreMod, *, mesh: Mesh, axes: MeshAxes, 
         mask, mod = mask.padded(q.shape[1], k.shape[1] + more), mod.padded(q.shape[1], more)
         k, v = (pad(x, 1, x.shape[1] + more) for x in (k, v))
     every = P(axes.batch or None, None, axes.heads)
-    mask_specs = mask.map_queries(lambda _: P(axes.batch or None)).map_keys(lambda _: P(*axes.tokens[:2]))
+    mask_specs = mask.specs(P(*axes.tokens[:2]), queries=P(axes.batch or None))
     run = partial(_on_shard, axes=axes.sequence, return_lse=return_lse)
     specs = (every, axes.tokens, axes.tokens, mask_specs, mod.specs(P(axes.heads), bias=P(axes.heads)))
     on_shards = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=every)

@@ -1,32 +1,21 @@
 """Mask: which query sees which key, from positions and segments that travel with the tokens."""
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32
 
-from rlring.errors import UsageError, shown
+from rlring.attention.block_view import BlockView, Bounds, Seen, pick
+from rlring.attention.window import MOST, Window, checked_window, is_within
+from rlring.errors import UsageError
 
 PADDING = -1  # the segment of a token that is not there
-MOST = 2**31 - 1  # that int32 holds
-
-Window = int | tuple[int | None, int | None]
-
-
-class Bounds(NamedTuple):
-    """The least and greatest position and segment of each block of tokens: enough to skip a block unread."""
-
-    low_position: Int32[Array, "B blocks"]  # over tokens that are there; low > high where there is none
-    high_position: Int32[Array, "B blocks"]
-    low_segment: Int32[Array, "B blocks"]  # over tokens that are there
-    high_segment: Int32[Array, "B blocks"]
-    is_whole: Bool[Array, "B blocks"]  # every token of the block is there
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +49,10 @@ class Mask:
     q_place: Int32[Array, "B T"] | None = None
     k_place: Int32[Array, "B S"] | None = None
 
+    kind: ClassVar[str | None] = None  # what a kernel may lack, by the name that an error gives it
+
     def __post_init__(self):
-        object.__setattr__(self, "window", _checked_window(self.window))
+        object.__setattr__(self, "window", checked_window(self.window))
         if not isinstance(self.is_causal, bool | np.bool_):
             raise UsageError(
                 f"is_causal is True or False when the program is compiled; got a {type(self.is_causal).__name__}. "
@@ -83,6 +74,12 @@ class Mask:
         """Returns the mask of self-attention that also looks ahead; an integer window limits only how far back."""
         return replace(cls.causal(position, segment, window), is_causal=False)
 
+    def at(self, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None) -> "Mask":
+        """Returns the mask of self-attention of other tokens, by the same rule."""
+        segment = jnp.zeros_like(position) if segment is None else segment
+        tokens = {"q_position": position, "k_position": position, "q_segment": segment, "k_segment": segment}
+        return replace(self, **tokens, q_place=None, k_place=None)
+
     def visible(self) -> Bool[Array, "B T S"]:
         """Returns the whole mask: quadratic, so only for blocks and tests."""
         q_position, k_position = self.q_position[:, :, None], self.k_position[:, None, :]
@@ -91,6 +88,10 @@ class Mask:
         if self.is_causal:
             seen &= k_position <= q_position
         return seen & self._in_window(q_position, k_position, q_position, k_position)
+
+    def maybe_needed(self) -> Bool[Array, "B T S"]:
+        """Returns False only where neither the query nor any later one sees the key: a cache may drop it."""
+        return self.visible()
 
     def _in_window(self, q_back, k_back, q_ahead, k_ahead) -> Bool[Array, "..."] | bool:
         """Returns whether k_back is not too far before q_back, and k_ahead not too far after q_ahead."""
@@ -131,6 +132,12 @@ class Mask:
         queries = self.map_queries(lambda x: lax.dynamic_slice_in_dim(x, q_start, q_size, 1))
         return queries.map_keys(lambda x: lax.dynamic_slice_in_dim(x, k_start, k_size, 1))
 
+    def specs(self, tokens: P, *, queries: P | None = None) -> "Mask":
+        """Returns how jax.shard_map splits the mask: keys as `tokens` says of [B, S], queries as it, or as `queries`
+        says; what belongs to a whole sequence only as the batch is."""
+        by_row = jax.tree.map(lambda _: P(*tokens[:1]), self)
+        return by_row.map_queries(lambda _: tokens if queries is None else queries).map_keys(lambda _: tokens)
+
     @property
     def span_of_keys(self) -> tuple[Int32[Array, ""] | None, int]:
         """Where neighbouring keys begin in the whole arrays, None if the mask does not say; and how many they are."""
@@ -157,11 +164,15 @@ class Mask:
 
     def q_bounds(self, size: int) -> Bounds:
         """Returns the bounds of each block of `size` queries; `size` divides T."""
-        return _bounds(self.q_position, self.q_segment, size)
+        return Bounds.of(self.q_position, self.q_segment, size)
 
     def k_bounds(self, size: int) -> Bounds:
         """Returns the bounds of each block of `size` keys; `size` divides S."""
-        return _bounds(self.k_position, self.k_segment, size)
+        return Bounds.of(self.k_position, self.k_segment, size)
+
+    def view(self, q_size: int, k_size: int) -> BlockView:
+        """Returns which blocks of `q_size` queries see which of `k_size` keys."""
+        return BoundsView(self, self.q_bounds(q_size), self.k_bounds(k_size))
 
     def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
         """Returns, by block, False only where in no row any query of q sees any key of k. q and k broadcast."""
@@ -186,6 +197,23 @@ class Mask:
         return seen.all(0)
 
 
+class BoundsView(NamedTuple):
+    """What follows from the bounds of the blocks: memory is linear in the number of blocks."""
+
+    mask: Mask
+    q: Bounds
+    k: Bounds
+
+    def of_queries(self, i) -> Seen:
+        return self._seen(pick(self.q, i), self.k)
+
+    def of_keys(self, j) -> Seen:
+        return self._seen(self.q, pick(self.k, j))
+
+    def _seen(self, q: Bounds, k: Bounds) -> Seen:
+        return self.mask.maybe_visible(q, k), self.mask.fully_visible(q, k)
+
+
 def checked(mask: Mask, queries: tuple[int, ...], keys: tuple[int, ...]) -> Mask:
     """Returns the mask in int32.
 
@@ -206,54 +234,13 @@ def checked(mask: Mask, queries: tuple[int, ...], keys: tuple[int, ...]) -> Mask
             f"the mask needs q_position and q_segment {queries}, k_position and k_segment {keys}; got "
             f"{shapes[0]}, {shapes[1]}, {shapes[2]}, {shapes[3]}. Broadcast positions over the batch."
         )
+    rows = {x.shape[0] for x in jax.tree.leaves(mask)}
+    if len(rows) > 1:
+        raise UsageError(
+            f"the {mask.kind} has something of its own for each sequence; got {max(rows - {queries[0]})} of them for "
+            f"B={queries[0]}. Make one mask for each batch size."
+        )
     return mask
-
-
-def is_within(later: Int32[Array, "..."], earlier: Int32[Array, "..."], reach: int) -> Bool[Array, "..."]:
-    """Returns whether later - earlier < reach, also where it is negative; the two broadcast."""
-    # The distance of two int32 may be none, but it is a uint32.
-    return (earlier > later) | ((later - earlier).astype(jnp.uint32) < reach)
-
-
-def _checked_window(window) -> Window | None:
-    if window is None:
-        return None
-    if isinstance(window, tuple | list):
-        return _checked_sides(tuple(window))
-    number = _whole(window)
-    if number is None:
-        raise UsageError(
-            "a window is how many tokens a query looks back, itself included: one whole number, known when the program "
-            f"is compiled, or a pair (left, right); got {shown(window)}. Make it a static argument of jax.jit."
-        )
-    if not 1 <= number <= MOST:
-        raise UsageError(
-            f"a window holds at least the token itself, and at most 2**31 - 1; got window={number}. Use None for no "
-            "window."
-        )
-    return number
-
-
-def _checked_sides(sides: tuple) -> tuple[int | None, int | None] | None:
-    numbers = tuple(None if side is None else _whole(side) for side in sides)
-    is_lost = any(number is None and side is not None for number, side in zip(numbers, sides, strict=True))
-    if len(sides) != 2 or is_lost or any(number is not None and not 0 <= number < MOST for number in numbers):
-        raise UsageError(
-            "a window (left, right) is how many tokens a query looks back and ahead beside itself: two whole numbers "
-            "from 0 to 2**31 - 2, known when the program is compiled, or None for no limit; got "
-            f"({', '.join(map(shown, sides))}). Make it a static argument of jax.jit."
-        )
-    return None if numbers == (None, None) else numbers
-
-
-def _whole(number) -> int | None:
-    """Returns the number as an int, or None where it is not one that is known now."""
-    if isinstance(number, bool | np.bool_ | jax.core.Tracer):
-        return None
-    try:
-        return operator.index(number)
-    except TypeError:
-        return None
 
 
 def _as_int32(name: str, x) -> Int32[Array, "..."]:
@@ -270,15 +257,3 @@ def _as_int32(name: str, x) -> Int32[Array, "..."]:
             ".astype(jnp.int32); a token that is not there has segment -1."
         )
     return jnp.asarray(x if dtype == jnp.int32 else x.astype(jnp.int32))
-
-
-def _bounds(position: Int32[Array, "B T"], segment: Int32[Array, "B T"], size: int) -> Bounds:
-    position, segment = (x.reshape(x.shape[0], -1, size) for x in (position, segment))
-    there, far = segment >= 0, jnp.iinfo(jnp.int32).max
-    return Bounds(
-        jnp.where(there, position, far).min(2),
-        jnp.where(there, position, -far).max(2),
-        jnp.where(there, segment, far).min(2),
-        segment.max(2),
-        there.all(2),
-    )

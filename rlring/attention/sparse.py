@@ -22,9 +22,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from rlring.attention import band, blockwise
+from rlring.attention.block_view import Bounds
 from rlring.attention.blocks import Blocks
 from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
-from rlring.attention.mask import PADDING, Bounds, Mask
+from rlring.attention.mask import PADDING, Mask
 from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import Partial, accumulator_type
 from rlring.attention.sparse_pattern import SparsePattern, check_mask

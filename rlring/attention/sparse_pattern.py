@@ -75,6 +75,10 @@ class SparsePattern:
 
 def check_mask(mask: Mask) -> None:
     """Raises UsageError for a mask that does not go with a pattern."""
+    if mask.kind is not None:
+        raise UsageError(
+            f"attention scheme 'sparse' needs a causal mask without a window; got a {mask.kind}. Use another scheme."
+        )
     if not mask.is_causal or mask.window is not None:
         raise UsageError(
             "attention scheme 'sparse' needs a causal mask without a window; got "

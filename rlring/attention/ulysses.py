@@ -37,7 +37,8 @@ def ulysses_attention(
     copies = max(1, devices // k.shape[2])
     q = _by_heads(q, axis)
     k, v = (_copied_by_heads(x, axis, copies) if copies > 1 else _by_heads(x, axis) for x in (k, v))
-    whole = jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), mask)
+    gather = partial(lax.all_gather, axis_name=axis, axis=1, tiled=True)
+    whole = mask.map_queries(gather).map_keys(gather)
     out, lse = local(q, k, v, whole, mod.of_heads(axis))
     # In q's type: half of the bytes.
     out = lax.all_to_all(out.astype(q.dtype), axis, split_axis=1, concat_axis=2, tiled=True)

@@ -18,9 +18,10 @@ from rlring.attention.score_mod import ScoreMod
 from rlring.errors import UsageError
 
 KERNELS = ("auto", "jax", "cudnn", "splash")
+KINDS = ("mask of a function", "block mask")  # Mask.kind
 LACKS = {  # of what features() returns
-    "splash": ("bias", "slopes", "dropout", "size of values"),
-    "cudnn": ("window", "soft_cap", "bias", "slopes", "dropout", "sinks and log-sum-exp", "size of values"),
+    "splash": (*KINDS, "bias", "slopes", "dropout", "size of values"),
+    "cudnn": (*KINDS, "window", "soft_cap", "bias", "slopes", "dropout", "sinks and log-sum-exp", "size of values"),
 }
 
 
@@ -34,6 +35,7 @@ def platform_of(device: jax.Device) -> str:
 def features(q, v, mask: Mask, mod: ScoreMod, *, needs_lse: bool) -> dict[str, object]:
     """Returns what a kernel may lack, with its value as an error shows it."""
     wanted = {
+        mask.kind or "kind of mask": mask.kind and type(mask).__name__,
         "window": mask.window,
         "soft_cap": mod.soft_cap,
         "bias": mod.bias,
@@ -42,7 +44,9 @@ def features(q, v, mask: Mask, mod: ScoreMod, *, needs_lse: bool) -> dict[str, o
         "sinks and log-sum-exp": needs_lse or None,
         "size of values": v.shape[3] if v.shape[3] != q.shape[3] else None,
     }
-    shown = {name: value if isinstance(value, int | float | tuple) else "an array" for name, value in wanted.items()}
+    shown = {
+        name: value if isinstance(value, int | float | tuple | str) else "an array" for name, value in wanted.items()
+    }
     return {name: shown[name] for name, value in wanted.items() if value is not None}
 
 

@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, no_gradients
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
-from rlring.attention.mask import MOST, Mask, is_within
+from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import Partial, by_token, nothing
+from rlring.attention.window import MOST, is_within
 
 SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
 HIDDEN = 1e30  # as the lse of a query: its weights, exp(score - lse), are 0

@@ -10,7 +10,7 @@ import pytest
 
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, inverse_order, zigzag_order
 from rlring.attention.band import _Band
-from rlring.attention.blocks import Blocks, pick, schedule
+from rlring.attention.blocks import Blocks, BlockSchedule
 from rlring.attention.sparse import SparseKernel, _Far, _NearMask
 from rlring.errors import UsageError
 from rlring.mesh import make_mesh
@@ -210,8 +210,8 @@ def test_every_head_has_its_own_shard_of_the_context():
 def visited(mask: Mask, length: int, k_length: int, tile: Blocks) -> int:
     """How many scores are computed for each row."""
     mask = mask.padded(-(-length // tile.q) * tile.q, -(-k_length // tile.k) * tile.k)
-    q_bounds, k_bounds = mask.q_bounds(tile.q), mask.k_bounds(tile.k)
-    plans = [schedule(mask, pick(q_bounds, i), k_bounds) for i in range(mask.q_position.shape[1] // tile.q)]
+    view = mask.view(tile.q, tile.k)
+    plans = [BlockSchedule.of(*view.of_queries(i)) for i in range(mask.q_position.shape[1] // tile.q)]
     return sum(int(plan.seen) for plan in plans) * tile.q * tile.k
 
 

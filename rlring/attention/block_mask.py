@@ -1,0 +1,94 @@
+"""BlockMask: a mask of which only those blocks of positions are seen that a table names."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+from rlring.attention.block_view import Bounds
+from rlring.attention.mask import Mask
+from rlring.errors import UsageError, shown
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockMask(Mask):
+    """A causal, full or windowed mask, of which a table shows some blocks.
+
+    A query at position p sees a key at position r if the mask shows it and so does
+    `table[p // block_size, r // block_size]`. What stands outside of the table sees nothing and is not seen. Blocks are
+    counted in positions, not in places: the order of the tokens may be any. The table may be traced; memory is
+    quadratic in its blocks, on every device.
+    """
+
+    table: Bool[Array, "B Q K"] = field(kw_only=True)
+    # How many entries of the table are set above and left of each: those of any rectangle are four of them.
+    counts: Int32[Array, "B Q+1 K+1"] = field(kw_only=True)
+    block_size: int = field(kw_only=True, metadata={"static": True})  # positions
+
+    kind: ClassVar[str | None] = "block mask"
+
+    @classmethod
+    def of(cls, mask: Mask, table: Bool[Array, "B Q K"] | Bool[Array, "Q K"], *, block_size: int) -> "BlockMask":
+        """Returns the mask where the table shows it; a table [Q, K] is that of all sequences.
+
+        Raises:
+            UsageError: a mask that is of another kind, a table that is no array of booleans with these dimensions, or a
+                block without positions.
+        """
+        if type(mask) is not Mask:
+            got = mask.kind if isinstance(mask, Mask) else shown(mask)
+            raise UsageError(
+                f"a block mask is made of a causal or full Mask; got {got or 'a ' + type(mask).__name__}. The table "
+                "can be an operand of a FunctionMask."
+            )
+        rows, shape, dtype = mask.rows, getattr(table, "shape", ()), getattr(table, "dtype", None)
+        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != rows) or dtype != np.bool_:
+            raise UsageError(
+                f"the table of a block mask is bool[Q, K], or bool[B, Q, K] with B={rows} sequences, the same for all "
+                f"heads; got {shown(table) if dtype is None else f'{dtype}{list(shape)}'}."
+            )
+        if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer) or block_size < 1:
+            raise UsageError(f"a block of a mask has at least one position; got block_size={shown(block_size)}.")
+        table = jnp.broadcast_to(jnp.asarray(table), (rows, *shape[-2:]))
+        counts = jnp.pad(table.astype(jnp.int32).cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+        return mask.as_kind(cls, table=table, counts=counts, block_size=int(block_size))
+
+    def visible(self) -> Bool[Array, "B T S"]:
+        q, k = self.q_position // self.block_size, self.k_position // self.block_size
+        _, rows, columns = self.table.shape
+        inside = ((q >= 0) & (q < rows))[:, :, None] & ((k >= 0) & (k < columns))[:, None]
+        return super().visible() & inside & _entries(self.table, q[:, :, None], k[:, None])
+
+    def maybe_needed(self) -> Bool[Array, "B T S"]:
+        return Mask.visible(self)
+
+    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        shown, _, _ = self._counted(q, k)
+        return super().maybe_visible(q, k) & (shown > 0).any(0)
+
+    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+        shown, entries, is_inside = self._counted(q, k)
+        return super().fully_visible(q, k) & (is_inside & (shown == entries)).all(0)
+
+    def _counted(self, q: Bounds, k: Bounds) -> tuple[Int32[Array, "B ..."], Int32[Array, "B ..."], Bool[Array, "..."]]:
+        """Returns how many entries of the table are set between these blocks of tokens, and how many there are; and
+        whether none of the tokens is outside of it."""
+
+        def edges(bounds: Bounds, entries: int):
+            first, last = bounds.low_position // self.block_size, bounds.high_position // self.block_size
+            return jnp.clip(first, 0, entries), jnp.clip(last, -1, entries - 1) + 1, (first >= 0) & (last < entries)
+
+        (top, bottom, q_inside), (left, right, k_inside) = (
+            edges(bounds, entries) for bounds, entries in zip((q, k), self.table.shape[1:], strict=True)
+        )
+        lower, upper = (_entries(self.counts, row, right) - _entries(self.counts, row, left) for row in (bottom, top))
+        return lower - upper, (bottom - top) * (right - left), q_inside & k_inside
+
+
+def _entries(table: Array, row: Int32[Array, "B ..."], column: Int32[Array, "B ..."]) -> Array:
+    """Returns the entries of each sequence's table; rows and columns broadcast."""
+    return jax.vmap(lambda table, row, column: table.at[row, column].get(mode="clip"))(table, row, column)

@@ -1,0 +1,127 @@
+"""FunctionMask: which query sees which key, by a function of the caller's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int32, Shaped
+
+from rlring.attention.block_view import PairsView
+from rlring.attention.mask import Mask
+from rlring.errors import UsageError, shown
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FunctionMask(Mask):
+    """Which query sees which key: those for which a function of positions and segments is true.
+
+    The function is called for one sequence, or a block of one, and broadcasts:
+
+        function(q_position[T, 1], k_position[1, S], q_segment[T, 1], k_segment[1, S], *operands) -> bool[T, S]
+
+    It alone decides, also between segments; only segment -1 is nowhere whatever it says. It must not close over traced
+    arrays: operands are for these, each with what belongs to a sequence, [B, ...], of which the function gets its part.
+    A mask has no gradient. Each call of a kernel evaluates the function once for all pairs of its tokens, block by
+    block: blocks that nobody sees are skipped, and fully visible ones need no mask. It is static for jax.jit: define it
+    once, not at every call.
+
+    A prefix of 16 tokens that all see, and one of a length of its own for each sequence:
+
+        FunctionMask.of(lambda q, k, q_segment, k_segment: (k <= q) | (k < 16), position)
+        FunctionMask.of(lambda q, k, q_segment, k_segment, n: (k <= q) | (k < n), position, operands=(length,))
+
+    Of other keys than queries: dataclasses.replace(mask, k_position=..., k_segment=...).
+    """
+
+    function: Callable[..., Array] = field(kw_only=True, metadata={"static": True})
+    operands: tuple[Shaped[Array, "B ..."], ...] = field(default=(), kw_only=True)
+
+    kind: ClassVar[str | None] = "mask of a function"
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., Array],
+        position: Int32[Array, "B T"],
+        segment: Int32[Array, "B T"] | None = None,
+        operands: tuple[Shaped[Array, "B ..."], ...] = (),
+    ) -> "FunctionMask":
+        """Returns the mask of self-attention; without `segment` every token is in segment 0.
+
+        Raises:
+            UsageError: what is no function, or does not return booleans that broadcast to [T, S], or closes over a
+                traced array; operands that are not a tuple of arrays with a row for each sequence.
+        """
+        _check(function, operands, rows=position.shape[0])
+        every = Mask.full(position, segment)
+        return every.as_kind(cls, function=function, operands=tuple(map(jnp.asarray, operands)))
+
+    def visible(self) -> Bool[Array, "B T S"]:
+        def of_sequence(q_position, k_position, q_segment, k_segment, operands) -> Bool[Array, "T S"]:
+            of_q, of_k = (x[:, None] for x in (q_position, q_segment)), (x[None] for x in (k_position, k_segment))
+            (q_position, q_segment), (k_position, k_segment) = of_q, of_k
+            seen = self.function(q_position, k_position, q_segment, k_segment, *operands)
+            return seen & (q_segment >= 0) & (k_segment >= 0)
+
+        tokens = self.q_position, self.k_position, self.q_segment, self.k_segment
+        return jax.vmap(of_sequence)(*tokens, self.operands)
+
+    def maybe_needed(self) -> Bool[Array, "B T S"]:
+        return (self.q_segment >= 0)[:, :, None] & (self.k_segment >= 0)[:, None]
+
+    def shows_any(self) -> Bool[Array, ""]:
+        # Without the function: what a kernel does where it shows nothing is to evaluate it.
+        return ((self.q_segment >= 0).any(1) & (self.k_segment >= 0).any(1)).any()
+
+    def view(self, q_size: int, k_size: int) -> PairsView:
+        def blocks(x: Int32[Array, "B T"], size: int) -> Int32[Array, "blocks B size"]:
+            return jnp.moveaxis(x.reshape(x.shape[0], -1, size), 1, 0)
+
+        of_q, of_k = ((self.q_position, self.q_segment), q_size), ((self.k_position, self.k_segment), k_size)
+        q_blocks, k_blocks = (tuple(blocks(x, size) for x in arrays) for arrays, size in (of_q, of_k))
+        # Pair by pair: the pairs of all tokens would be memory quadratic in the length.
+        seen = lax.map(lambda q: lax.map(partial(self._seen, q), k_blocks), q_blocks)
+        return PairsView(*(jnp.moveaxis(x, 2, 0) for x in seen))
+
+    def _seen(self, q, k) -> tuple[Bool[Array, "B"], Bool[Array, "B"]]:
+        """Returns whether any query of a block sees any key of another, and whether all see all, by sequence."""
+        (q_position, q_segment), (k_position, k_segment) = q, k
+        tokens = {"q_position": q_position, "q_segment": q_segment, "k_position": k_position, "k_segment": k_segment}
+        seen = replace(self, **tokens).visible()
+        return seen.any((1, 2)), seen.all((1, 2))
+
+
+def _check(function, operands, rows: int) -> None:
+    if not callable(function):
+        raise UsageError(
+            "the mask of a function needs one of (q_position, k_position, q_segment, k_segment, *operands); got "
+            f"{shown(function)}. Where the mask is an array of blocks it is a BlockMask."
+        )
+    shapes = [getattr(x, "shape", ()) for x in operands] if isinstance(operands, tuple) else [()]
+    if any(shape[:1] != (rows,) for shape in shapes):
+        raise UsageError(
+            f"the operands of a mask are a tuple of arrays with a row for each of the {rows} sequences; got "
+            f"{', '.join(map(str, shapes)) if isinstance(operands, tuple) else shown(operands)}. Broadcast what all "
+            "sequences share."
+        )
+    queries, keys = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    of_sequence = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in operands)
+    closed, seen = jax.make_jaxpr(function, return_shape=True)(queries, keys, queries, keys, *of_sequence)
+    if any(isinstance(x, jax.core.Tracer) for x in closed.consts):
+        raise UsageError(
+            "the function of a mask closes over a traced array, which the gradient of attention could not reach. Give "
+            "it as one of the operands: FunctionMask.of(function, position, segment, operands=(array,))."
+        )
+    shape, dtype = getattr(seen, "shape", None), getattr(seen, "dtype", None)
+    fits = shape is not None and len(shape) <= 2 and jnp.broadcast_shapes(shape, (2, 3)) == (2, 3)
+    if not fits or dtype != jnp.bool_:
+        raise UsageError(
+            "the function of a mask returns booleans that broadcast to [T, S] of q_position[T, 1] and k_position[1, "
+            f"S]; got {shown(seen) if shape is None else f'{dtype}{list(shape)} where T=2 and S=3'}. Compare, and "
+            "combine with & and |."
+        )

@@ -1,0 +1,62 @@
+"""Windows: how many positions a query sees back and ahead."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+from rlring.errors import UsageError, shown
+
+MOST = 2**31 - 1  # that int32 holds
+
+Window = int | tuple[int | None, int | None]
+
+
+def is_within(later: Int32[Array, "..."], earlier: Int32[Array, "..."], reach: int) -> Bool[Array, "..."]:
+    """Returns whether later - earlier < reach, also where it is negative; the two broadcast."""
+    # The distance of two int32 may be none, but it is a uint32.
+    return (earlier > later) | ((later - earlier).astype(jnp.uint32) < reach)
+
+
+def checked_window(window) -> Window | None:
+    """Returns the window in plain numbers; raises UsageError for what is none."""
+    if window is None:
+        return None
+    if isinstance(window, tuple | list):
+        return _checked_sides(tuple(window))
+    number = _whole(window)
+    if number is None:
+        raise UsageError(
+            "a window is how many tokens a query looks back, itself included: one whole number, known when the program "
+            f"is compiled, or a pair (left, right); got {shown(window)}. Make it a static argument of jax.jit."
+        )
+    if not 1 <= number <= MOST:
+        raise UsageError(
+            f"a window holds at least the token itself, and at most 2**31 - 1; got window={number}. Use None for no "
+            "window."
+        )
+    return number
+
+
+def _checked_sides(sides: tuple) -> tuple[int | None, int | None] | None:
+    numbers = tuple(None if side is None else _whole(side) for side in sides)
+    is_lost = any(number is None and side is not None for number, side in zip(numbers, sides, strict=True))
+    if len(sides) != 2 or is_lost or any(number is not None and not 0 <= number < MOST for number in numbers):
+        raise UsageError(
+            "a window (left, right) is how many tokens a query looks back and ahead beside itself: two whole numbers "
+            "from 0 to 2**31 - 2, known when the program is compiled, or None for no limit; got "
+            f"({', '.join(map(shown, sides))}). Make it a static argument of jax.jit."
+        )
+    return None if numbers == (None, None) else numbers
+
+
+def _whole(number) -> int | None:
+    """Returns the number as an int, or None where it is not one that is known now."""
+    if isinstance(number, bool | np.bool_ | jax.core.Tracer):
+        return None
+    try:
+        return operator.index(number)
+    except TypeError:
+        return None
