@@ -22,7 +22,7 @@ import numpy as np
 
 from data import cli
 from data.errors import DataError
-from data.exorl import episode_length, list_episodes
+from data.exorl import collected, episode_length, list_episodes
 from data.origin import Origin, digest
 from data.relabel import Control
 from data.relabelled import relabelled_episodes, unlabelled_episodes
@@ -134,23 +134,17 @@ def main(arguments: Sequence[str]) -> int:
 
 def _check_collected_for(folder: Path, task: str, hides_goal: bool) -> None:
     """Compares with what `data.collect` wrote about the folder; ExoRL's own zips say nothing."""
-    note = folder / "collect.json"
-    if not note.is_file():
+    on = collected(folder).get("task")
+    if on is None:
         return
-    try:
-        collected = str(json.loads(note.read_text())["task"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{note}: not what data.collect writes ({error!r}); delete it if the episodes are whole"
-        ) from None
     # Rewards can be computed anew for any task of a body; a hidden-goal task also fixes start and action length.
-    same = body(collected) == body(task)
+    same = body(on) == body(task)
     if hides_goal:
-        of = goal_task(collected)
+        of = goal_task(on)
         same = of is not None and of.collected_on == goal_task(task).collected_on
     if not same:
         raise DataError(
-            f"{folder} was collected on {collected!r}, which cannot serve task {task!r}; "
+            f"{folder} was collected on {on!r}, which cannot serve task {task!r}; "
             f"collect with `python -m data.collect --task {task} ...`, or build another task"
         )
 

@@ -10,12 +10,14 @@ Row 0 of action, reward and discount is a dummy; row t holds the action that led
 """
 
 import io
+import json
 import os
 import re
 import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -138,6 +140,21 @@ def list_episodes(folder: str | Path) -> list[Path]:
                 f"{path}: not named like an ExoRL episode, <name>_<index>_<length>.npz; move it out of the dataset"
             )
     return paths
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    """Returns what `data.collect` wrote about a folder of episodes: task, policy, seed, versions; nothing where it was
+    made by others. DataError when `collect.json` is something else."""
+    note = folder / "collect.json"
+    if not note.is_file():
+        return {}
+    try:
+        content = json.loads(note.read_text())
+        return {**content, "task": str(content["task"]), "versions": {**(content.get("versions") or {})}}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{note}: not what data.collect writes ({error!r}); delete it if the episodes are whole"
+        ) from None
 
 
 def episode_length(path: str | Path) -> int:

@@ -3,7 +3,6 @@
 python -m data.info stores/walker_walk_rnd.h5 datasets/walker/rnd
 """
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from data import cli
-from data.errors import DataError
-from data.exorl import list_episodes, read_episode, read_reward
+from data.exorl import collected, list_episodes, read_episode, read_reward
 from data.store import TrajectoryStore
 
 _BINS = 10
@@ -92,12 +90,10 @@ def _of_folder(folder: Path, progress: bool) -> str:
     for row, path in enumerate(tqdm(paths, desc=str(folder), unit="episode", leave=False, disable=not progress)):
         reward = read_reward(path)
         lengths[row], returns[row] = len(reward), reward.sum(dtype=np.float64)
-    collected = _collected(paths[0].parent)
+    note = collected(paths[0].parent)
     facts = {
-        "policy": f"{collected['policy']}, seed {collected['seed']}"
-        if collected
-        else "unknown: it has no collect.json",
-        "made with": _versions(collected.get("versions") or {}),
+        "policy": f"{note.get('policy')}, seed {note.get('seed')}" if note else "unknown: it has no collect.json",
+        "made with": _versions(note.get("versions", {})),
         "numbers": _numbers(
             {
                 "observation": first.observation.shape[1],
@@ -109,22 +105,9 @@ def _of_folder(folder: Path, progress: bool) -> str:
         "steps": _steps(lengths),
         "size": _size(paths),
     }
-    of = f" of {collected['task']}" if collected else ""
+    of = f" of {note['task']}" if note else ""
     title = f"{folder}: a folder of episodes{of}, {_counts(len(paths), int(lengths.sum()))}"
     return "\n".join([title, *_listed(facts), *_returns(returns)])
-
-
-def _collected(folder: Path) -> Mapping:
-    note = folder / "collect.json"
-    if not note.is_file():
-        return {}
-    try:
-        collected = json.loads(note.read_text())
-        return {key: collected[key] for key in ("task", "policy", "seed")} | {"versions": collected.get("versions")}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{note}: not what data.collect writes ({error!r}); delete it if the episodes are whole"
-        ) from None
 
 
 def _listed(facts: Mapping[str, str]) -> list[str]:

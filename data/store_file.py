@@ -83,13 +83,18 @@ def check_own(path: Path) -> None:
     if not os.path.lexists(path):
         return
     # A mistyped --out must not cost someone their file. (is_file first: to open a pipe would wait for ever.)
-    if not path.is_file() or not _first_bytes(path).startswith(_MAGIC):
+    if not path.is_file() or not is_store(path):
         raise DataError(
             f"{path} exists and is no trajectory store (or one from before format {FORMAT_VERSION}); "
             "choose another --out, or delete it"
         )
     with open(path, "rb") as file:
         lock(file, f"another process writes to {path} right now; wait for it, or choose another --out", shared=True)
+
+
+def is_store(path: Path) -> bool:
+    """Returns whether a file says that it is a store, whole or not."""
+    return _first_bytes(path).startswith(_MAGIC)
 
 
 @cache
@@ -117,13 +122,23 @@ def _verify(path: Path, stamp: Stamp) -> None:
 
 def _head(file: BinaryIO) -> bytes:
     """Returns the head that belongs to the bytes behind it."""
+    return head_of(file, _MAGIC + b"%d" % FORMAT_VERSION)
+
+
+def head_of(file: BinaryIO, title: bytes) -> bytes:
+    """Returns a head of HEAD bytes: a title, and the checksum of all the bytes behind the head."""
     file.seek(HEAD)
+    checksum, size = checksum_of(file)
+    return (title + b"\ncrc32 %08x of %d bytes\n" % (checksum, size)).ljust(HEAD, b"\0")
+
+
+def checksum_of(file: BinaryIO) -> tuple[int, int]:
+    """Returns the CRC-32 of the bytes from here to the end of a file, and how many they are."""
     checksum, size, buffer = 0, 0, memoryview(bytearray(_BLOCK))
     while count := file.readinto(buffer):
         checksum = zlib.crc32(buffer[:count], checksum)
         size += count
-    text = _MAGIC + f"{FORMAT_VERSION}\ncrc32 {checksum:08x} of {size} bytes\n".encode()
-    return text.ljust(HEAD, b"\0")
+    return checksum, size
 
 
 def _first_bytes(path: Path) -> bytes:

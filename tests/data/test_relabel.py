@@ -154,6 +154,23 @@ def test_whatever_the_model_draws_for_an_episode_is_kept(task: str):
     assert bool(kept) == (task in EPISODE_RANDOMIZATIONS or goal_task(task) is not None)
 
 
+AS_EXORL = ["cartpole-swingup", "cheetah-walk", "hopper-flip", "jaco-reach_bottom_right", "point_mass_maze-loop"]
+AS_EXORL += ["point_mass_maze-reach_top_left", "quadruped-fetch", "quadruped-jump", "walker-flip", "walker-spin"]
+
+
+@pytest.mark.parametrize("task", AS_EXORL)
+def test_exorls_own_procedure(task: str):
+    """ExoRL's `relable_episode`: every state is set in a reset context, which leaves the control at 0."""
+    trajectory = episodes(task, count=1, steps=10)[0]
+    environment = make(task)
+    physics, paid = environment._physics, []
+    for state in trajectory.physics[1:]:
+        with physics.reset_context():
+            physics.set_state(state)
+        paid.append(environment._task.get_reward(physics))
+    np.testing.assert_allclose(relabel(task, trajectory, control="exorl"), paid, rtol=0, atol=1e-6)
+
+
 DRAWS_TARGET = ["reacher-easy", "finger-turn_easy", "stacker-stack_2", "fish-swim", "swimmer-swimmer6"]
 
 

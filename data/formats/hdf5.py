@@ -1,0 +1,122 @@
+"""HDF5 files of others, read with care, and of ours for others, written by rows."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data.atomic_file import atomic_file
+from data.errors import DataError
+from data.store_file import HEAD, head_of
+
+# The head of our own files: HDF5's "user block", which its library skips, as in a store (`data.store_file`).
+_TITLE = b"rlring transitions 1"
+_BLOCK = 4096
+
+
+class Rows:
+    """Datasets that grow by rows, all alike, written in blocks: a few thousand rows are in memory at a time."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self.file = file
+        self.count = 0
+        self._pending: dict[str, list[np.ndarray]] = {}
+        self._waiting = 0
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds rows to every dataset; the first call makes them."""
+        rows = len(next(iter(arrays.values())))
+        for name, values in arrays.items():
+            if name not in self._pending:
+                shape = values.shape[1:]
+                chunks = (_BLOCK, *shape)
+                self.file.create_dataset(name, (0, *shape), values.dtype, maxshape=(None, *shape), chunks=chunks)
+            self._pending.setdefault(name, []).append(values)
+        self._waiting += rows
+        if self._waiting >= _BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        for name, blocks in self._pending.items():
+            block = np.concatenate(blocks) if blocks else np.empty(0)
+            blocks.clear()
+            if len(block):
+                self.file[name].resize(self.count + len(block), axis=0)
+                self.file[name][self.count :] = block
+        self.count, self._waiting = self.count + self._waiting, 0
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[h5py.File]:
+    """Yields an HDF5 file that becomes `path` if the body succeeds, with a checksum in its head.
+
+    DataError when there is something at `path`.
+    """
+    with atomic_file(path, check_old=refuse_existing) as sink:
+        with h5py.File(sink, "w", userblock_size=HEAD) as file:
+            yield file
+        sink.check()
+        sink.flush()
+        head = head_of(sink, _TITLE)
+        sink.seek(0)
+        sink.write(memoryview(head))
+
+
+def refuse_existing(path: Path) -> None:
+    """DataError when there is something at `path`."""
+    if path.exists():
+        raise DataError(f"{path} exists already; choose another --out, or delete it")
+
+
+def opened(path: Path) -> h5py.File:
+    """Returns an HDF5 file opened to read; DataError when it is none, or a damaged one of ours.
+
+    The library answers damage with wrong numbers, or never: our checksum is compared first, and others have none.
+    """
+    with open(path, "rb") as content:
+        first = content.read(HEAD)
+        if first.startswith(_TITLE) and first != head_of(content, _TITLE):
+            raise DataError(
+                f"{path}: damaged or cut off: its bytes do not match the checksum in its head; make it again"
+            )
+    try:
+        return h5py.File(path, "r", locking=False)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: not an HDF5 file, or damaged ({error})") from None
+
+
+@contextmanager
+def damage_named(path: Path, file: h5py.File) -> Iterator[None]:
+    """Within it an error of the HDF5 library is a DataError that names the file. Any error closes the file: the library
+    would go on with what it knows of it when it is opened again."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError) as error:
+        file.close()
+        raise DataError(f"{path}: damaged, or not what it seems ({error}); make or download it again") from None
+    except BaseException:
+        file.close()
+        raise
+
+
+def numbers(path: Path, group: h5py.Group, name: str, rows: int | None = None) -> h5py.Dataset:
+    """Returns a dataset of numbers (of so many rows) in the file itself; DataError when it is anything else."""
+    where = f"{path}: {group.name.rstrip('/')}/{name}"
+    # A link may lead to any other file of this machine.
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise DataError(f"{path}: it lacks {name}; it has {', '.join(sorted(group)[:12]) or 'nothing'}")
+    dataset = group[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise DataError(f"{where} is a group; only arrays of numbers are read, not dictionaries")
+    try:
+        kind = dataset.dtype.kind
+    except TypeError:
+        kind = "?"
+    if kind not in "fiub" or dataset.ndim < 1 or dataset.is_virtual or dataset.external:
+        raise DataError(f"{where} is no array of numbers with a row for each step; nothing else is read")
+    if rows is not None and len(dataset) != rows:
+        raise DataError(f"{where} has {len(dataset)} rows; expected {rows}")
+    return dataset

@@ -1,0 +1,63 @@
+"""metamotivo's transition buffer on disk, as TD-JEPA's `DictBuffer.load` reads it: one HDF5 file and one JSON.
+
+    buffer.hdf5     observation, action, physics, reward, next-observation, next-terminated, next-physics
+    config.json     capacity, device and where the buffer stands: full
+
+A row is a transition, and every dataset has two dimensions. "-" stands for a nested key: `batch["next"]["physics"]`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data.atomic_file import temporary_name
+from data.errors import DataError
+from data.formats.hdf5 import Rows, refuse_existing
+from data.trajectory import Trajectory
+
+
+def write(folder: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]) -> None:
+    """Writes a buffer to `folder`; the notes become attributes of its HDF5 file.
+
+    DataError when something is there, or an episode has no physics, from which metamotivo computes rewards.
+    """
+    refuse_existing(folder)
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with h5py.File(temporary / "buffer.hdf5", "w") as file:
+            file.attrs.update(notes)
+            rows = Rows(file)
+            for episode in episodes:
+                rows.append(_transitions(episode))
+            rows.flush()
+        config = {"capacity": rows.count, "device": "cpu", "nested_key_separator": "-", "_idx": 0, "_is_full": True}
+        config["__target__"] = "metamotivo.buffers.transition.DictBuffer"
+        (temporary / "config.json").write_text(json.dumps(config, indent=4))
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _transitions(episode: Trajectory) -> dict[str, np.ndarray]:
+    if episode.physics is None:
+        raise DataError(
+            f"{episode.source}: has no physics, which metamotivo's buffers hold; convert a folder of episodes, not a "
+            "store of relabelled ones"
+        )
+    return {
+        "observation": episode.observation[:-1],
+        "action": episode.action,
+        "physics": episode.physics[:-1],
+        "reward": episode.reward[:, None],
+        "next-observation": episode.observation[1:],
+        "next-terminated": (episode.discount == 0)[:, None],
+        "next-physics": episode.physics[1:],
+    }

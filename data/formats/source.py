@@ -1,0 +1,72 @@
+"""Source: episodes wherever they lie, read one at a time."""
+
+from pathlib import Path
+from typing import Protocol
+
+import h5py
+import numpy as np
+from jaxtyping import Int
+
+from data.errors import DataError
+from data.exorl import collected, episode_length, list_episodes, read_episode
+from data.formats import flat, minari
+from data.store import TrajectoryStore
+from data.store_file import is_store
+from data.trajectory import Trajectory
+
+
+class Source(Protocol):
+    """Episodes that can be read one at a time, whatever file they are in."""
+
+    path: Path
+    task: str | None
+    """The task whose rewards they hold, where that is known."""
+    control: str | None
+    """What its control costs saw, where its rewards were computed anew (`data.relabel`)."""
+    lengths: Int[np.ndarray, " E"]
+
+    def read(self, episode: int) -> Trajectory:
+        """Returns one episode, checked; DataError when it is damaged."""
+
+
+class EpisodeFolder:
+    """A folder of ExoRL's npz files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.control = path, None
+        self.paths = list_episodes(path)
+        self.lengths = np.array([episode_length(one) for one in self.paths])
+        self.task: str | None = collected(self.paths[0].parent).get("task")
+
+    def read(self, episode: int) -> Trajectory:
+        """Returns one episode."""
+        return read_episode(self.paths[episode])
+
+
+class Store:
+    """A store of ours."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = TrajectoryStore.open(path)
+        if self.store.goal:
+            raise DataError(f"{path} holds no rewards: {self.store.task} hides its goal; convert its episodes instead")
+        self.task: str | None = self.store.task
+        self.control = self.store.control
+        self.lengths = self.store.lengths
+
+    def read(self, episode: int) -> Trajectory:
+        """Returns one episode."""
+        return self.store.trajectory(episode)
+
+
+def open_source(path: Path) -> Source:
+    """Returns the episodes at `path`: a folder of npz, a Minari dataset, a store, a flat HDF5 file; DataError when it
+    is none of these."""
+    if path.is_dir():
+        return minari.Dataset(path) if minari.is_dataset(path) else EpisodeFolder(path)
+    if not path.is_file():
+        raise DataError(
+            f"nothing at {path}; name a store, a flat HDF5 file, a Minari dataset or a folder of ExoRL episodes"
+        )
+    return flat.File(path) if h5py.is_hdf5(path) and not is_store(path) else Store(path)
