@@ -8,119 +8,20 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlring.attention import Mask, SparsePattern
-from rlring.attention.blocks import pad
 from rlring.attention.checks import check_batch
 from rlring.attention.decode import attend
+from rlring.dense_cache import DenseSlots
 from rlring.errors import UsageError
-from rlring.mesh import SEQUENCE_AXES
 from rlring.sparse_cache import SparseSlots
 
 KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]  # of tokens in one layer
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DenseSlots:
-    """Which tokens the slots of a dense layer hold: the last that were written; all such layers hold the same.
-
-    Past the last slot writing starts again at the first, which is exact as long as nobody sees what was there: that is
-    how a window bounds the memory, at window + T - 1 slots for steps of T tokens. Exact where the tokens of a row come
-    in order, one segment after the other. Where a token takes the place of one that can still be seen, what sees either
-    becomes NaN: what is wrong is seen. Tokens that are nowhere take nobody's place.
-    """
-
-    position: Int[Array, "B S"]
-    segment: Int[Array, "B S"]  # -1: nothing, so nobody sees it
-    written: Int[Array, ""]  # tokens since the cache was empty
-    capacity: int = field(metadata={"static": True})  # of all devices together
-
-    @classmethod
-    def empty(cls, batch: int, capacity: int) -> "DenseSlots":
-        shape = batch, capacity
-        return cls(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -1, jnp.int32), jnp.int32(0), capacity)
-
-    def check(self, tokens: int) -> None:
-        """Raises UsageError if so many tokens cannot be written at a time."""
-        if tokens > self.capacity:
-            raise UsageError(
-                f"a cache of {self.capacity} slots cannot take {tokens} tokens at a time; decode fewer at a time, or "
-                "raise its capacity."
-            )
-
-    def spec(self, mesh: Mesh) -> P:
-        """Returns how keys and values [B, K, S, H] are laid out: split along the sequence."""
-        return P("data", None, SEQUENCE_AXES)
-
-    def specs(self, mesh: Mesh) -> "DenseSlots":
-        """Returns how the slots themselves are laid out."""
-        tokens = P("data", SEQUENCE_AXES)
-        return replace(self, position=tokens, segment=tokens, written=P())
-
-    def mask(self, now: Mask) -> Mask:
-        """Returns what the new tokens see of the slots."""
-        return replace(now, k_position=self.position, k_segment=self.segment)
-
-    def with_prompt(self, prompt: Mask) -> "DenseSlots":
-        """Returns the slots of a cache that begins with a prompt, from empty ones."""
-        held = prompt.padded(prompt.q_position.shape[1], self.capacity)
-        written = jnp.int32(prompt.k_position.shape[1])
-        return replace(self, position=held.k_position, segment=held.k_segment, written=written)
-
-    def hold(self, x: Float[Array, "B T K H"], prompt: Mask) -> Float[Array, "B K S H"]:
-        """Returns what empty slots hold of a prompt's keys or values."""
-        # Padding may be anything, and whoever is there next is spoilt by what is no number.
-        there = jnp.where((prompt.k_segment >= 0)[..., None, None], x, jnp.zeros((), x.dtype))
-        return pad(jnp.moveaxis(there, 1, 2), 2, self.capacity)
-
-    def after(self, now: Mask, shard: Int[Array, ""] | int) -> "DenseSlots":
-        """Returns the slots once the new tokens are in them."""
-        held, is_there = self._held(now, shard), now.k_segment >= 0
-        position = jnp.where(is_there, now.k_position, held.k_position)
-        segment = jnp.where(is_there, now.k_segment, held.k_segment)
-        position, segment = (
-            self._write(x, new, shard, 1) for x, new in ((self.position, position), (self.segment, segment))
-        )
-        return replace(self, position=position, segment=segment, written=self.written + now.k_position.shape[1])
-
-    def put(
-        self, x: Float[Array, "B K S H"], new: Float[Array, "B T K H"], now: Mask, shard: Int[Array, ""] | int
-    ) -> Float[Array, "B K S H"]:
-        """Returns the keys or values with those of new tokens written."""
-        # Seen by whoever would have seen what it takes the place of.
-        is_lost = (self._held(now, shard).visible() & now.visible()).any(1)
-        new = jnp.where(is_lost[..., None, None], jnp.nan, new).astype(x.dtype)
-        held = jnp.take(x, self._slot(new.shape[1], shard), 2, mode="clip")
-        is_there = (now.k_segment >= 0)[:, None, :, None]
-        return self._write(x, jnp.where(is_there, jnp.moveaxis(new, 1, 2), held), shard, 2)
-
-    def is_lost(self, now: Mask, shard: Int[Array, ""] | int) -> Bool[Array, "B T"]:
-        """Returns which of the new tokens see what others of them take the place of."""
-        return self._held(now, shard).visible().any(2)
-
-    def _held(self, now: Mask, shard) -> Mask:
-        """Returns what the new tokens see of what was in the slots that they are given."""
-        slot = self._slot(now.k_position.shape[1], shard)
-        position, segment = (jnp.take(x, slot, 1, mode="fill", fill_value=-1) for x in (self.position, self.segment))
-        return replace(now, k_position=position, k_segment=segment)
-
-    def _slot(self, tokens: int, shard) -> Int[Array, "T"]:
-        """Returns the slots that new tokens are given, one past the last for those of other devices."""
-        own = self.position.shape[1]
-        slot = (self.written + jnp.arange(tokens, dtype=jnp.int32)) % self.capacity - shard * own
-        return jnp.where(slot < 0, own, slot)
-
-    def _write(self, x: Array, new: Array, shard, dimension: int) -> Array:
-        tokens = new.shape[dimension]
-        # Those of other devices are dropped. So is one more that is nothing: a single one would become the update of a
-        # slice, which XLA computes twice, to return it and to read it.
-        slot = jnp.append(self._slot(tokens, shard), x.shape[dimension])
-        return x.at[(slice(None),) * dimension + (slot,)].set(pad(new, dimension, tokens + 1), mode="drop")
 
 
 Slots = DenseSlots | SparseSlots
@@ -175,7 +76,7 @@ class KVCache:
         is_sparse = tuple(pattern is not None for pattern in patterns)
         pattern = next((p for p in patterns if p is not None), None)
         sparse = None if pattern is None else SparseSlots.empty(batch, capacity, pattern=pattern, kv_heads=kv_heads)
-        dense = None if all(is_sparse) else DenseSlots.empty(batch, capacity)
+        dense = None if all(is_sparse) else DenseSlots.empty(batch, capacity, devices=shards)
         cache = cls((), (), dense, sparse, capacity, is_sparse)
         shapes = [(batch, kv_heads, cache._slots(kind).position.shape[-1], head_size) for kind in is_sparse]
         key, value = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
@@ -240,6 +141,38 @@ class KVCache:
             for slots in (self.dense, self.sparse)
         )
         return replace(self, key=key, value=value, dense=dense, sparse=sparse)
+
+    def rolled_back(self, tokens: Int[Array, "B"], *, mesh: Mesh | None = None) -> "KVCache":
+        """Returns the cache without the last tokens of each row, so many of each: as if they had never been written.
+
+        Speculative decoding (2211.17192): write all that were proposed, take back those that were not accepted. What
+        they took the place of does not come back: a token that sees it becomes NaN. With a window, capacity window +
+        T - 1 is enough for steps of T tokens, each taken back before the next. Only tokens that are there count; of
+        more than there are, all are taken back. `tokens` may be traced.
+
+        Raises:
+            UsageError: a cache with sparse layers; or what is no number of tokens for each row.
+        """
+        if self.dense is None or self.sparse is not None:
+            raise UsageError(
+                "a cache with sparse layers cannot be rolled back: its slots are given by position, and what was in "
+                "them is gone. Keep the cache from before the tokens, or use another attention scheme."
+            )
+        rows, shape, dtype = self.dense.written.shape, jnp.shape(tokens), jnp.result_type(tokens)
+        is_known = not isinstance(tokens, jax.core.Tracer)
+        if shape != rows or not jnp.issubdtype(dtype, jnp.integer) or (is_known and np.any(np.asarray(tokens) < 0)):
+            raise UsageError(
+                f"a cache is rolled back by a number of tokens for each of its {rows[0]} rows, from 0 on; got "
+                f"{dtype}{list(shape)}{f' with {np.min(tokens)}' if is_known and np.size(tokens) else ''}."
+            )
+
+        def erased(slots: DenseSlots, held, _, freed, shard):
+            return slots.erased(held, freed, shard)
+
+        freed = self.dense.freed_by(jnp.asarray(tokens, jnp.int32))
+        held = self.key, self.value
+        key, value = _on_shards(erased, self.dense, held, (), freed, mesh, returns="held")
+        return replace(self, key=key, value=value, dense=self.dense.without(freed))._laid_out(mesh)
 
     def check(self, tokens: int) -> None:
         """Raises UsageError if so many tokens cannot be written at a time."""

@@ -153,7 +153,7 @@ class Block(nnx.Module):
             k_BTKH = jnp.einsum("btd,dkh->btkh", normal, self.key[...].astype(x.dtype))
             v_BTKH = jnp.einsum("btd,dkh->btkh", normal, self.value[...].astype(x.dtype))
             if self.config.log_scaling:
-                scale = self.sharpness[...][:, None] * log_keys(position, mask.window)
+                scale = self.sharpness[...][:, None] * log_keys(position, mask.reach[0])
                 q_BTNH = (q_BTNH * scale).astype(x.dtype)
             base, fraction = self.config.rope_base, self.config.rope_fraction
             return rotate(q_BTNH, position, base, fraction), rotate(k_BTKH, position, base, fraction), v_BTKH
@@ -225,12 +225,17 @@ class Transformer(nnx.Module):
         cache: KVCache,
         *,
         window: int | None = None,
+        mask: Mask | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Returns the features of a few new tokens that see the cache and each other, and the cache with them
-        written."""
+        """Returns the features of a few new tokens that see the cache and each other, and the cache with them.
+
+        mask: one whose rule they follow, that of the prompt say; without it they are causal, with the window."""
         cache.check(position.shape[1])
-        now = checked(Mask.causal(position, segment, window), x.shape[:2], x.shape[:2])
+        if mask is not None and window is not None:
+            raise UsageError(f"the window of new tokens is that of their mask; got window={window} beside mask.")
+        now = Mask.causal(position, segment, window) if mask is None else mask.at(position, segment)
+        now = checked(now, x.shape[:2], x.shape[:2])
         x, held = x.astype(self.config.compute_type), []
         if x.size == 0:
             return x, cache
