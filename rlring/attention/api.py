@@ -12,7 +12,16 @@ from jaxtyping import Array, Float
 
 from rlring.attention.axes import DEFAULT, MeshAxes, index_of, size_of, split_explicitly, varying_alike, with_places
 from rlring.attention.blocks import pad
-from rlring.attention.checks import check_arrays, check_kinds, check_scheme, check_split, checked_mod, of_nothing, seeds
+from rlring.attention.checks import (
+    check_arrays,
+    check_kinds,
+    check_scheme,
+    check_split,
+    check_whole,
+    checked_mod,
+    of_nothing,
+    seeds,
+)
 from rlring.attention.choose import choose_scheme
 from rlring.attention.kernels import platform_of
 from rlring.attention.mask import Mask
@@ -61,8 +70,9 @@ def attention(
         UsageError: arguments that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel
             that cannot run on these devices or lacks something that was asked for.
     """
-    check_kinds(config, axes, mesh)
+    check_kinds(config=config, axes=axes, mesh=mesh)
     mask = check_arrays(q, k, v, mask)
+    check_whole(mesh, "Call rlring.sharded_attention there, without mesh.", q=q, k=k, v=v)
     mod = checked_mod(q, k, scale=scale, soft_cap=soft_cap, sinks=sinks, bias=bias, dropout=dropout)
     mod = replace(mod, seeds=seeds(dropout, q.shape[0], q.shape[2]))
     _check_sparse(config, mask, mod)
@@ -106,7 +116,7 @@ def sharded_attention(
     Raises:
         UsageError: as attention() does.
     """
-    check_kinds(config, axes)
+    check_kinds(config=config, axes=axes)
     mapped = jax.sharding.get_abstract_mesh()
     sizes = {name: mapped.shape[name] for name in mapped.manual_axes}
     if not sizes:

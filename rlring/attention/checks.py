@@ -34,11 +34,27 @@ def check_arrays(q, k, v, mask: Mask) -> Mask:
     return checked(mask, q.shape[:2], k.shape[:2])
 
 
-def check_kinds(config, axes, mesh=None) -> None:
-    """Raises UsageError for what is no AttentionConfig, MeshAxes or Mesh."""
-    for name, value, kind in (("config", config, AttentionConfig), ("axes", axes, MeshAxes), ("mesh", mesh, Mesh)):
+def check_kinds(*, axes, mesh=None, **config) -> None:
+    """Raises UsageError for what is no MeshAxes, Mesh or, where there is one, AttentionConfig."""
+    for name, value in {**config, "axes": axes, "mesh": mesh}.items():
+        kind = {"config": AttentionConfig, "axes": MeshAxes, "mesh": Mesh}[name]
         if not isinstance(value, kind) and not (name == "mesh" and value is None):
             raise UsageError(f"{name} is an instance of {kind.__name__}; got {shown(value)}.")
+
+
+def check_whole(mesh: Mesh | None, instead: str, **arrays) -> None:
+    """Raises UsageError for a mesh inside of jax.shard_map, and for arrays that are split explicitly without a mesh;
+    `instead` is what to do inside."""
+    mapped = jax.sharding.get_abstract_mesh().manual_axes
+    if mesh is not None and mapped:
+        raise UsageError(f"mesh goes with arrays of all devices; got it inside jax.shard_map over {mapped}. {instead}")
+    for name, x in arrays.items():
+        split = tuple(axis for axis in jax.typeof(x).sharding.spec if axis is not None)
+        if mesh is None and split:
+            raise UsageError(
+                f"{name} is split explicitly over the mesh axes {split}; got no mesh. Give that mesh, and in axes what "
+                "its axes carry."
+            )
 
 
 def checked_mod(q, k, *, scale, soft_cap, sinks, bias, dropout, keys: int | None = None) -> ScoreMod:

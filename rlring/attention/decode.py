@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from rlring.attention import online_softmax
 from rlring.attention.axes import DEFAULT, MeshAxes, size_of, split_explicitly, with_places
 from rlring.attention.blocks import pad
-from rlring.attention.checks import check_arrays, check_split, checked_mod, of_nothing
+from rlring.attention.checks import check_arrays, check_kinds, check_split, check_whole, checked_mod, of_nothing
 from rlring.attention.exponential import power_of_two
 from rlring.attention.kernel import with_sinks
 from rlring.attention.mask import Mask
@@ -47,7 +47,9 @@ def decode_attention(
     Raises:
         UsageError: arguments that do not fit each other, or the mesh.
     """
+    check_kinds(axes=axes, mesh=mesh)
     mask = check_arrays(q, k, v, mask)
+    check_whole(mesh, "Call decode_attention outside of it.", q=q, k=k, v=v)
     mod = checked_mod(q, k, scale=scale, soft_cap=soft_cap, sinks=sinks, bias=bias, dropout=None)
     if mesh is not None:
         axes = axes.of(mesh.shape)

@@ -15,6 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from rlring.attention.forward_mode import forward_only
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ModGradients, ScoreMod
 from rlring.attention.softmax import Partial, Whole, accumulator_type, by_token, product, zeros
@@ -149,7 +150,7 @@ def with_sinks(
 def _attend_forward_mode(q, k, v, mask: Mask, mod: ScoreMod, kernel: Kernel):
     q, mask = tie_to_data(q, mask)
     whole = kernel.forward(q, *_as_computed(q, k, v), mask, mod).whole()
-    return whole.out.astype(kernel.residual_dtype(q.dtype)), whole.lse
+    return forward_only(whole.out.astype(kernel.residual_dtype(q.dtype))), forward_only(whole.lse)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -143,6 +143,25 @@ def arrays_like(x):
     return jax.tree.map(np.asarray, x)
 
 
+def test_a_mesh_inside_shard_map_is_refused():
+    mesh, axes, q = mesh_of({"dp": 2, "seq": 4}), MeshAxes(("dp",), ring="seq"), jnp.zeros((4, 8, 2, 4))
+    ours, tokens = partial(attention, config=AttentionConfig()), P("dp", "seq")
+    for attend, instead in ((ours, "rlring.sharded_attention there"), (decode_attention, "decode_attention outside")):
+        of = partial(attend, mask=Mask.causal(jnp.zeros((2, 2), jnp.int32)), mesh=mesh, axes=axes)
+        run = jax.shard_map(lambda q, of=of: of(q, q, q), mesh=mesh, in_specs=tokens, out_specs=tokens)
+        with pytest.raises(UsageError, match=rf"inside jax.shard_map over \('dp', 'seq'\). Call {instead}"):
+            run(q)
+
+
+def test_explicit_sharding_without_a_mesh_is_refused():
+    mesh, mask = mesh_of({"dp": 2, "seq": 4}, AxisType.Explicit), Mask.causal(jnp.zeros((4, 8), jnp.int32))
+    q = jnp.zeros((4, 8, 2, 4))
+    k = jax.device_put(q, NamedSharding(mesh, P("dp", "seq")))
+    for attend in (partial(attention, config=AttentionConfig()), decode_attention):
+        with pytest.raises(UsageError, match=r"k is split explicitly over the mesh axes \('dp', 'seq'\); got no mesh"):
+            jax.jit(attend)(q, k, q, mask)
+
+
 def test_axes_of_no_mesh_are_refused():
     q = jnp.zeros((2, 8, 2, 4))
     of_all = partial(attention, q, q, q, Mask.causal(jnp.zeros((2, 8), jnp.int32)), config=AttentionConfig())

@@ -64,3 +64,7 @@ def test_refusals():
         decode_attention(q[:, :1], k, v, mask)
     with pytest.raises(UsageError, match=r"split over mesh.data=4 devices; got B=2"):
         decode_attention(q, k, v, mask, mesh=make_mesh(data=4))
+    with pytest.raises(UsageError, match=r"mesh is an instance of Mesh; got a list"):
+        decode_attention(q, k, v, mask, mesh=jax.devices())
+    with pytest.raises(UsageError, match=r"axes is an instance of MeshAxes; got a tuple"):
+        decode_attention(q, k, v, mask, axes=("data",))

@@ -9,6 +9,7 @@ import pytest
 
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention
 from rlring.attention.ring_transport import Transport
+from rlring.errors import UsageError
 from rlring.mesh import make_mesh
 
 BLOCKS = {"block_q": 6, "block_k": 5}
@@ -75,3 +76,19 @@ def test_forward_mode(name):
         return jax.jit(lambda x, tangents: jax.jvp(of, (x,), (tangents,)))
 
     check(derivative, name, forward_mode=True)
+
+
+@pytest.mark.parametrize("length", [4, 30], ids=["one block", "many blocks"])
+def test_forward_mode_has_no_reverse_pass(length):
+    """Neither of one block nor of many; a column of a Jacobian by vmap has none."""
+    q, position = jnp.ones((1, length, 1, 2)), jnp.arange(length, dtype=jnp.int32)[None]
+    config = AttentionConfig("blockwise", forward_mode=True, **BLOCKS)
+
+    def of(q):
+        return attention(q, q, q, Mask.causal(position), config=config).sum()
+
+    with pytest.raises(UsageError, match=r"forward_mode=True is differentiated by jax.jvp .*; got jax.grad or"):
+        jax.jit(jax.grad(of))(q)
+    if length == 4:
+        reverse = jax.grad(lambda q: attention(q, q, q, Mask.causal(position), config=AttentionConfig()).sum())(q)
+        np.testing.assert_allclose(jax.jit(jax.jacfwd(of))(q), reverse, atol=1e-6)
