@@ -18,7 +18,7 @@ from rlring.attention import Mask, SparsePattern
 from rlring.attention.checks import check_batch
 from rlring.attention.decode import attend
 from rlring.dense_cache import DenseSlots
-from rlring.errors import UsageError
+from rlring.errors import UsageError, shown
 from rlring.sparse_cache import SparseSlots
 
 KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]  # of tokens in one layer
@@ -158,12 +158,14 @@ class KVCache:
                 "a cache with sparse layers cannot be rolled back: its slots are given by position, and what was in "
                 "them is gone. Keep the cache from before the tokens, or use another attention scheme."
             )
-        rows, shape, dtype = self.dense.written.shape, jnp.shape(tokens), jnp.result_type(tokens)
-        is_known = not isinstance(tokens, jax.core.Tracer)
-        if shape != rows or not jnp.issubdtype(dtype, jnp.integer) or (is_known and np.any(np.asarray(tokens) < 0)):
+        rows, shape, dtype = self.dense.written.shape, getattr(tokens, "shape", None), getattr(tokens, "dtype", None)
+        fits = shape == rows and dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+        least = np.min(tokens) if fits and rows[0] and not isinstance(tokens, jax.core.Tracer) else 0
+        if not fits or least < 0:
+            got = f"{dtype}{list(shape)}" if shape is not None else shown(tokens)
             raise UsageError(
                 f"a cache is rolled back by a number of tokens for each of its {rows[0]} rows, from 0 on; got "
-                f"{dtype}{list(shape)}{f' with {np.min(tokens)}' if is_known and np.size(tokens) else ''}."
+                f"{got if least >= 0 else f'{got} with {least}'}."
             )
 
         def erased(slots: DenseSlots, held, _, freed, shard):

@@ -65,7 +65,7 @@ class DenseSlots:
         """Returns the slots of a cache that begins with a prompt, from empty ones."""
         held = prompt.padded(prompt.q_position.shape[1], self.capacity)
         there = held.k_segment >= 0
-        written = jnp.where(there, jnp.arange(1, self.capacity + 1, dtype=jnp.int32), 0).max(1)
+        written = jnp.where(there, jnp.arange(1, self.capacity + 1, dtype=jnp.int32)[None], 0).max(1)
         position = jnp.where(there, held.k_position, -1)
         return replace(self, position=position, segment=held.k_segment, written=written)
 
@@ -96,8 +96,9 @@ class DenseSlots:
 
     def freed_by(self, tokens: Int[Array, "B"]) -> Int[Array, "B"]:
         """Returns how many slots, the newest, are free without the last tokens of each row; of all devices' slots."""
-        newest = jnp.cumsum(jnp.take_along_axis(self.segment, self._age(), 1) >= 0, 1)  # tokens, by age
-        freed = (newest < tokens[:, None]).sum(1, dtype=jnp.int32) + (tokens > 0)
+        there = jnp.take_along_axis(self.segment, self._age(), 1) >= 0
+        newest = jnp.cumsum(there, 1, dtype=jnp.int32)  # tokens, by age
+        freed = jnp.where(tokens > 0, (newest < tokens[:, None]).sum(1, dtype=jnp.int32) + 1, 0)
         return jnp.minimum(freed, jnp.minimum(self.written, self.capacity))
 
     def without(self, freed: Int[Array, "B"]) -> "DenseSlots":
@@ -116,7 +117,7 @@ class DenseSlots:
 
     def _age(self) -> Int[Array, "B S"]:
         """Returns how many slots were given away after each; and, the other way round, which slot has this age."""
-        return (self.written[:, None] - 1 - jnp.arange(self.capacity, dtype=jnp.int32)) % self.capacity
+        return (self.written[:, None] - 1 - jnp.arange(self.capacity, dtype=jnp.int32)[None]) % self.capacity
 
     def _slot(self, now: Mask, shard) -> Int[Array, "B T"]:
         """Returns the slots that new tokens are given, one past the last for those that are nowhere or elsewhere."""
@@ -134,7 +135,7 @@ class DenseSlots:
         position, segment = (
             jnp.take_along_axis(x, slot, 1, mode="fill", fill_value=-1) for x in (self.position, self.segment)
         )
-        order = jnp.where(segment >= 0, jnp.arange(slot.shape[1], dtype=jnp.int32), -1)
+        order = jnp.where(segment >= 0, jnp.arange(slot.shape[1], dtype=jnp.int32)[None], -1)
         latest = jnp.take_along_axis(segment, order.argmax(1)[:, None], 1)
         latest = jnp.where(latest >= 0, latest, self.gone_segment)
         every_position = jnp.concatenate([self.gone_position, position], 1)

@@ -54,7 +54,7 @@ class BlockMask(Mask):
         if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer) or block_size < 1:
             raise UsageError(f"a block of a mask has at least one position; got block_size={shown(block_size)}.")
         table = jnp.broadcast_to(jnp.asarray(table), (rows, *shape[-2:]))
-        counts = jnp.pad(table.astype(jnp.int32).cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+        counts = jnp.pad(table.cumsum(1, dtype=jnp.int32).cumsum(2, dtype=jnp.int32), ((0, 0), (1, 0), (1, 0)))
         return mask.as_kind(cls, table=table, counts=counts, block_size=int(block_size))
 
     def visible(self) -> Bool[Array, "B T S"]:

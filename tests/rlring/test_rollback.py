@@ -168,6 +168,8 @@ def test_one_mask_trains_reads_the_prompt_and_decodes(rule, mesh):
 def test_refusals():
     model = make(layers=1)
     cache = model.empty_cache(ROWS, capacity=16)
+    with pytest.raises(UsageError, match=r"for each of its 4 rows, from 0 on; got a list"):
+        cache.rolled_back([1, 2, 3, 4])
     wrong = ([1, 2], r"int\d+\[2\]"), ([1.0] * 4, r"float\d+\[4\]"), ([0, 0, -1, 0], r"int\d+\[4\] with -1")
     for tokens, got in wrong:
         with pytest.raises(UsageError, match=rf"number of tokens for each of its 4 rows, from 0 on; got {got}"):
