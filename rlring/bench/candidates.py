@@ -42,6 +42,7 @@ class Settings:
     blocks: tuple[int, int] | None = None  # None: those of AttentionConfig
     hops: int = 0  # of a ring whose devices take turns on one: attention.simulated_ring; 0: not measured
     sparse: tuple[SparsePattern, ...] = ()
+    masks: tuple[str, ...] = ()  # of masks.cases(), beside other libraries
 
 
 class Run(NamedTuple):

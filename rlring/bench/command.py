@@ -16,8 +16,10 @@ import jaxlib
 from rlring.attention import SparsePattern
 from rlring.attention.kernels import KERNELS
 from rlring.bench.candidates import EXACT, ONE_DEVICE, Settings
+from rlring.bench.masks import BLOCKS, cases
+from rlring.bench.peer_table import measure_peers, peer_table
 from rlring.bench.table import Versions, table
-from rlring.bench.timing import measure
+from rlring.bench.timing import check_settings, measure
 from rlring.cli import Parser, check_json, count, memory_errors, run, version, write_json
 from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
@@ -65,13 +67,27 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         blocks=tuple(arguments.blocks) if arguments.blocks else None,
         hops=arguments.hops,
         sparse=tuple(arguments.sparse),
+        masks=tuple(arguments.masks),
     )
+    if arguments.peers:
+        _peers(settings, versions, arguments.json)
+        return
     with memory_errors("Lower --lengths, --batch or --matmul, or leave out the scheme 'dense'."):
         measurements = list(measure(settings))
     print(table(measurements, settings, versions))
     if arguments.json is not None:
         content = {"versions": asdict(versions), "settings": asdict(settings)}
         write_json(arguments.json, content | {"measurements": [asdict(m) for m in measurements]})
+
+
+def _peers(settings: Settings, versions: Versions, json: Path | None) -> None:
+    check_settings(settings)
+    with memory_errors("Lower --lengths, --batch or --heads."):
+        measurements = measure_peers(settings)
+    print(peer_table(measurements, settings, versions))
+    if json is not None:
+        content = {"versions": asdict(versions), "settings": asdict(settings)}
+        write_json(json, content | {"measurements": [asdict(m) for m in measurements]})
 
 
 def _versions(command: str) -> Versions:
@@ -121,6 +137,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"side of the matrices that give the peak: {MATMUL['cpu']} on a CPU, {LARGE_MATMUL} else",
     )
     add("--json", type=Path, metavar="F", help="also write everything into this file")
+    add("--peers", action="store_true", help="other libraries beside ours, twelve masks, errors against float64")
+    masks = [case.name for case in cases(BLOCKS)]
+    add("--masks", nargs="+", choices=masks, default=masks, metavar="MASK", help="with --peers: " + "; ".join(masks))
     add("--traffic", action="store_true", help="measure nothing; print when the links of known devices hide the ring")
     arguments = parser.parse_args(argv)
     arguments.kv_heads = arguments.kv_heads or arguments.heads

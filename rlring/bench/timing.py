@@ -63,7 +63,7 @@ def measure(settings: Settings) -> list[Measurement]:
     Raises:
         UsageError: a scheme or a length does not fit the devices, or there are too few of them.
     """
-    _check(settings)
+    check_settings(settings)
     found = []
     for length in settings.lengths:
         found += _measure_length(length, settings)
@@ -145,7 +145,8 @@ def _measure_length(length: int, settings: Settings) -> list[Measurement]:
     ]
 
 
-def _check(settings: Settings) -> None:
+def check_settings(settings: Settings) -> None:
+    """Raises UsageError for a scheme or a length that does not fit the devices, or too few of them."""
     for length in settings.lengths if settings.hops else ():
         if length % (2 * settings.hops):
             raise UsageError(
