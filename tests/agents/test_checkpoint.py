@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -136,3 +137,24 @@ def test_commands_answer_a_damaged_checkpoint_in_one_line(trained, capsys):
     assert len(errors) == 2
     assert all("runs/tiny/checkpoints/12 is damaged (" in line for line in errors)
     assert not any("Traceback" in line for line in lines)
+
+
+def test_a_read_that_was_given_up_is_silent_whenever_it_is_collected(run, monkeypatch):
+    """A thread may hold it until long after the error."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda one: told.append(str(one.exc_value)))
+    for file in (run / "checkpoints/12").glob("*/ocdbt.process_0/d/*"):
+        file.write_bytes(b"")
+    with pytest.raises(ConfigError, match="damaged"):
+        read(run)
+
+    class Left:
+        def __init__(self, words):
+            self.words = words
+
+        def __del__(self):
+            raise RuntimeError(self.words)
+
+    for words in ("Encountered error while reading array index: ().", "Event loop is closed", "a fault of ours"):
+        Left(words)  # collected at once
+    assert told == ["a fault of ours"]
