@@ -1,8 +1,9 @@
-"""How fast agents learn and act: python -m agents.bench learning | acting [--json F]
+"""How fast agents learn, read and act: python -m agents.bench learning | acting | reading RUN [--json F]
 
 learning: environment steps a second in training, at windows of several lengths, and beside it, in turns, Hugging Face's
 DecisionTransformerModel where torch and transformers are installed: same width, layers, heads, rows, window, precision,
-and about as many weights. acting: the time of a step against the length of what is remembered.
+and about as many weights. acting: the time of a step against the length of what is remembered. reading: how long a
+trained agent takes to read a long history, on one device and on a ring, and whether it then acts alike.
 """
 
 import os
@@ -21,13 +22,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from agents.cli import run
+from agents.cli import ConfigError, run
 from agents.learners import LAYERS, WIDTH, hugging_face, ours
+from agents.reading import measure_reading, reading_table
 from rlring import Mask, Transformer, TransformerConfig, make_mesh, request_cpu_devices
 from rlring.cli import Parser, check_json, count, version, write_json
 
 SHAPES = ((20, 64), (256, 8), (1024, 2))  # window in steps, rows of a batch
 HISTORIES = (1024, 16 * 1024, 128 * 1024, 512 * 1024)  # tokens
+READ = 128 * 1024  # tokens
 TRIED_SECONDS = 2.0  # of one candidate in one round
 
 
@@ -173,24 +176,33 @@ def _say(text: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("learning", "acting"))
-    parser.add_argument("--devices", type=count, default=8, help="acting: over which the cache is split")
+    parser.add_argument("what", choices=("learning", "acting", "reading"))
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="reading: the run of a trained agent")
+    parser.add_argument("--tokens", type=count, default=READ, help="reading: how long the history is")
+    parser.add_argument("--devices", type=count, default=8, help="acting, reading: how many the sequence is split over")
     parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--json", type=Path, metavar="F", help="also write everything into this file")
     arguments = parser.parse_args(argv)
 
     def body() -> None:
         check_json(arguments.json)
+        if (arguments.what == "reading") != (arguments.run is not None):
+            raise ConfigError(f"`reading` wants a run, such as runs/NAME, and nothing else does; got {arguments.run}")
         if arguments.what == "learning":
             rows = measure_learning(arguments.rounds)
             print(learning_table(rows))
+        elif arguments.what == "reading":
+            request_cpu_devices(arguments.devices)
+            rows = measure_reading(arguments.run, arguments.tokens, arguments.devices)
+            print(reading_table(rows))
         else:
             request_cpu_devices(arguments.devices)
             rows = measure_acting(arguments.devices, 4 * arguments.rounds)
             print(acting_table(rows))
         command, known = shlex.join(["python", "-m", "agents.bench", *argv]), versions()
         listed = ", ".join(f"{name} {number}" for name, number in known.items())
-        print(f"\n`{command}`: width {WIDTH}, {LAYERS} layers, float32; {listed}.")
+        network = "" if arguments.what == "reading" else f"width {WIDTH}, {LAYERS} layers, float32; "
+        print(f"\n`{command}`: {network}{listed}.")
         if arguments.json is not None:
             rows = [row._asdict() for row in rows]
             write_json(arguments.json, {"command": command, "versions": known, "rows": rows})

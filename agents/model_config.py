@@ -28,6 +28,9 @@ class ModelConfig(Section):
     log_scaling: bool = TransformerConfig.log_scaling
     """Queries grow with the logarithm of the keys that they see, by a factor learnt for each head
     (`rlring.TransformerConfig`): attention stays sharp on contexts longer than those of training."""
+    qk_norm: bool = TransformerConfig.qk_norm
+    """Queries and keys have unit root mean square, times learnt gains (`rlring.TransformerConfig`): a query finds its
+    key among many by direction alone."""
     compute_type: Literal["float32", "bfloat16"] = TransformerConfig.compute_type
     remat: Remat = TransformerConfig.remat
     fsdp: bool = TransformerConfig.fsdp

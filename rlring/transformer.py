@@ -18,6 +18,7 @@ from rlring.attention.mask import checked
 from rlring.cache import KeyValue, KVCache
 from rlring.errors import UsageError
 from rlring.feed_forward import ACTIVATIONS, feed_forward, rms_norm
+from rlring.positions import LEARNT_AT, log_keys, rotate
 from rlring.remat import BLOCK_INPUT, Remat, checkpointed
 from rlring.sharding import gathered
 
@@ -43,6 +44,9 @@ class TransformerConfig:
     log_scaling: bool = False
     """Queries are multiplied by s * log(keys that they may see), s learnt for each head: attention to one of many keys
     stays as sharp on contexts longer than those of training (scalable softmax, 2501.19399, equation 3)."""
+    qk_norm: bool = False
+    """Queries and keys are scaled to unit root mean square, times gains that are learnt, before they are rotated
+    (2302.05442, section 2.1): how well a query fits its key then depends on their directions alone."""
     compute_type: Literal["float32", "bfloat16"] = "float32"
     """Type of activations; weights are kept in float32."""
     remat: Remat = "none"
@@ -95,31 +99,6 @@ class TransformerConfig:
         )
 
 
-def rotate(x_BTNH: Array, position: Int[Array, "B T"], base: float, fraction: float = 1.0) -> Array:
-    """Returns `x` with rotary position embedding (Su et al. 2021, equation 34). Positions travel with the tokens: any
-    order is exact."""
-    half = int(x_BTNH.shape[-1] * fraction) // 2
-    if not half:
-        return x_BTNH
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (
-        position[..., None, None].astype(jnp.float32) * frequency[None, None, None]
-    )  # B T 1 H/2, float32: positions reach millions
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), [half, 2 * half], axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
-
-
-LEARNT_AT = 256  # keys, of which a query starts out as it would be without log_scaling
-
-
-def log_keys(position: Int[Array, "B T"], window: int | None) -> Float[Array, "B T 1 1"]:
-    """Returns the logarithm of how many keys a query may see that stands so far from the start: 1 at the first."""
-    keys = jnp.maximum(position, 0).astype(jnp.float32) + 1
-    return jnp.log(keys if window is None else jnp.minimum(keys, window))[..., None, None]
-
-
 class Block(nnx.Module):
     """One layer: attention, then a gated feed-forward, each added to the residual stream."""
 
@@ -136,6 +115,8 @@ class Block(nnx.Module):
         self.query = weight((D, N, H), D)
         self.key = weight((D, K, H), D)
         self.value = weight((D, K, H), D)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = nnx.Param(jnp.ones(H)), nnx.Param(jnp.ones(H))
         if config.log_scaling:
             self.sharpness = nnx.Param(jnp.full(N, 1 / math.log(LEARNT_AT)))
         self.output = weight((N, H, D), N * H, residual)
@@ -152,6 +133,8 @@ class Block(nnx.Module):
             q_BTNH = jnp.einsum("btd,dnh->btnh", normal, self.query[...].astype(x.dtype))
             k_BTKH = jnp.einsum("btd,dkh->btkh", normal, self.key[...].astype(x.dtype))
             v_BTKH = jnp.einsum("btd,dkh->btkh", normal, self.value[...].astype(x.dtype))
+            if self.config.qk_norm:
+                q_BTNH, k_BTKH = rms_norm(q_BTNH, self.query_norm[...]), rms_norm(k_BTKH, self.key_norm[...])
             if self.config.log_scaling:
                 scale = self.sharpness[...][:, None] * log_keys(position, mask.reach[0])
                 q_BTNH = (q_BTNH * scale).astype(x.dtype)

@@ -37,3 +37,20 @@ def test_acting(capsys, tmp_path):
     # Keys and values of 3 layers of 128 numbers, and a little room.
     assert all(2 * 3 * 128 * 4 * row["tokens"] <= row["cache_mib"] * 2**20 for row in rows)
     assert rows[1]["cache_mib"] > rows[0]["cache_mib"]
+
+
+def test_reading(trained, capsys, tmp_path):
+    """A ring acts as one device does, after a history that is longer than the chains of training."""
+    run, file = trained(), tmp_path / "reading.json"
+    assert bench.main(["reading", str(run), "--tokens", "200", "--devices", "4", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["tokens"], row["devices"]) for row in rows] == [(192, 1), (192, 4)]
+    assert rows[0]["difference"] == 0
+    assert 0 < rows[1]["difference"] < 1e-4
+    assert all(row["read_seconds"] > 0 and 0 < row["of_peak"] < 1.5 for row in rows)
+    assert "| 192 | 4 | " in capsys.readouterr().out
+    assert bench.main(["reading", str(run), "--tokens", "8"]) == 2
+    assert "a history has at least one episode, 16 tokens of" in capsys.readouterr().err
+    run.rename(run.with_name("before"))
+    assert bench.main(["reading", str(trained("agent.kind=decision_transformer", "chain.trajectories=1"))]) == 2
+    assert "reads no history by attention; give one of agentic_transformer" in capsys.readouterr().err

@@ -39,6 +39,13 @@ ARGUMENTS = [
     ("agents.plan", ("tiny.toml", *TOPOLOGY, "--json", "mine.json"), SOMETHING_ELSE),
     ("agents.bench", ("acting", "--json", "mine.json"), SOMETHING_ELSE),
     ("agents.bench", ("nope",), "invalid choice: 'nope'"),
+    ("agents.bench", ("reading",), "`reading` wants a run, such as runs/NAME, and nothing else does; got None"),
+    (
+        "agents.bench",
+        ("acting", "runs/x"),
+        "`reading` wants a run, such as runs/NAME, and nothing else does; got runs/x",
+    ),
+    ("agents.bench", ("reading", "folder"), "folder is no run: it has no config.json"),
     ("agents.bench", ("acting", "--devices", "0"), "'0' is not a whole number of at least 1"),
     ("agents.bench", ("acting", "--json", "no/x"), "there is no folder no. Make it first"),
     ("agents.recall", ("nope",), NO_CONFIG),

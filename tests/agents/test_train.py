@@ -50,7 +50,9 @@ def golden(tiny):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "how"), [("fused", "model.log_scaling=true"), slow("fused", ""), slow("rsar", "")], ids=str
+    ("tokens", "how"),
+    [("fused", "model.log_scaling=true model.qk_norm=true"), slow("fused", ""), slow("rsar", "")],
+    ids=str,
 )
 def test_losses_are_the_same_on_every_mesh(golden, tiny, tokens, how):
     settings = [f"agent.tokens={tokens}", *how.split()]

@@ -44,7 +44,7 @@ def relative(a, b):
 @pytest.mark.parametrize("ring", [1, 4])
 def test_prefill_then_decode_equals_one_full_pass(window, ring, log_scaling):
     mesh = make_mesh(ring=ring) if ring > 1 else None
-    model = make("ring" if ring > 1 else "blockwise", log_scaling=log_scaling)
+    model = make("ring" if ring > 1 else "blockwise", log_scaling=log_scaling, qk_norm=log_scaling)
     x, position = tokens()
     segment = jnp.zeros_like(position).at[1, 5:9].set(-1)  # a row with a hole in it
     full = jax.jit(lambda x: model(x, Mask.causal(position, segment, window=window), mesh=mesh))(x)
@@ -107,7 +107,7 @@ def test_a_window_bounds_the_cache():
 @pytest.mark.parametrize("log_scaling", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat, log_scaling):
     x, position = tokens()
-    reference = make(log_scaling=log_scaling)
+    reference = make(log_scaling=log_scaling, qk_norm=log_scaling)
 
     def loss(model, x, position, mesh):
         y = model(x, Mask.causal(position), mesh=mesh)
@@ -115,7 +115,7 @@ def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat
 
     want, want_gradient = nnx.value_and_grad(loss)(reference, x, position, None)
     for ring in (2, 8):
-        model = make("ring", remat=remat, feed_forward_tile=4, log_scaling=log_scaling)
+        model = make("ring", remat=remat, feed_forward_tile=4, log_scaling=log_scaling, qk_norm=log_scaling)
         order = zigzag_order(64, ring)
         mesh = make_mesh(ring=ring)
         got, gradient = nnx.jit(nnx.value_and_grad(loss), static_argnums=3)(
@@ -141,6 +141,24 @@ def test_queries_grow_with_the_logarithm_of_what_they_may_see(window):
     want = plain * np.outer(np.log(seen), [0.1, 0.2, 0.4, 0.8])[None, :, :, None]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(key, np.einsum("btd,dkh->btkh", normal, np.asarray(block.key[...])), atol=1e-5)
+
+
+@pytest.mark.parametrize("rope_fraction", [0.0, 0.5])
+def test_queries_and_keys_of_one_length(rope_fraction):
+    """qk_norm against the definition, in float64, gains included; a rotation changes no length."""
+    shape = TransformerConfig(width=32, heads=4, kv_heads=2, qk_norm=True, rope_fraction=rope_fraction)
+    block = Block(shape, rngs=nnx.Rngs(0))
+    gains = np.random.default_rng(0).uniform(0.5, 2, size=(2, 8))
+    block.query_norm[...], block.key_norm[...] = gains.astype(np.float32)
+    x, position = tokens()
+    got = block.project(x, Mask.causal(position))
+    normal = np.asarray(rms_norm(x, block.attention_norm[...]), np.float64)
+    for one, weights, gain in zip(got, (block.query, block.key), gains, strict=False):
+        plain = np.einsum("btd,dnh->btnh", normal, np.asarray(weights[...], np.float64))
+        want = plain / np.sqrt(np.square(plain).mean(-1, keepdims=True) + 1e-6) * gain
+        np.testing.assert_allclose(np.linalg.norm(one, axis=-1), np.linalg.norm(want, axis=-1), rtol=1e-5)
+        if not rope_fraction:
+            np.testing.assert_allclose(one, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [0, 13])
