@@ -67,18 +67,25 @@ def measure_learning(rounds: int) -> list[Learning]:
         rates: list[list[float]] = [[] for _ in learners]
         for number in range(rounds):
             _say(f"window {window}, batch {batch}: round {number + 1} of {rounds}")
-            for own, learner in zip(rates, learners, strict=True):
+            for measured, learner in zip(rates, learners, strict=True):
                 updates, began = 0, time.perf_counter()
                 while not updates or time.perf_counter() - began < TRIED_SECONDS:
                     learner.update()
                     updates += 1
-                own.append(updates * window * batch / (time.perf_counter() - began))
+                measured.append(updates * window * batch / (time.perf_counter() - began))
         other = rates[2] if len(learners) > 2 else None
-        for own, learner in zip(rates, learners, strict=True):
-            ratio = None if other is None else statistics.median(a / b for a, b in zip(own, other, strict=True))
+        for measured, learner in zip(rates, learners, strict=True):
+            ratio = None if other is None else statistics.median(a / b for a, b in zip(measured, other, strict=True))
             found.append(
                 Learning(
-                    learner.name, window, batch, learner.weights, statistics.median(own), min(own), max(own), ratio
+                    learner.name,
+                    window,
+                    batch,
+                    learner.weights,
+                    statistics.median(measured),
+                    min(measured),
+                    max(measured),
+                    ratio,
                 )
             )
     return found

@@ -62,7 +62,7 @@ def _names(results: Sequence[Result]) -> dict[Player, str]:
         of_agent = series.setdefault((result.task, result.agent), {})
         of_agent.setdefault(result.series, {})[result.settings_id] = result.settings
     players = {player(result) for result in results}
-    told = {(*of, one): differences(found) for of, own in series.items() for one, found in own.items()}
+    told = {(*of, one): differences(found) for of, runs in series.items() for one, found in runs.items()}
     updates: dict[tuple[str, ...], set[int]] = {}
     for *of, done in players:
         updates.setdefault(tuple(of), set()).add(done)

@@ -51,12 +51,12 @@ def compared(results: Sequence[Result], *, resamples: int = RESAMPLES) -> list[C
             curves.setdefault((task, agent, control_of), {})[seen] = members
     rows = []
     for (task, agent, control_of), curve in curves.items():
-        own = curves.get((task, control_of or agent, ""), {})
+        reference = curves.get((task, control_of or agent, ""), {})
         rise = trend([result for members in curve.values() for result in members])
         rows += [
-            _beside(agent, members, own[0], results, rise, resamples)
+            _beside(agent, members, reference[0], results, rise, resamples)
             for seen, members in sorted(curve.items())
-            if seen and 0 in own and _asked(members) == _asked(own[0])
+            if seen and 0 in reference and _asked(members) == _asked(reference[0])
         ]
     return rows
 
@@ -99,14 +99,14 @@ def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RE
     smallest = min(result.places for result in results)
     without = [r for r in results if r.context_trajectories == 0]
     whole = [r for r in results if r.places == smallest and r.context == "own" and share_known(r) >= CERTAIN]
-    prior, known, own = (reduced(part, "mean") for part in (without, whole, one))
-    if not own or not own.keys() <= prior.keys() & known.keys():
+    prior, known, measured = (reduced(part, "mean") for part in (without, whole, one))
+    if not measured or not measured.keys() <= prior.keys() & known.keys():
         return None
     share = share_known(one[0])
-    scale = float(np.mean([known[key] - prior[key] for key in own]))
+    scale = float(np.mean([known[key] - prior[key] for key in measured]))
     if scale <= 0:
         return None
-    beyond = {key: (own[key] - prior[key] - share * (known[key] - prior[key])) / scale for key in own}
+    beyond = {key: (measured[key] - prior[key] - share * (known[key] - prior[key])) / scale for key in measured}
     return _mean(beyond, resamples)
 
 

@@ -223,7 +223,7 @@ class SweepConfig(Section):
     def names_and_seeds_are_the_sweeps_own(self) -> "SweepConfig":
         for place, settings in {
             "shared": self.shared,
-            **{f"runs.{name}": own for name, own in self.runs.items()},
+            **{f"runs.{name}": changes for name, changes in self.runs.items()},
         }.items():
             for key, instead in (("seed", "seeds=[...]"), ("name", "name"), ("series", "name")):
                 if key in settings:
@@ -237,9 +237,9 @@ class SweepConfig(Section):
     def arms(self) -> list[tuple[str, Config]]:
         """Returns the training runs with the name of their agent, an agent after the other, a seed after the other."""
         arms = []
-        for agent, own in self.runs.items():
+        for agent, changes in self.runs.items():
             for seed in self.seeds:
-                settings = merge(merge({}, self.shared), own)
+                settings = merge(merge({}, self.shared), changes)
                 settings |= {"name": f"{self.name}/{agent}-{seed}", "series": f"{self.name}/{agent}", "seed": seed}
                 arms.append((agent, validate(Config, settings, source=f"runs.{agent}")))
         return arms

@@ -42,30 +42,30 @@ class Episode(NamedTuple):
 
 def conditions(config: Config) -> Iterator[Condition]:
     """Yields every context that a config asks for."""
-    own = config.evaluate
+    settings = config.evaluate
     for task in config.data.tasks:
         if is_map(task):
             continue  # `agents.worlds`
-        if "prompted" in own.modes:
+        if "prompted" in settings.modes:
             hides_goal = goal_task(task) is not None
-            for met, trajectories in itertools.product((hides_goal and own.met) or [0.0], own.contexts):
+            for met, trajectories in itertools.product((hides_goal and settings.met) or [0.0], settings.contexts):
                 context = "own" if trajectories else "none"
-                yield Condition(task, "prompted", trajectories, context, own.episodes, met)
-                if own.foreign and trajectories and hides_goal:
-                    yield Condition(task, "prompted", trajectories, "foreign", own.episodes, met)
-        if "self" in own.modes:
-            yield Condition(task, "self", 0, "none", own.self_episodes)
+                yield Condition(task, "prompted", trajectories, context, settings.episodes, met)
+                if settings.foreign and trajectories and hides_goal:
+                    yield Condition(task, "prompted", trajectories, "foreign", settings.episodes, met)
+        if "self" in settings.modes:
+            yield Condition(task, "self", 0, "none", settings.self_episodes)
 
 
 def check_contexts(config: Config, store: TrajectoryStore, *, has_context: bool = True) -> None:
     """ConfigError when an evaluation asks for contexts of more trajectories than a store holds out, DataError when it
     asks for goals that the task does not have."""
-    own = config.evaluate
+    settings = config.evaluate
     asked = [condition for condition in conditions(config) if condition.task == store.task]
     if any(condition.context == "foreign" for condition in asked):
-        goals = held_out_goals(store.task, own.seed, own.groups)
+        goals = held_out_goals(store.task, settings.seed, settings.groups)
         assert goals is not None  # so says the condition
-        foreign_goals(store.task, own.seed, goals)
+        foreign_goals(store.task, settings.seed, goals)
     # Those that have met the goal by chance are drawn with replacement.
     longest = max((one.trajectories for one in asked if has_context and not one.met), default=0)
     if not longest:
@@ -108,10 +108,12 @@ def is_complete(results: Sequence[Result], condition: Condition, config: Config)
 def asked_for(results: Sequence[Result], config: Config) -> list[Result]:
     """Returns the results that a config asks for: not those of other contexts, groups or episodes, which may be there
     too."""
-    own, wanted = config.evaluate, set[Episode]()
+    settings, wanted = config.evaluate, set[Episode]()
     for condition in conditions(config):
         wanted |= episodes_of(condition, config)
     for task, places, seen in histories(config):
-        for context in ["none"] if not seen else ["own", "foreign"] if own.foreign else ["own"]:
-            wanted |= {Episode(task, "prompted", places, 0.0, seen, context, group, 0) for group in range(own.groups)}
+        for context in ["none"] if not seen else ["own", "foreign"] if settings.foreign else ["own"]:
+            wanted |= {
+                Episode(task, "prompted", places, 0.0, seen, context, group, 0) for group in range(settings.groups)
+            }
     return [result for result in results if episode_of(result) in wanted]

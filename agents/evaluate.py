@@ -165,9 +165,9 @@ def missing(
     What the next episode depends on is kept in `folder`, so that an evaluation that is killed goes on with the episode
     that it was in, and ends as one that was not.
     """
-    config, own = loaded.config, loaded.config.evaluate
-    goals = held_out_goals(condition.task, own.seed, own.groups)
-    target = loaded.meta.targets[condition.task] if own.target == "typical" else float(own.target)
+    config, settings = loaded.config, loaded.config.evaluate
+    goals = held_out_goals(condition.task, settings.seed, settings.groups)
+    target = loaded.meta.targets[condition.task] if settings.target == "typical" else float(settings.target)
     prompt = make_prompt(loaded, condition, goals, target)
     memory = start(loaded.params, prompt, condition.episodes * environments.episode_steps)
     state, first = first_between(loaded, condition, prompt, memory), 0
@@ -192,7 +192,7 @@ def missing(
                 context=condition.context,
                 met=condition.met,
             )
-            for group in range(own.groups)
+            for group in range(settings.groups)
         ]
         yield [result for result in results if episode_of(result) not in there]
         if episode + 1 < condition.episodes:

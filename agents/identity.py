@@ -130,13 +130,13 @@ def check_trained(owner: Path, trained: Mapping[str, Any], learnt: Iterable[str]
         )
 
 
-def check_config(owner: Path, trained: Mapping[str, Any], own: AnyConfig) -> None:
+def check_config(owner: Path, trained: Mapping[str, Any], now: AnyConfig) -> None:
     """ConfigError when the config.json of a run, `own`, does not say what its checkpoint was `trained` with, which
     checkpoints of an older version do not know: its results would be of other settings than they say."""
     if not trained:
         return
-    was = validate(type(own), dict(trained), source=f"the settings kept in {owner / 'checkpoints'}")
-    changed = differing_runs(was, own)
+    was = validate(type(now), dict(trained), source=f"the settings kept in {owner / 'checkpoints'}")
+    changed = differing_runs(was, now)
     if changed:
         raise ConfigError(
             f"{owner / 'config.json'} does not say what the run was trained with: {', '.join(changed[:4])}. Put that "

@@ -53,14 +53,16 @@ def claim(folder: Path, config: Config) -> Any:
 
 
 def _start_wandb(folder: Path, config: Config) -> Any:
-    own = config.wandb
-    if own.mode == "disabled":
+    wandb_settings = config.wandb
+    if wandb_settings.mode == "disabled":
         return None
     import wandb
 
     settings = json.loads(dump(config))
     try:
-        return wandb.init(project=own.project, name=config.name, mode=own.mode, config=settings, dir=folder)
+        return wandb.init(
+            project=wandb_settings.project, name=config.name, mode=wandb_settings.mode, config=settings, dir=folder
+        )
     except wandb.errors.Error as error:
         raise ConfigError(f"wandb did not start: {str(error).splitlines()[0]}. Mend that, or {_OTHERWISE}.") from None
 

@@ -73,10 +73,10 @@ class AttentionSection(Section):
 
     def made(self, *, sharded: bool) -> AttentionConfig:
         """Returns the library's: on one device a ring is blockwise attention."""
-        own = self.model_dump(exclude={"scheme", "sparse"})
+        fields = self.model_dump(exclude={"scheme", "sparse"})
         if self.sparse is not None:
-            return AttentionConfig(scheme="sparse", sparse=SparsePattern(**self.sparse.model_dump()), **own)
-        return AttentionConfig(scheme=self.scheme if sharded else "blockwise", **own)
+            return AttentionConfig(scheme="sparse", sparse=SparsePattern(**self.sparse.model_dump()), **fields)
+        return AttentionConfig(scheme=self.scheme if sharded else "blockwise", **fields)
 
 
 class MeshConfig(Section):

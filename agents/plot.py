@@ -158,18 +158,18 @@ def curves(
     return panels
 
 
-def _null(own: Sequence[SummaryRow], results: Sequence[Result], aggregate: str, resamples: int) -> tuple[Point, ...]:
+def _null(rows: Sequence[SummaryRow], results: Sequence[Result], aggregate: str, resamples: int) -> tuple[Point, ...]:
     """Returns the expected maximum of as many context-free episodes as each row of an agent took its maximum over; no
     points where there are too few of them, or no row took a maximum of several.
     """
-    first = own[0]  # the least context: no other row has context-free episodes that it lacks
+    first = rows[0]  # the least context: no other row has context-free episodes that it lacks
     members = cells(results)[Cell(first.task, first.mode, first.agent, first.context_trajectories, first.control_of)]
     free = [result for result in members if result.context_free]
-    most = max(row.episodes_per_group for row in own)
+    most = max(row.episodes_per_group for row in rows)
     if most == 1 or len(free) < most:
         return ()
     points = []
-    for row in own:
+    for row in rows:
         null = maximum_null(free, row.episodes_per_group, resamples=resamples)
         drawn = null.iqm if aggregate == "iqm" else null.mean
         points.append(Point(row.context_trajectories, row.context_tokens, *drawn, math.nan))

@@ -45,8 +45,8 @@ def share_known(result: Result) -> float:
 
 def line(results: Sequence[Result]) -> Line | None:
     """Returns the line of an agent's results on one task; None where prior or known was not measured."""
-    own = [result for result in results if is_predicted(result)]
-    smallest = min((result.places for result in own), default=0)
-    prior = [result.return_ for result in own if result.context_trajectories == 0]
-    known = [result.return_ for result in own if result.places == smallest and share_known(result) >= CERTAIN]
+    predicted = [result for result in results if is_predicted(result)]
+    smallest = min((result.places for result in predicted), default=0)
+    prior = [result.return_ for result in predicted if result.context_trajectories == 0]
+    known = [result.return_ for result in predicted if result.places == smallest and share_known(result) >= CERTAIN]
     return Line(float(np.mean(prior)), float(np.mean(known))) if prior and known else None

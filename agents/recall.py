@@ -121,10 +121,11 @@ def training(config: RecallConfig) -> Training:
     """Returns the model of a config, its optimizer, and the mesh that it is trained on."""
     mesh = config.mesh.made()
     shape = config.model.made(rope_fraction=1.0, attention=config.attention.made(sharded=mesh is not None))
-    own = config.optimizer
-    rate = schedule(own, config.train.updates)
+    settings = config.optimizer
+    rate = schedule(settings, config.train.updates)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(own.gradient_clip), optax.adamw(rate, b2=own.beta2, weight_decay=own.weight_decay)
+        optax.clip_by_global_norm(settings.gradient_clip),
+        optax.adamw(rate, b2=settings.beta2, weight_decay=settings.weight_decay),
     )
     return Training(LanguageModelConfig(256, shape), optimizer, mesh, accumulate=config.train.accumulate)
 

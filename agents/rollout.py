@@ -75,9 +75,9 @@ def play(
 ) -> Played:
     """Returns one episode of every group, which are functions of `evaluate.seed` alone: the same for every agent and
     every context length. The memory of `before` is used up."""
-    own, groups = loaded.config.evaluate, loaded.config.evaluate.groups
-    goals = held_out_goals(condition.task, own.seed, groups)
-    observation = environments.reset([(own.seed, group, episode) for group in range(groups)], goals)
+    settings, groups = loaded.config.evaluate, loaded.config.evaluate.groups
+    goals = held_out_goals(condition.task, settings.seed, groups)
+    observation = environments.reset([(settings.seed, group, episode) for group in range(groups)], goals)
     return episode_of_all(loaded, environments, act, before, observation, target=target)
 
 
@@ -130,5 +130,5 @@ def last_of(values: np.ndarray, prompt: ChainBatch) -> np.ndarray:
         return np.zeros((len(values), *values.shape[2:]), np.float32)
     position = np.where(prompt.segment >= 0, prompt.position, -1)
     last = position.argmax(axis=1)
-    own = values[np.arange(len(values)), last]
-    return np.where((position.max(axis=1) >= 0).reshape(-1, *[1] * (own.ndim - 1)), own, 0).astype(np.float32)
+    chosen = values[np.arange(len(values)), last]
+    return np.where((position.max(axis=1) >= 0).reshape(-1, *[1] * (chosen.ndim - 1)), chosen, 0).astype(np.float32)

@@ -22,10 +22,10 @@ class MixedSampler:
         owner = (step + rows) % len(self.samplers)
         parts, order = [], []
         for index, sampler in enumerate(self.samplers):
-            own = np.flatnonzero(owner == index)
-            if own.size:
-                parts.append(sampler.sample(step, rows[own], places))
-                order.append(own)
+            picked = np.flatnonzero(owner == index)
+            if picked.size:
+                parts.append(sampler.sample(step, rows[picked], places))
+                order.append(picked)
         order = np.argsort(np.concatenate(order))
         return ChainBatch(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
 

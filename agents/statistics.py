@@ -186,11 +186,11 @@ def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESA
 
 def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
     """Returns the line of each agent on each map."""
-    own: dict[Player, list[Result]] = {}
+    by_player: dict[Player, list[Result]] = {}
     for result in results:
         if is_predicted(result):
-            own.setdefault(player(result), []).append(result)
-    return {key: line(members) for key, members in own.items()}
+            by_player.setdefault(player(result), []).append(result)
+    return {key: line(members) for key, members in by_player.items()}
 
 
 def _predicted(lines: dict[Player, Line | None], member: Result) -> float:

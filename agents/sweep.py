@@ -210,10 +210,10 @@ def is_done(folder: Path, config: SweepConfig) -> bool:
 
 def asked(config: Config) -> str:
     """Returns, in words, the contexts of an evaluation."""
-    own = config.evaluate
+    settings = config.evaluate
     if any((task := goal_task(name)) is not None and task.sign_size for name in config.data.tasks):
-        return f"worlds of {own.places} places, of which {own.seen} are seen"
-    return f"contexts {own.contexts}"
+        return f"worlds of {settings.places} places, of which {settings.seen} are seen"
+    return f"contexts {settings.contexts}"
 
 
 def dry_run(config: SweepConfig) -> None:

@@ -62,8 +62,8 @@ def plot_worlds(
         left = 0.7 + index * (WIDTH + MARGIN)
         box = (left / width, 1.35 / height, WIDTH / width, HEIGHT / height)
         axes = figure.add_axes(box)
-        own = [result for result in shown if result.agent == agent or result.agent not in agents]
-        _draw(axes, own, rows, agent, trained_tokens)
+        shown_here = [result for result in shown if result.agent == agent or result.agent not in agents]
+        _draw(axes, shown_here, rows, agent, trained_tokens)
         axes.set_ylim(0, top * 1.08)
         if len(agents) > 1:
             axes.set_title(agent, loc="left", fontsize=9.5, fontweight="bold", color=INK)
@@ -80,19 +80,19 @@ def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], a
     place = {0: first} | {tokens: math.log2(tokens) for tokens in seen}
     predicted = line(of_agent)
     for size, (colour, marker) in zip(sizes, WORLDS * len(sizes), strict=False):
-        own = [row for row in rows if row.agent == f"{agent}, {size:,} places"]
-        own.sort(key=lambda row: row.context_trajectories)
-        x = [place[row.context_tokens] for row in own]
-        axes.plot(x, [row.mean for row in own], marker, linestyle="-", color=colour, linewidth=2.2, markersize=6,
+        of_size = [row for row in rows if row.agent == f"{agent}, {size:,} places"]
+        of_size.sort(key=lambda row: row.context_trajectories)
+        x = [place[row.context_tokens] for row in of_size]
+        axes.plot(x, [row.mean for row in of_size], marker, linestyle="-", color=colour, linewidth=2.2, markersize=6,
                   markeredgecolor="white", zorder=4)  # fmt: skip
-        axes.fill_between(x, [row.mean_ci_low for row in own], [row.mean_ci_high for row in own], color=colour,
+        axes.fill_between(x, [row.mean_ci_low for row in of_size], [row.mean_ci_high for row in of_size], color=colour,
                           alpha=0.15, linewidth=0)  # fmt: skip
         _draw_seeds(axes, [r for r in of_agent if r.places == size and r.context != "foreign"], place, colour)
         if predicted is not None:
             tokens = np.linspace(math.log2(seen[0]) - 0.6, math.log2(size * per_visit), 60)
             axes.plot(tokens, [predicted.at(2**t / per_visit / size) for t in tokens], "--", color=colour,
                       linewidth=1.3, zorder=3)  # fmt: skip
-        _name(axes, x[-1], own[-1].mean, f"{size:,} places", colour)
+        _name(axes, x[-1], of_size[-1].mean, f"{size:,} places", colour)
         for row in rows:
             if row.control_of == f"{agent}, {size:,} places" and row.context_trajectories == size:
                 axes.plot([place[row.context_tokens]], [row.mean], "x", color=colour, markersize=7, zorder=4)
@@ -127,12 +127,14 @@ def _draw_seeds(axes: "Axes", results: Sequence[Result], place: dict[int, float]
     if not 1 < len(seeds) < 10:
         return
     for seed in seeds:
-        own: dict[int, list[float]] = {}
+        by_tokens: dict[int, list[float]] = {}
         for result in results:
             if result.seed == seed:
-                own.setdefault(result.context_tokens, []).append(result.return_)
-        tokens = sorted(own)
-        axes.plot([place[t] for t in tokens], [np.mean(own[t]) for t in tokens], color=colour, linewidth=0.7, alpha=0.7)
+                by_tokens.setdefault(result.context_tokens, []).append(result.return_)
+        tokens = sorted(by_tokens)
+        axes.plot(
+            [place[t] for t in tokens], [np.mean(by_tokens[t]) for t in tokens], color=colour, linewidth=0.7, alpha=0.7
+        )
 
 
 def _name(axes: "Axes", x: float, y: float, text: str, colour: str, *, below: bool = False) -> None:

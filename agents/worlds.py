@@ -56,10 +56,10 @@ def is_map(task: str) -> bool:
 def histories(config: Config, *, context: bool = True) -> Iterator[History]:
     """Yields every history that a config asks for, the cheapest first; only the empty ones to who has no use for them
     (`Agent.context`)."""
-    own = config.evaluate
-    seen = own.seen if context else [0.0]
+    settings = config.evaluate
+    seen = settings.seen if context else [0.0]
     for task in filter(is_map, config.data.tasks):
-        every = (History(task, places, round(share * places)) for places in own.places for share in seen)
+        every = (History(task, places, round(share * places)) for places in settings.places for share in seen)
         yield from dict.fromkeys(every)
 
 
@@ -101,7 +101,7 @@ class _Player:
 
     def __init__(self, loaded: "Loaded", result: Callable[..., Result]) -> None:
         self.loaded, self.result = loaded, result
-        self.own = loaded.config.evaluate
+        self.settings = loaded.config.evaluate
         self.start = jax.jit(loaded.agent.start, static_argnums=2)
         self.act = jax.jit(loaded.agent.act, donate_argnums=1)
         self.shared = jax.jit(_shared, static_argnums=1)
@@ -114,7 +114,7 @@ class _Player:
         size = (_rows(self.loaded, largest) + len(largest.worlds)) * _row_bytes(self.loaded, largest.history) / GIB
         worlds = sum(len(piece.missing) for piece in pieces)
         return (
-            f"{worlds:,} histories to read, {self.own.queries} queries each; keys and values take up to "
+            f"{worlds:,} histories to read, {self.settings.queries} queries each; keys and values take up to "
             f"{size:.2f} GiB (evaluate.memory_gib), for {_rows(self.loaded, largest):,} queries at a time with "
             f"{largest.history.seen:,} trajectories each"
         )
@@ -122,27 +122,27 @@ class _Player:
     def check(self, pieces: Sequence[Piece]) -> None:
         """Finds what cannot be played before anything is: another world where there is one, episodes longer than
         those learnt from, places that no held-out episode has been to."""
-        if self.own.foreign and any(piece.history.seen for piece in pieces):
+        if self.settings.foreign and any(piece.history.seen for piece in pieces):
             _refuse_one_world(self.loaded.config)
         for task in {piece.history.task for piece in pieces}:
             make_environments(self.loaded, task, 1)
-            self.samplers[task].history(self.own.seed, 1, 1, 0, 1)
+            self.samplers[task].history(self.settings.seed, 1, 1, 0, 1)
 
     def play(self, piece: Piece) -> list[Result]:
         """Returns the results of a piece: every query of every world that misses some, and the foreign ones."""
-        own, agent, history = self.own, self.loaded.agent, piece.history
+        settings, agent, history = self.settings, self.loaded.agent, piece.history
         sampler = self.samplers[history.task]
-        prompt, asked = sampler.history(own.seed, piece.worlds, history.places, history.seen, own.queries)
+        prompt, asked = sampler.history(settings.seed, piece.worlds, history.places, history.seen, settings.queries)
         tokens = context_tokens(agent, prompt)
         laid = laid_out(agent, prompt) if agent.context else prompt
         memory = self.start(self.loaded.params, laid, sampler.longest)
         kinds = {"own" if history.seen else "none": (piece.worlds, asked)}
-        if own.foreign and history.seen:
+        if settings.foreign and history.seen:
             others = (piece.worlds + 1) % _worlds(self.loaded.config)
-            kinds["foreign"] = (others, sampler.history(own.seed, others, history.places, 0, own.queries)[1])
+            kinds["foreign"] = (others, sampler.history(settings.seed, others, history.places, 0, settings.queries)[1])
         results = []
         for context, (worlds, queries) in kinds.items():
-            groups = worlds[:, None] * own.queries + np.arange(own.queries)
+            groups = worlds[:, None] * settings.queries + np.arange(settings.queries)
             returns, steps = self._answers(history, memory, groups, queries)
             results += [
                 self.result(
@@ -159,13 +159,13 @@ class _Player:
                     steps=int(steps[row, query]),
                 )
                 for row in piece.missing
-                for query in range(own.queries)
+                for query in range(settings.queries)
             ]
         return results
 
     def _answers(self, history: History, memory: Memory, groups: np.ndarray, asked: Queries):
         """Returns return and steps [W, Q] of every query, as many at a time as there is memory for."""
-        count = self.own.queries
+        count = self.settings.queries
         at_once = max(1, min(count, _limit(self.loaded, history) // len(groups)))
         while count % at_once:
             at_once -= 1
@@ -178,14 +178,14 @@ class _Player:
 
     def _episodes(self, history: History, memory: Memory, groups: np.ndarray, goals: np.ndarray, signs: np.ndarray):
         """Returns return and steps [W, q] of an episode a query; memory has W * q rows."""
-        rows, own = groups.size, self.own
+        rows, settings = groups.size, self.settings
         key = history.task, rows
         if key not in self.environments:
             self.environments[key] = make_environments(self.loaded, *key)
         environments = self.environments[key]
-        seeds = [(own.seed, int(group), 0) for group in groups.ravel()]
+        seeds = [(settings.seed, int(group), 0) for group in groups.ravel()]
         observation = environments.reset(seeds, *(values.reshape(rows, -1) for values in (goals, signs)))
-        label = [own.seed, self.loaded.config.seed, history.places, history.seen, int(groups.flat[0])]
+        label = [settings.seed, self.loaded.config.seed, history.places, history.seen, int(groups.flat[0])]
         key = jax.random.key_data(jax.random.key(int(np.random.SeedSequence(label).generate_state(1)[0])))
         action, reward = (jnp.zeros(shape, jnp.float32) for shape in ((rows, environments.action_size), rows))
         before = Between(memory, key, action, reward)
@@ -203,13 +203,13 @@ def _shared(memory: Memory, times: int) -> Memory:
 
 
 def _worlds(config: Config) -> int:
-    own = config.evaluate
-    if own.groups % own.queries:
+    settings = config.evaluate
+    if settings.groups % settings.queries:
         raise ConfigError(
-            f"evaluate.groups={own.groups} are the queries of all worlds, evaluate.queries={own.queries} those of one; "
-            "use a multiple"
+            f"evaluate.groups={settings.groups} are the queries of all worlds, evaluate.queries={settings.queries} "
+            "those of one; use a multiple"
         )
-    return own.groups // own.queries
+    return settings.groups // settings.queries
 
 
 def _refuse_one_world(config: Config) -> None:
@@ -222,21 +222,21 @@ def _refuse_one_world(config: Config) -> None:
 
 def _pieces(loaded: "Loaded", before: Sequence[Result]) -> Iterator[Piece]:
     """Yields the worlds that miss results, in pieces of one size a history."""
-    own, worlds = loaded.config.evaluate, np.arange(_worlds(loaded.config))
+    settings, worlds = loaded.config.evaluate, np.arange(_worlds(loaded.config))
     there = {(r.task, r.places, r.context_trajectories, r.context, r.group) for r in before}
 
     def is_played(history: History, world: int) -> bool:
         kinds = {"own" if history.seen else "none": world}
-        if own.foreign and history.seen:
+        if settings.foreign and history.seen:
             kinds["foreign"] = (world + 1) % len(worlds)
         return all(
             (*history, context, group) in there
             for context, of in kinds.items()
-            for group in range(of * own.queries, (of + 1) * own.queries)
+            for group in range(of * settings.queries, (of + 1) * settings.queries)
         )
 
     for history in histories(loaded.config, context=loaded.agent.context):
-        rows = _limit(loaded, history) // own.queries
+        rows = _limit(loaded, history) // settings.queries
         size = max(1, min(len(worlds), rows, PREFILLED // max(1, history.seen * loaded.meta.episode_steps)))
         for first in range(0, len(worlds), size):  # the same pieces however much of them is there: as is their noise
             part = worlds[first : first + size]
