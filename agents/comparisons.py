@@ -13,7 +13,7 @@ from jaxtyping import Float
 from agents.bootstrap import RESAMPLES, Interval, intervals, mean_weights
 from agents.cells import cells, player
 from agents.cli import ConfigError
-from agents.prediction import CERTAIN, is_predicted, share_known
+from agents.prediction import CERTAIN, is_known, is_predicted, share_known
 from agents.results import Goal, Result
 from agents.statistics import reduced, strata_of
 
@@ -90,11 +90,11 @@ def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RES
 
 
 def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval | None:
-    """Returns the mean return of `one` context less its prediction (`agents.prediction`), in shares of known - prior,
-    with its 95 % interval; None where prior or known was not measured for the same goals.
+    """Returns the mean return of `one` context less that of a memory that forgets nothing (`agents.prediction`), in
+    shares of known - prior, with its 95 % interval; None where prior or known was not measured for the same goals.
 
     results: all of the agent on this task, `one` among them. Prior and known are those of the very goals asked, and are
-    drawn with them.
+    drawn with them; and so, where the results say so, is whether the history holds what was asked.
     """
     smallest = min(result.places for result in results)
     without = [r for r in results if r.context_trajectories == 0]
@@ -102,11 +102,11 @@ def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RE
     prior, known, measured = (reduced(part, "mean") for part in (without, whole, one))
     if not measured or not measured.keys() <= prior.keys() & known.keys():
         return None
-    share = share_known(one[0])
+    share = {result.goal: is_known(result) for result in one}
     scale = float(np.mean([known[key] - prior[key] for key in measured]))
     if scale <= 0:
         return None
-    beyond = {key: (measured[key] - prior[key] - share * (known[key] - prior[key])) / scale for key in measured}
+    beyond = {key: (measured[key] - prior[key] - share[key] * (known[key] - prior[key])) / scale for key in measured}
     return _mean(beyond, resamples)
 
 

@@ -43,6 +43,12 @@ def share_known(result: Result) -> float:
     return seen / result.places if result.places else 1.0 - (1.0 - result.met) ** seen
 
 
+def is_known(result: Result) -> float:
+    """Returns whether the goal is in the history of a predicted result, 1 or 0; its chance where the result does not
+    say."""
+    return share_known(result) if result.age is None else float(result.age < result.context_trajectories)
+
+
 def line(results: Sequence[Result]) -> Line | None:
     """Returns the line of an agent's results on one task; None where prior or known was not measured."""
     predicted = [result for result in results if is_predicted(result)]

@@ -41,6 +41,8 @@ class Result:
         context_tokens: The same in tokens.
         places: Of the world, where the task is a map; else 0.
         world: Which world it is; None where the task is no map.
+        age: Of a map, how many visits ago, 0 the last one, the world was at the place that is asked about: it is in the
+            history where that is longer. None for the control, and in older lines.
         met: The chance with which a trajectory of the context had met the goal; 0 where that was left to the data.
         episode_index: Place of the episode within its group, from 0; it sees the episodes before it, in both modes.
         run: The training run that played; the experiment where it is left out.
@@ -69,6 +71,7 @@ class Result:
     places: int = 0
     evaluation_seed: int = 0
     world: int | None = None
+    age: int | None = None
     met: float = 0.0
     run: str = ""
     series: str = ""
@@ -84,7 +87,7 @@ class Result:
         for name in ("run", "series"):
             if not getattr(self, name):
                 object.__setattr__(self, name, self.experiment)
-        for name in (*_COUNTS, *["world"] * (self.world is not None)):
+        for name in (*_COUNTS, *(name for name in ("world", "age") if getattr(self, name) is not None)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
                 limit = " and below 2^63" if isinstance(value, int) and value > 0 else ""
@@ -152,7 +155,7 @@ _COUNTS = (
 )
 # Fields that older lines lack.
 NEW = {
-    *("places", "evaluation_seed", "world", "met", "run", "series", "settings_id", "settings", "trained_with"),
+    *("places", "evaluation_seed", "world", "age", "met", "run", "series", "settings_id", "settings", "trained_with"),
 }
 
 

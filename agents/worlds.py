@@ -153,6 +153,7 @@ class _Player:
                     context_trajectories=history.seen,
                     context_tokens=tokens,
                     world=int(worlds[row]),
+                    age=None if context == "foreign" else int(history.places - 1 - queries.place[row, query]),
                     group=int(groups[row, query]),
                     episode_index=0,
                     return_=float(returns[row, query]),

@@ -57,6 +57,21 @@ def test_who_follows_the_line_has_no_gap(played, hard):
     assert gap([result for result in results if result.context_trajectories], middle) is None
 
 
+def test_what_was_seen_counts_where_the_results_say_so(played, hard):
+    """Of 64 queries the history holds what 20 ask for, by chance fewer than half: no gap of who forgets nothing."""
+    prior, known = hard * 0.3, hard * 0.3 + 4
+    ages = np.random.default_rng(5).permutation(np.r_[np.arange(20), np.arange(128, 172)])
+    results = played(prior, seen=0) + played(known, seen=64)
+    some = played(np.where(ages < 128, known, prior), seen=128, places=256)
+    told = [replace(result, age=int(age)) for result, age in zip(some, ages, strict=True)]
+    assert gap(results + some, some).value == pytest.approx(20 / 64 - 0.5, abs=1e-6)
+    assert gap(results + told, told) == pytest.approx((0, 0, 0), abs=1e-6)
+    forgets_the_oldest = [
+        r if r.age < 10 or r.age >= 128 else replace(r, return_=p) for r, p in zip(told, prior, strict=True)
+    ]
+    assert gap(results + told, forgets_the_oldest).value == pytest.approx(-10 / 64, abs=1e-6)
+
+
 def test_a_rise_is_told_from_none(played, hard):
     random = np.random.default_rng(4)
 

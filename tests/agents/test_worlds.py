@@ -30,6 +30,8 @@ def returns(folder):
 
 def test_every_history_is_played_once_and_a_killed_evaluation_goes_on(trained, map_settings):
     folder = trained(*map_settings)
+    store = load_agent(folder).store("point_mass-map")
+    sampler = WorldSampler(store, trajectories=2, seed=0, split="held_out")
     # Of each world: nothing, a quarter, a half and all seen; with a history also the queries of another world.
     counts = {2: {0: 4, 1: 8, 2: 8}, 4: {0: 4, 1: 8, 2: 8, 4: 8}}
     assert evaluate(folder, [*MAP, "evaluate.seen=[0.0, 0.5, 1.0]"], progress=False) == 40
@@ -41,6 +43,12 @@ def test_every_history_is_played_once_and_a_killed_evaluation_goes_on(trained, m
     } == counts
     assert {r.context_tokens for r in results} == {0, 16, 32, 64}
     assert {r.context for r in results if not r.context_trajectories} == {"none"}
+    for r in results:
+        assert (r.age is None) == (r.context == "foreign")
+        if r.context == "own":
+            prompt, asked = sampler.history(r.evaluation_seed, [r.world], r.places, r.context_trajectories, 2)
+            seen = (prompt.observation[0, :, 4:] == asked.sign[0, r.group % 2]).all(axis=-1).any()
+            assert seen == (r.age < r.context_trajectories), r
     whole = returns(folder)
     path = folder / "results.jsonl"
     lines = path.read_text().splitlines(keepends=True)
