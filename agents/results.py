@@ -30,8 +30,9 @@ def to_json(result: Result) -> str:
     """Returns the line, without its end."""
     values = {key: getattr(result, name) for name, key in _JSON_KEYS.items()}
     is_as_before = not result.evaluation_seed and result.group < _GROUPS_OF_A_SEED
-    left_out = {"places": not result.places, "world": not result.places, "met": not result.met}
-    for name in [*(name for name, is_out in left_out.items() if is_out), *["evaluation_seed"] * is_as_before]:
+    of_map = {"places": not result.places, "world": not result.places, "age": result.age is None}
+    left_out = of_map | {"met": not result.met, "evaluation_seed": is_as_before}
+    for name in (name for name, is_out in left_out.items() if is_out):
         del values[name]
     plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     return json.dumps(plain, allow_nan=False)

@@ -99,6 +99,7 @@ def test_a_line_of_a_later_version_may_hold_more():
         ({"settings": "x"}, "settings must map"),
         ({"places": 4}, "a result of a map has places and a world, and no other has; got places=4, world=None"),
         ({"world": 4}, "a result of a map has places and a world"),
+        ({"places": 4, "world": 0, "age": -1}, "age must be a whole number of 0 or more; got -1"),
         ({"places": 4, "world": -1}, "world must be a whole number of 0 or more; got -1"),
     ],
 )
