@@ -39,6 +39,7 @@ def test_acting(capsys, tmp_path):
     assert rows[1]["cache_mib"] > rows[0]["cache_mib"]
 
 
+@pytest.mark.slow
 def test_reading(trained, capsys, tmp_path):
     """A ring acts as one device does, after a history that is longer than the chains of training."""
     run, file = trained(), tmp_path / "reading.json"

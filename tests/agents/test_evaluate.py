@@ -38,7 +38,7 @@ SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2,
     [
         pytest.param([], "ring=1", "fused", marks=pytest.mark.slow),
         pytest.param([], "ring=2", "rsar", marks=pytest.mark.slow),
-        (SPARSE, "ulysses=2", "fused"),
+        pytest.param(SPARSE, "ulysses=2", "fused", marks=pytest.mark.slow),
         ([], "ring=1", "rsar"),
         (["model.log_scaling=true", "model.qk_norm=true"], "ring=2", "fused"),
         pytest.param(["model.rope_fraction=0.5"], "ring=2", "fused", marks=pytest.mark.slow),
@@ -73,7 +73,9 @@ def test_fused_tokens_stand_anywhere(trained, dataset, settings, moves):
     assert (np.abs(here - there).max() > 1e-3) == moves
 
 
-@pytest.mark.parametrize("kind", ["agentic_transformer", "decision_transformer", "bc"])
+@pytest.mark.parametrize(
+    "kind", ["agentic_transformer", pytest.param("decision_transformer", marks=pytest.mark.slow), "bc"]
+)
 def test_evaluation_is_a_function_of_its_seeds_and_never_done_twice(trained, kind):
     folder = trained(f"agent.kind={kind}")
     assert evaluate(folder, progress=False) == 6

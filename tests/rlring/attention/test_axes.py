@@ -108,6 +108,7 @@ def test_inside_shard_map_with_checked_types(name):
     check(in_shard_map(scheme, mesh_of(sizes), axes))
 
 
+@pytest.mark.slow
 def test_inside_shard_map_of_some_axes():
     """The others are left to the partitioner."""
     mesh, axes = mesh_of({"dp": 2, "seq": 4}), MeshAxes((), ring="seq")
