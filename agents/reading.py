@@ -17,9 +17,7 @@ from agents.prompts import context_tokens, laid_out
 from agents.return_conditioned import ReturnConditionedAgent
 from agents.samplers import chains
 from data import ChainBatch
-
-MATMUL = {"cpu": 2048}  # the side of the square matrices that give the peak; elsewhere:
-LARGE_MATMUL = 8192
+from rlring.bench.candidates import LARGE_MATMUL, MATMUL, product
 
 
 class Reading(NamedTuple):
@@ -29,7 +27,7 @@ class Reading(NamedTuple):
     devices: int
     compile_seconds: float
     read_seconds: float
-    of_peak: float  # operations of reading a second, as a share of those of a product of matrices on one device
+    of_peak: float  # operations of reading a second, as a share of those of products of matrices on the same devices
     step_ms: float  # median over the episode
     slowest_ms: float
     difference: float  # largest, of any mean action from that of one device
@@ -52,7 +50,7 @@ def measure_reading(run: Path, tokens: int, devices: int) -> list[Reading]:
         read = time.perf_counter() - compiled
         actions, took = _act(loaded, memory, episode)
         reference = actions if reference is None else reference
-        share = _operations(loaded, length) / read / _peak()
+        share = _operations(loaded, length) / read / _peak(ring)
         difference = float(np.abs(actions - reference).max())
         found.append(
             Reading(length, ring, compiled - began, read, share, statistics.median(took), max(took), difference)
@@ -117,13 +115,12 @@ def _operations(loaded: Loaded, tokens: int) -> float:
     return 2.0 * tokens * blocks + 2.0 * tokens**2 * model.layers * model.width
 
 
-def _peak() -> float:
-    """Returns the operations a second of a product of square matrices, float32, on the first device."""
+def _peak(devices: int) -> float:
+    """Returns the operations a second of products of square matrices, float32, on all of these devices together."""
     side = MATMUL.get(jax.default_backend(), LARGE_MATMUL)
-    matrix = jax.random.normal(jax.random.key(0), (side, side))
-    product, took = jax.jit(jnp.matmul), []
+    run, took = product(devices, side, "float32").call, []
     for _ in range(6):
         began = time.perf_counter()
-        jax.block_until_ready(product(matrix, matrix))
+        run()
         took.append(time.perf_counter() - began)
-    return 2.0 * side**3 / statistics.median(took[1:])
+    return 2.0 * side**3 * devices / statistics.median(took[1:])

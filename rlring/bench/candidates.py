@@ -52,6 +52,10 @@ class Run(NamedTuple):
     temporary_bytes: int | None
 
 
+MATMUL = {"cpu": 2048}  # the side of the square matrices that give the peak; elsewhere:
+LARGE_MATMUL = 8192
+
+
 class Candidate(NamedTuple):
     scheme: str
     devices: int
@@ -170,9 +174,14 @@ def _compiled(function: Callable, *arguments) -> Run:
 
 
 def matmul(devices: int, settings: Settings) -> Run:
-    """The peak to be compared with: on every device a product of two square matrices, all at the same time."""
-    mesh, side = make_mesh(ring=devices), settings.matmul
-    matrices = jax.random.normal(jax.random.key(0), (devices * side, side), settings.type)
+    """The peak to be compared with."""
+    return product(devices, settings.matmul, settings.type)
+
+
+def product(devices: int, side: int, dtype: str) -> Run:
+    """A product of two square matrices on every device, all at the same time."""
+    mesh = make_mesh(ring=devices)
+    matrices = jax.random.normal(jax.random.key(0), (devices * side, side), dtype)
     matrices = jax.device_put(matrices, NamedSharding(mesh, P("ring")))
     return _compiled(jax.shard_map(jnp.matmul, mesh=mesh, in_specs=P("ring"), out_specs=P("ring")), matrices, matrices)
 

@@ -15,7 +15,7 @@ import jaxlib
 
 from rlring.attention import SparsePattern
 from rlring.attention.kernels import KERNELS
-from rlring.bench.candidates import EXACT, ONE_DEVICE, Settings
+from rlring.bench.candidates import EXACT, LARGE_MATMUL, MATMUL, ONE_DEVICE, Settings
 from rlring.bench.masks import BLOCKS, cases
 from rlring.bench.peer_table import measure_peers, peer_table
 from rlring.bench.table import Versions, table
@@ -25,8 +25,6 @@ from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
 from rlring.plan.links import links_table
 
-MATMUL = {"cpu": 2048}  # the side of the square matrices; elsewhere:
-LARGE_MATMUL = 8192
 LARGEST_MATMUL = 2**17  # beyond some size XLA aborts the process
 
 
