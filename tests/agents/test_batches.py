@@ -36,7 +36,8 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_make_the_same_batches(write_config, trained_once, workers):
     assert main([str(write_config), f"train.workers={workers}", "train.prefetch=1"]) == 0
     assert losses(Path("runs/tiny")) == losses(trained_once())

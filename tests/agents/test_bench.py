@@ -17,6 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
 
 
+@pytest.mark.slow
 def test_learning(capsys, tmp_path):
     assert bench.main(["learning", "--rounds", "2", "--json", str(tmp_path / "learning.json")]) == 0
     printed = capsys.readouterr()

@@ -39,7 +39,7 @@ SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2,
         pytest.param([], "ring=1", "fused", marks=pytest.mark.slow),
         pytest.param([], "ring=2", "rsar", marks=pytest.mark.slow),
         pytest.param(SPARSE, "ulysses=2", "fused", marks=pytest.mark.slow),
-        ([], "ring=1", "rsar"),
+        pytest.param([], "ring=1", "rsar", marks=pytest.mark.slow),
         (["model.log_scaling=true", "model.qk_norm=true"], "ring=2", "fused"),
         pytest.param(["model.rope_fraction=0.5"], "ring=2", "fused", marks=pytest.mark.slow),
         pytest.param(SPARSE, "ulysses=2", "rsar", marks=pytest.mark.slow),
@@ -74,7 +74,8 @@ def test_fused_tokens_stand_anywhere(trained, dataset, settings, moves):
 
 
 @pytest.mark.parametrize(
-    "kind", ["agentic_transformer", pytest.param("decision_transformer", marks=pytest.mark.slow), "bc"]
+    "kind",
+    ["agentic_transformer", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("decision_transformer", "bc"))],
 )
 def test_evaluation_is_a_function_of_its_seeds_and_never_done_twice(trained, kind):
     folder = trained(f"agent.kind={kind}")
@@ -153,9 +154,10 @@ ONE = ["evaluate.contexts=[2]"]
     ("setting", "told"),
     [
         ("evaluate.target=3.0", "evaluate.target=3.0"),
-        ("evaluate.sample=false", "evaluate.sample=false"),
-        ("evaluate.seed=1", "evaluate.seed=1"),
-        ("chain.sort=descending", "chain.sort=descending"),
+        *(
+            pytest.param(setting, setting, marks=pytest.mark.slow)
+            for setting in ("evaluate.sample=false", "evaluate.seed=1", "chain.sort=descending")
+        ),
     ],
 )
 def test_other_settings_are_evaluated_anew_and_never_pooled(trained, setting, told):
@@ -177,6 +179,7 @@ def test_other_settings_are_evaluated_anew_and_never_pooled(trained, setting, to
     assert f"agentic_transformer [{told}]" in {row.agent for row in rows}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_reported_where_it_is_asked_for(trained, capsys):
     folder = trained(
         "train.checkpoint_every=2", "train.keep_checkpoints=1", "train.keep_best=1", "optimizer.learning_rate=3.0"
@@ -224,6 +227,7 @@ def test_another_store_and_another_split_are_refused(trained, dataset, tmp_path,
     assert not (folder / "results.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_contexts_of_more_than_is_held_out_are_refused_before_anything_is_played(trained):
     folder = trained()
     loaded = load_agent(folder)

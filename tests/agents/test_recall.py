@@ -175,6 +175,7 @@ def test_it_learns(path):
     assert recall.recall(config, progress=False).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_what_is_advised_after_a_run_diverged_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = "[model]\nwidth = 8\nlayers = 1\nheads = 1\n[optimizer]\nwarmup = 0\n[train]\nupdates = 4\nbatch = 64\n"

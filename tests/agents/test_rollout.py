@@ -128,6 +128,7 @@ def test_an_agent_that_acts_nan_says_so(trained, monkeypatch, capsys, kind):
     assert not (folder / "results.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_episodes_longer_than_any_that_was_learnt_from_are_refused(tiny, tmp_path):
     from agents.train import train
 

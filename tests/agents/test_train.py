@@ -50,21 +50,24 @@ def golden(tiny):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "how"),
-    [("fused", "model.log_scaling=true model.qk_norm=true"), slow("fused", ""), slow("rsar", "")],
+    ("tokens", "how", "rings"),
+    [
+        ("fused", "model.log_scaling=true model.qk_norm=true", "4"),
+        slow("fused", "model.log_scaling=true model.qk_norm=true", "28"),
+        slow("fused", "", "248"),
+        slow("rsar", "", "4"),
+    ],
     ids=str,
 )
-def test_losses_are_the_same_on_every_mesh(golden, tiny, tokens, how):
+def test_losses_are_the_same_on_every_mesh(golden, tiny, tokens, how, rings):
     settings = [f"agent.tokens={tokens}", *how.split()]
     want = golden(*settings)
     assert len(want) == 30
     assert want[30][0] < want[1][0]
-    meshes = ["mesh.ring=2", "mesh.ring=4", "mesh.ring=8"]
-    for mesh in meshes if tokens == "fused" else meshes[1:2]:
-        name = mesh.replace("=", "").replace(" ", "")
-        config = tiny("train.updates=30", f"name={name}", *settings, *mesh.split())
+    for ring in rings:
+        config = tiny("train.updates=30", f"name=ring{ring}", *settings, f"mesh.ring={ring}")
         got = losses(train(config, progress=False))
-        np.testing.assert_allclose([got[s][0] for s in want], [want[s][0] for s in want], atol=1e-5, err_msg=mesh)
+        np.testing.assert_allclose([got[s][0] for s in want], [want[s][0] for s in want], atol=1e-5, err_msg=ring)
 
 
 @pytest.mark.slow
@@ -231,6 +234,7 @@ def test_the_best_checkpoint_is_kept_and_acts(tiny):
     assert load_agent(folder).step == 12
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_onto_any_mesh(trained):
     folder = trained("mesh.ring=4")
     one = load_agent(folder)
@@ -291,6 +295,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, dataset, tmp_path):
         train(tiny(f'data.stores=["{broken}"]'), progress=False)
 
 
+@pytest.mark.slow
 def test_what_is_advised_after_a_run_diverged_works(write_config, capsys):
     """Weights that are no numbers are never kept as a checkpoint, and other settings start the run over."""
     wild = [str(write_config), "optimizer.learning_rate=1e30", "optimizer.warmup=0", "train.checkpoint_every=1"]
@@ -340,6 +345,7 @@ def test_a_run_goes_on_with_more_updates_on_another_mesh_and_learns_the_same(tin
     assert newest(folder)[1].updates == [24]  # of a constant rate nothing is left of where it was once to end
 
 
+@pytest.mark.slow
 def test_a_longer_cosine_goes_on_and_is_remembered(tiny):
     folder = train(tiny(), progress=False)
     train(tiny("train.updates=24"), resume=True, progress=False)

@@ -78,7 +78,8 @@ def test_the_same_losses(reference, mesh, fsdp, remat, accumulate):
     np.testing.assert_allclose(losses(model, mesh, accumulate=accumulate), reference, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [pytest.param(0, marks=pytest.mark.slow), 13])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [0, 13])
 def test_lengths_that_a_mesh_does_not_divide(length):
     """Of one step, and of the losses alone, which takes tokens that were not padded."""
     model = config(layers=1)
@@ -142,7 +143,8 @@ def test_every_device_keeps_a_part_of_everything():
     assert all(x.addressable_shards[0].data.size == x.size for x in jax.tree.leaves(whole()))
 
 
-@pytest.mark.parametrize("ring", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ring", [4, 8])
 def test_activations_are_not_gathered(ring):
     """The trap of FSDP: a partitioner that gathers tokens instead of weights. No collective moves as much as that."""
     mesh = make_mesh(ring=ring)

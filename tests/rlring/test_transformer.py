@@ -36,12 +36,22 @@ def tokens(batch=2, length=64, width=32):
     return x, position
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def relative(a, b):
     return float(jnp.abs(a - b).max() / jnp.abs(b).max())
 
 
-@pytest.mark.parametrize(("window", "log_scaling"), [(None, False), (None, True), (7, True)])
-@pytest.mark.parametrize("ring", [1, 4])
+@pytest.mark.parametrize(
+    ("ring", "window", "log_scaling"),
+    [
+        (1, None, False),
+        (4, 7, True),
+        *(slow(*case) for case in [(1, None, True), (1, 7, True), (4, None, False), (4, None, True)]),
+    ],
+)
 def test_prefill_then_decode_equals_one_full_pass(window, ring, log_scaling):
     mesh = make_mesh(ring=ring) if ring > 1 else None
     model = make("ring" if ring > 1 else "blockwise", log_scaling=log_scaling, qk_norm=log_scaling)
@@ -161,7 +171,7 @@ def test_queries_and_keys_of_one_length(rope_fraction):
             np.testing.assert_allclose(one, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [0, 13])
+@pytest.mark.parametrize("length", [slow(0), 13])
 def test_lengths_that_a_mesh_does_not_divide(length):
     """Features, gradients, and the cache that begins with such a prompt."""
     model, x, position = make("hybrid", layers=1), *tokens(length=length)

@@ -102,6 +102,7 @@ def test_inside_shard_map(name):
     check(in_shard_map(scheme, mesh_of(sizes), axes, check_vma=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases())
 def test_inside_shard_map_with_checked_types(name):
     scheme, sizes, axes = CASES[name]

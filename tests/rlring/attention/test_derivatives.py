@@ -56,8 +56,8 @@ def check(of, name: str, **settings):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
 
-def cases():
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+def cases(quick=QUICK):
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in CASES]
 
 
 @pytest.mark.parametrize("name", cases())
@@ -69,7 +69,7 @@ def test_hessian_vector_products(name):
     check(product, name)
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", cases(quick=("blockwise",)))
 def test_forward_mode(name):
     def derivative(config, mesh, window):
         of = partial(loss, config=config, mesh=mesh, window=window)

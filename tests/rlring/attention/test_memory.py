@@ -68,7 +68,7 @@ def test_a_policy_keeps_the_out():
     assert permutes(jax.checkpoint_policies.nothing_saveable) == 2 * 3 + backward
 
 
-@pytest.mark.parametrize(("scheme", "ring"), [("blockwise", 1), slow("ring", 2), ("ring", 4), slow("ring", 8)])
+@pytest.mark.parametrize(("scheme", "ring"), [("blockwise", 1), slow("ring", 2), slow("ring", 4), slow("ring", 8)])
 def test_little_more_than_what_goes_in_and_out(scheme, ring):
     """Forward and backward: at most 1.5 times the bytes of q, k, v, out, their gradients and lse, up to 1M tokens."""
     mesh = make_mesh(ring=ring) if ring > 1 else None

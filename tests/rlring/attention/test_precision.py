@@ -176,7 +176,8 @@ def test_half_precision_of_thousands():
             assert errors([out], expected[:1])[0] <= 2 * float(jnp.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, slow(jnp.float32), slow(jnp.bfloat16)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 def test_with_64_bits_allowed(dtype):
     """float64 has all its digits, and other types are computed as ever."""
     with jax.enable_x64(True):
@@ -199,7 +200,7 @@ HIDDEN = np.arange(40, 44)  # places of tokens that are not numbers
 
 
 @pytest.mark.parametrize("blocks", [{"block_q": 6, "block_k": 5}, slow({})], ids=str)
-@pytest.mark.parametrize("case", ["dense", *SCHEMES])
+@pytest.mark.parametrize("case", ["dense", "blockwise", *(slow(case) for case in CASES if case != "blockwise")])
 def test_nan_stays_where_it_is(case, blocks):
     """What a query may not see does not reach it, whatever it is; nor does it reach the gradients of what it sees."""
     config, mesh = CASES.get(case, (DENSE, {}))

@@ -94,6 +94,7 @@ def test_hops_and_patterns(capsys, patterns):
     assert names == ["blockwise", *(f"sparse, {kept}% kept" for kept in patterns.values()), "hops of a ring of 4"]
 
 
+@pytest.mark.slow
 def test_lengths_and_devices_and_no_blockwise(capsys):
     assert bench.main(["--schemes", "ring", *TINY, "16", "32", "--devices", "1", "2", "--type", "bfloat16"]) == 0
     rows = rows_of(capsys.readouterr().out)[2:]
