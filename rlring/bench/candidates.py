@@ -67,7 +67,7 @@ class Candidate(NamedTuple):
 
 def scheme_candidate(scheme: str, length: int, devices: int, settings: Settings) -> Candidate:
     say(f"{length} tokens: compiling {scheme} on {devices} device{'s' * (devices > 1)}")
-    ring, ulysses = _axes(scheme, devices, settings)
+    ring, ulysses = axes_of(scheme, devices, settings)
     mesh = make_mesh(ring=ring, ulysses=ulysses)
     config = AttentionConfig(scheme, *settings.blocks or (), kernel=settings.kernel)
 
@@ -147,7 +147,7 @@ def _both(forward: Callable, arrays: tuple) -> tuple[Run, Run]:
     return _compiled(forward, *arrays[:-1]), _compiled(forward_backward, *arrays)
 
 
-def _axes(scheme: str, devices: int, settings: Settings) -> tuple[int, int]:
+def axes_of(scheme: str, devices: int, settings: Settings) -> tuple[int, int]:
     """Returns the sizes of (ring, ulysses). hybrid takes the largest ulysses that fits the heads and leaves a ring."""
     match scheme:
         case "ulysses":

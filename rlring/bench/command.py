@@ -20,6 +20,8 @@ from rlring.bench.masks import BLOCKS, cases
 from rlring.bench.peer_table import measure_peers, peer_table
 from rlring.bench.table import Versions, table
 from rlring.bench.timing import check_settings, measure
+from rlring.bench.traffic import count_traffic
+from rlring.bench.traffic_table import as_json, traffic_table
 from rlring.cli import Parser, check_json, count, memory_errors, run, version, write_json
 from rlring.errors import UsageError
 from rlring.mesh import request_cpu_devices
@@ -43,10 +45,9 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         )
     if (arguments.matmul or 0) > LARGEST_MATMUL:
         raise UsageError(f"--matmul is at most {LARGEST_MATMUL}; got {arguments.matmul}. Leave it out.")
-    if arguments.traffic:
-        print(links_table(arguments.heads, arguments.kv_heads))
-        return
     check_json(arguments.json)
+    if arguments.traffic:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs: what else is here is left alone
     if not set(arguments.schemes) <= set(ONE_DEVICE):
         request_cpu_devices(max(arguments.devices))
     versions = _versions(command)
@@ -67,6 +68,9 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         sparse=tuple(arguments.sparse),
         masks=tuple(arguments.masks),
     )
+    if arguments.traffic:
+        _traffic(settings, versions, arguments.json)
+        return
     if arguments.peers:
         _peers(settings, versions, arguments.json)
         return
@@ -86,6 +90,16 @@ def _peers(settings: Settings, versions: Versions, json: Path | None) -> None:
     if json is not None:
         content = {"versions": asdict(versions), "settings": asdict(settings)}
         write_json(json, content | {"measurements": [asdict(m) for m in measurements]})
+
+
+def _traffic(settings: Settings, versions: Versions, json: Path | None) -> None:
+    counted = list(count_traffic(settings))
+    if counted:
+        print(traffic_table(counted, settings, versions), end="\n\n")
+    print(links_table(settings.heads, settings.kv_heads))
+    if json is not None:
+        content = {"versions": asdict(versions), "settings": asdict(settings)}
+        write_json(json, content | {"traffic": [as_json(one) for one in counted]})
 
 
 def _versions(command: str) -> Versions:
@@ -138,7 +152,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peers", action="store_true", help="other libraries beside ours, twelve masks, errors against float64")
     masks = [case.name for case in cases(BLOCKS)]
     add("--masks", nargs="+", choices=masks, default=masks, metavar="MASK", help="with --peers: " + "; ".join(masks))
-    add("--traffic", action="store_true", help="measure nothing; print when the links of known devices hide the ring")
+    add(
+        "--traffic",
+        action="store_true",
+        help="run nothing; count what each scheme sends, compiled for --devices virtual ones, beside its formula, and "
+        "print when the links of known devices hide the ring",
+    )
     arguments = parser.parse_args(argv)
     arguments.kv_heads = arguments.kv_heads or arguments.heads
     return arguments

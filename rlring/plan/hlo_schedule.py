@@ -4,6 +4,7 @@ A transfer is asynchronous if it is split into a start and a done, and hidden if
 two. Instructions of a scheduled program run in the order in which they stand.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?[\])}]) ([a-z][\w-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 _PRODUCTS = ("dot", "convolution")  # the TPU compiler writes every product of matrices as a convolution
 
 
@@ -32,7 +34,9 @@ class Transfer(NamedTuple):
         return "transpose(" in self.source
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """A line of a computation: `name = type operation(rest`."""
+
     name: str
     type: str
     operation: str
@@ -55,10 +59,10 @@ def permutes(program: str) -> list[Transfer]:
             "the order of the instructions is known of a scheduled program; got one that is not. Pass "
             "jax.jit(f).lower(...).compile().as_text()."
         )
-    computations = _computations(program)
+    computations = computations_of(program)
     multiplying: dict[str, bool] = {}
 
-    def multiplies(instruction: _Instruction) -> bool:
+    def multiplies(instruction: Instruction) -> bool:
         if instruction.operation in _PRODUCTS or 'custom_call_target="tpu_custom_call"' in instruction.rest:
             return True
         for name in instruction.called:
@@ -66,9 +70,7 @@ def permutes(program: str) -> list[Transfer]:
                 multiplying[name] = any(map(multiplies, computations.get(name, ())))
         return any(multiplying[name] for name in instruction.called)
 
-    entry = next(line for line in program.splitlines() if line.startswith("ENTRY"))
-    entry = _COMPUTATION.match(entry)[1]
-    found = []
+    entry, found = entry_of(program), []
     for name, instructions in computations.items():
         for i, one in enumerate(instructions):
             if one.operation not in ("collective-permute", "collective-permute-start"):
@@ -86,27 +88,36 @@ def permutes(program: str) -> list[Transfer]:
             source = re.search(r'op_name="([^"]*)"', one.rest)
             is_hidden = any(map(multiplies, between))
             found.append(
-                Transfer(source[1] if source else "", _bytes(done.type), is_asynchronous, is_hidden, name != entry)
+                Transfer(
+                    source[1] if source else "", sizes_in_bytes(done.type)[0], is_asynchronous, is_hidden, name != entry
+                )
             )
     return found
 
 
-def _computations(program: str) -> dict[str, list[_Instruction]]:
+def computations_of(program: str) -> dict[str, list[Instruction]]:
+    """Returns the computations of a program by name, each with its instructions in their order."""
     computations, current = {}, []
     for line in program.splitlines():
         if start := _COMPUTATION.match(line):
             current = computations[start[1]] = []
         elif instruction := _INSTRUCTION.match(line):
-            current.append(_Instruction(*instruction.groups()))
+            current.append(Instruction(*instruction.groups()))
     return computations
 
 
-def _bytes(type: str) -> int:
-    """Returns the size of the (first) array of a type such as u16[2,1024]{1,0:T(8,128)}."""
-    kind, sizes = re.search(r"([a-z]+\d+)\[([\d,]*)\]", type).groups()
-    names = {"s": "int", "u": "uint", "f": "float", "bf": "bfloat", "pred": "bool"}
-    letters, bits = re.match(r"([a-z]+)(\d+)", kind).groups()
-    size = jnp.dtype(names[letters] + bits).itemsize
-    for n in filter(None, sizes.split(",")):
-        size *= int(n)
-    return size
+def entry_of(program: str) -> str:
+    """Returns the name of the computation that a program begins with."""
+    return _COMPUTATION.match(next(line for line in program.splitlines() if line.startswith("ENTRY")))[1]
+
+
+def sizes_in_bytes(type: str) -> list[int]:
+    """Returns the sizes of the arrays of a type such as u16[2,1024]{1,0:T(8,128)}, or of a tuple of such."""
+    found = _ARRAY.findall(type)
+    return [_item_bytes(kind) * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in found]
+
+
+def _item_bytes(kind: str) -> int:
+    names = {"s": "int", "u": "uint", "f": "float", "bf": "bfloat"}
+    letters, bits = re.match(r"([a-z]+)(\d*)", kind).groups()
+    return 1 if kind == "pred" else jnp.dtype(names[letters] + bits).itemsize

@@ -89,11 +89,11 @@ def run(attend, arrays, gradients):
     return results, pull(gradients)[0]
 
 
-def kept_by(key, mesh=None, scheme="dense") -> np.ndarray:
+def kept_by(key, mesh=None, scheme="dense", rows: int = ROWS) -> np.ndarray:
     """[B, N, T, S]: which weights dropout leaves, seen in values that are the unit vectors."""
-    q, k = jnp.zeros((ROWS, LENGTH, HEADS, SIZE)), jnp.zeros((ROWS, LENGTH, KV_HEADS, SIZE))
-    units = jnp.broadcast_to(jnp.eye(LENGTH)[None, :, None], (ROWS, LENGTH, KV_HEADS, LENGTH))
-    config, mask = AttentionConfig(scheme, **BLOCKS), Mask.full(positions())
+    q, k = jnp.zeros((rows, LENGTH, HEADS, SIZE)), jnp.zeros((rows, LENGTH, KV_HEADS, SIZE))
+    units = jnp.broadcast_to(jnp.eye(LENGTH)[None, :, None], (rows, LENGTH, KV_HEADS, LENGTH))
+    config, mask = AttentionConfig(scheme, **BLOCKS), Mask.full(positions(rows))
     out = attention(q, k, units, mask, config=config, mesh=mesh, dropout=(RATE, key))
     return np.asarray(jnp.swapaxes(out, 1, 2) > 0)
 

@@ -1,0 +1,206 @@
+"""What each scheme sends, counted in the compiled program, beside its formula: nothing runs, for thousands of devices.
+
+A device holds t = B * T / P tokens of b bytes a number, D = N * H and E = K * H numbers of a query and of a key. With a
+ring of r and ulysses of u devices, P = r * u, it sends in a layer:
+
+    ring                (r - 1) t (2 E b + 8)                     backward: as much, and r t 8 E of gradients in float32
+    all_gather          (P - 1) t (2 E b + 8)                     backward: as much, and (P - 1) t 8 E of gradients
+    ulysses             (1 - 1 / u) t (2 D + 2 E) b, (u - 1) 8 t  backward: the first of the two
+    hybrid              of ulysses and, in tokens of u devices and heads of one, of the ring
+    Megatron's          4 (P - 1) t D b                           backward: as much
+
+8 bytes a token are its position and segment. With as many heads of keys as of queries, and without 1 / P beside 1, that
+is 4 N h / P of Ulysses (2309.14509, section 3.2, its N tokens and width h), 4 N h of Megatron's sequence parallelism
+(2205.05198: two gathers and two scatters of all activations a layer), and 2 N h of a ring and of all_gather. What a
+device sends is what its link into a network of switches carries. Where there are fewer heads of keys than devices
+Ulysses copies them: E is then of as many heads as devices. Megatron gathers its inputs again in the backward, for
+memory: 2 N h more, which are not in the program here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlring.attention import AttentionConfig, Mask, MeshAxes, attention, sharded_attention
+from rlring.attention.checks import check_scheme
+from rlring.bench.candidates import ONE_DEVICE, Settings, axes_of, say
+from rlring.errors import UsageError
+from rlring.mesh import SEQUENCE_AXES, make_mesh
+from rlring.plan.hlo_traffic import Collective, collectives
+from rlring.plan.links import GRADIENT_BYTES
+
+MEGATRON = "Megatron's sequence parallelism"
+MARKS = 8  # bytes of a token's position and segment
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a device sends in a layer, in bytes; of a scheme that does not fit the heads only why not."""
+
+    scheme: str
+    length: int
+    devices: int
+    ring: int
+    ulysses: int
+    refused: str | None = None
+    forward: float = 0.0
+    forward_formula: float = 0.0
+    backward: float = 0.0
+    backward_formula: float = 0.0
+    forward_collectives: tuple[Collective, ...] = ()
+    all_collectives: tuple[Collective, ...] = ()  # of forward and backward
+
+
+class Shape(NamedTuple):
+    """Of what a device holds."""
+
+    tokens: float
+    width: int  # D
+    kv_width: int  # E, heads that are copied included
+    item: int  # bytes of a number
+
+
+class Program(NamedTuple):
+    function: Callable
+    arguments: tuple  # the first `differentiable` of them have gradients
+    differentiable: int
+
+
+def count_traffic(settings: Settings) -> Iterator[Traffic]:
+    """Yields the traffic of each scheme, length by length, and of Megatron's sequence parallelism.
+
+    Raises:
+        UsageError: the scheme "auto", or too few devices.
+    """
+    if "auto" in settings.schemes:
+        raise UsageError("--traffic counts what one scheme sends; got 'auto', which is any. Name the scheme.")
+    schemes = [scheme for scheme in settings.schemes if scheme not in ONE_DEVICE]
+    for length in settings.lengths:
+        for devices in settings.devices:
+            for scheme in (*schemes, *[MEGATRON] * bool(schemes)):
+                say(f"{length} tokens: compiling {scheme} for {devices} device{'s' * (devices > 1)}")
+                yield _counted(scheme, length, devices, settings)
+
+
+def formulas(scheme: str, here: Shape, ring: int, ulysses: int) -> tuple[float, float]:
+    """Returns the bytes that a device sends in the forward and in the backward of a layer."""
+    t, D, E, b = here
+    r, u = ring, ulysses
+    if scheme == MEGATRON:
+        return (4 * (u - 1) * t * D * b,) * 2
+    if scheme == "all_gather":
+        gathered = (r * u - 1) * t * (2 * E * b + MARKS)
+        return gathered, gathered + (r * u - 1) * t * 2 * E * GRADIENT_BYTES
+    across = (1 - 1 / u) * t * (2 * D + 2 * E) * b
+    around = (r - 1) * t * (2 * E * b + MARKS * u)
+    gradients = r * t * 2 * E * GRADIENT_BYTES if r > 1 else 0.0
+    return across + (u - 1) * t * MARKS + around, across + around + gradients
+
+
+def _counted(scheme: str, length: int, devices: int, settings: Settings) -> Traffic:
+    ring, ulysses = (1, devices) if scheme == MEGATRON else axes_of(scheme, devices, settings)
+    of = Traffic(scheme, length, devices, ring, ulysses)
+    if misfit := _misfit(of, settings):
+        return replace(of, refused=misfit)
+    copies = max(1, ulysses // settings.kv_heads) if scheme in ("ulysses", "hybrid") else 1
+    width, kv_width = (heads * settings.head_size for heads in (settings.heads, copies * settings.kv_heads))
+    here = Shape(settings.batch * length / devices, width, kv_width, jnp.dtype(settings.type).itemsize)
+    make = _megatron if scheme == MEGATRON else _attention
+    forward, everything = (tuple(collectives(text)) for text in _compiled(make(of, settings)))
+    in_forward, in_all = (sum(one.total for one in some) for some in (forward, everything))
+    expected = formulas(scheme, here, ring, ulysses)
+    return replace(
+        of,
+        forward=in_forward,
+        forward_formula=expected[0],
+        backward=in_all - in_forward,
+        backward_formula=expected[1],
+        forward_collectives=forward,
+        all_collectives=everything,
+    )
+
+
+def _misfit(of: Traffic, settings: Settings) -> str | None:
+    """Returns why these heads and tokens cannot be split so."""
+    if of.length % of.devices:
+        return f"{of.length} tokens do not divide by {of.devices} devices."
+    if of.scheme == MEGATRON:
+        return f"{settings.heads} heads do not divide by {of.devices} devices." if settings.heads % of.devices else None
+    try:
+        check_scheme(of.scheme, settings.heads, settings.kv_heads, of.ring, of.ulysses)
+    except UsageError as misfit:
+        return str(misfit)
+    return None
+
+
+def _compiled(program: Program) -> Iterator[str]:
+    """Yields the compiled forward, and forward and backward."""
+
+    def both(d_out, *arguments):
+        some, others = arguments[: program.differentiable], arguments[program.differentiable :]
+        out, pull = jax.vjp(lambda *some: program.function(*some, *others), *some)
+        return out, pull(d_out)
+
+    d_out = program.arguments[0]  # of the same shape
+    yield jax.jit(program.function).lower(*program.arguments).compile().as_text()
+    yield jax.jit(both).lower(d_out, *program.arguments).compile().as_text()
+
+
+def _attention(of: Traffic, settings: Settings) -> Program:
+    mesh = make_mesh(ring=of.ring, ulysses=of.ulysses)
+    config = AttentionConfig(of.scheme, *settings.blocks or ())
+    split = NamedSharding(mesh, P("data", SEQUENCE_AXES))
+
+    def array(*shape: int, dtype=settings.type):
+        return jax.ShapeDtypeStruct((settings.batch, of.length, *shape), dtype, sharding=split)
+
+    def forward(q, k, v, position, segment):
+        return attention(q, k, v, Mask.causal(position, segment), config=config, mesh=mesh)
+
+    q, k = (array(heads, settings.head_size) for heads in (settings.heads, settings.kv_heads))
+    marks = array(dtype="int32")
+    return Program(forward, (q, k, k, marks, marks), 3)
+
+
+def _megatron(of: Traffic, settings: Settings) -> Program:
+    """A layer whose heads and inner width are split, and whose tokens are in between (2205.05198, figure 5); as many
+    heads of keys as of queries, which are not sent."""
+    mesh = make_mesh(ulysses=of.devices)
+    D, H = settings.heads * settings.head_size, settings.head_size
+    config, axes = AttentionConfig("blockwise", *settings.blocks or ()), MeshAxes(ring=None, ulysses=None)
+
+    def gathered(x):
+        return lax.all_gather(x, "ulysses", axis=1, tiled=True)
+
+    def scattered(x):
+        return lax.psum_scatter(x, "ulysses", scatter_dimension=1, tiled=True)
+
+    def layer(x, query, key, value, out, up, down, position):
+        whole = gathered(x)
+        q, k, v = (jnp.einsum("btd,dnh->btnh", whole, w) for w in (query, key, value))
+        attended = sharded_attention(q, k, v, Mask.causal(position), config=config, axes=axes)
+        x = x + scattered(jnp.einsum("btnh,nhd->btd", attended, out))
+        return x + scattered(jax.nn.gelu(gathered(x) @ up) @ down)
+
+    arrays = [
+        ((settings.batch, of.length, D), P("data", "ulysses")),
+        *[((D, settings.heads, H), P(None, "ulysses"))] * 3,
+        ((settings.heads, H, D), P("ulysses")),
+        ((D, 4 * D), P(None, "ulysses")),
+        ((4 * D, D), P("ulysses")),
+        ((settings.batch, of.length), P("data")),
+    ]
+    types = [settings.type] * (len(arrays) - 1) + ["int32"]
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for (shape, spec), dtype in zip(arrays, types, strict=True)
+    ]
+    specs = tuple(spec for _, spec in arrays)
+    run = jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return Program(run, tuple(arguments), len(arguments) - 1)
