@@ -85,7 +85,7 @@ def count_traffic(settings: Settings) -> Iterator[Traffic]:
         for devices in settings.devices:
             for scheme in (*schemes, *[MEGATRON] * bool(schemes)):
                 say(f"{length} tokens: compiling {scheme} for {devices} device{'s' * (devices > 1)}")
-                yield _counted(scheme, length, devices, settings)
+                yield counted(scheme, length, devices, settings)
 
 
 def formulas(scheme: str, here: Shape, ring: int, ulysses: int) -> tuple[float, float]:
@@ -103,7 +103,8 @@ def formulas(scheme: str, here: Shape, ring: int, ulysses: int) -> tuple[float, 
     return across + (u - 1) * t * MARKS + around, across + around + gradients
 
 
-def _counted(scheme: str, length: int, devices: int, settings: Settings) -> Traffic:
+def counted(scheme: str, length: int, devices: int, settings: Settings) -> Traffic:
+    """Returns the traffic of one scheme on so many devices."""
     ring, ulysses = (1, devices) if scheme == MEGATRON else axes_of(scheme, devices, settings)
     of = Traffic(scheme, length, devices, ring, ulysses)
     if misfit := _misfit(of, settings):

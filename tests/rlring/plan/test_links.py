@@ -70,7 +70,7 @@ def test_the_ring_sends_what_the_model_says():
 
 
 def test_links_table(capsys):
-    assert bench.main(["--traffic", "--heads", "32", "--kv-heads", "8"]) == 0
+    assert bench.main(["--traffic", "--schemes", "blockwise", "--heads", "32", "--kv-heads", "8"]) == 0
     printed = capsys.readouterr().out
     assert printed == links_table(32, 8) + "\n"
     lines = [line for line in printed.splitlines() if line.startswith("|")]
