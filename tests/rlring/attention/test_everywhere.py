@@ -1,6 +1,7 @@
 """Every feature on meshes of any names, on global arrays and inside the caller's shard_map, in float32 and bfloat16.
 
-Against the definition in float64: float32 to 1e-5, bfloat16 to twice the error of dense attention in bfloat16.
+Against the definition in float64: float32 to 1e-5, bfloat16 to twice the error of dense attention in bfloat16; but its
+log-sum-exps are those of weights that are rounded to bfloat16, as they are multiplied: 2^-8 off at most.
 """
 
 from functools import partial
@@ -97,5 +98,7 @@ def test_every_feature_everywhere(feature, name, form):
         own = parts(*run(lambda x: dense(**x), x, (d_out, d_lse))) if dtype == jnp.bfloat16 else None
         for part, right in expected.items():
             error, largest = np.abs(got[part] - right).max(), np.abs(right).max()
-            allowed = 1e-5 * max(largest, 1e-3) if own is None else 2 * np.abs(own[part] - right).max() + 1e-6 * largest
+            allowed = 1e-5 * max(largest, 1e-3)
+            if own is not None:
+                allowed = 2**-8 if part == "lse" else 2 * np.abs(own[part] - right).max() + 1e-6 * largest
             assert error <= allowed, f"{part}, {jnp.dtype(dtype).name}"
