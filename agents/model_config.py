@@ -36,7 +36,9 @@ class ModelConfig(Section):
     fsdp: bool = TransformerConfig.fsdp
     """Weights and optimizer state live in parts, one on each device, those along a sequence included."""
     dense_every: Size | None = TransformerConfig.dense_every
-    """With attention.scheme "sparse": every so many layers one sees the whole context."""
+    """Every so many layers one sees the whole context; the others what attention.scheme "sparse" shows them, or
+    the last `local_window` tokens."""
+    local_window: Size | None = TransformerConfig.local_window
 
     def made(self, *, rope_fraction: float, attention: AttentionConfig | None = None) -> TransformerConfig:
         """Returns the library's; rope_fraction where none is set. UsageError for a shape that cannot be."""

@@ -26,7 +26,8 @@ from rlring.attention import (
 from rlring.cache import KVCache
 from rlring.errors import UsageError
 from rlring.mesh import SEQUENCE_AXES, join_cluster, make_mesh, processes, request_cpu_devices
-from rlring.transformer import Transformer, TransformerConfig
+from rlring.transformer import Transformer
+from rlring.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from rlring.attention import attention  # the package, which can be called as the function

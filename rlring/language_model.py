@@ -22,7 +22,8 @@ from rlring.attention.blocks import pad
 from rlring.errors import UsageError
 from rlring.mesh import AXES, SEQUENCE_AXES
 from rlring.sharding import TOKENS, gathered, state_sharding
-from rlring.transformer import Transformer, TransformerConfig
+from rlring.transformer import Transformer
+from rlring.transformer_config import TransformerConfig
 
 NO_TARGET = -1  # of a token whose successor does not count
 

@@ -1,8 +1,6 @@
 """The Transformer: pre-norm blocks scanned over depth, rotary positions, attention over a sharded sequence."""
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from rlring.attention import AttentionConfig, Mask, attention
+from rlring.attention import Mask, attention
 from rlring.attention.blocks import pad
 from rlring.attention.checks import check_batch
 from rlring.attention.mask import checked
@@ -19,84 +17,9 @@ from rlring.cache import KeyValue, KVCache
 from rlring.errors import UsageError
 from rlring.feed_forward import ACTIVATIONS, feed_forward, rms_norm
 from rlring.positions import LEARNT_AT, log_keys, rotate
-from rlring.remat import BLOCK_INPUT, Remat, checkpointed
+from rlring.remat import BLOCK_INPUT, checkpointed
 from rlring.sharding import gathered
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of a Transformer, and how it is computed."""
-
-    width: int = 128
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int | None = None
-    """Heads of keys and values; each serves heads / kv_heads query heads. None: as many as heads."""
-    head_size: int | None = None
-    """None: width / heads."""
-    feed_forward: int | None = None
-    """Inner width of the feed-forward layer. None: 4 * width."""
-    feed_forward_tile: int = 4096
-    """Tokens a device feeds forward at a time (blockwise feed-forward, Liu and Abbeel 2023)."""
-    rope_base: float = 10_000.0
-    rope_fraction: float = 1.0
-    """Share of each head that is rotated; the rest looks things up by what they are, however far back they stand."""
-    log_scaling: bool = False
-    """Queries are multiplied by s * log(keys that they may see), s learnt for each head: attention to one of many keys
-    stays as sharp on contexts longer than those of training (scalable softmax, 2501.19399, equation 3)."""
-    qk_norm: bool = False
-    """Queries and keys are scaled to unit root mean square, times gains that are learnt, before they are rotated
-    (2302.05442, section 2.1): how well a query fits its key then depends on their directions alone."""
-    compute_type: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations; weights are kept in float32."""
-    remat: Remat = "none"
-    """What the backward pass computes again: nothing; all but the attention (so the ring runs once); everything but a
-    block's input; as before, with the input in the memory of the host (offload)."""
-    fsdp: bool = False
-    """Weights live in parts, one on each device of the mesh (rlring.sharding), and are gathered block by block."""
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    dense_every: int | None = None
-    """With attention scheme "sparse": every so many layers one sees the whole context (2407.17678). None: no layer."""
-
-    def __post_init__(self) -> None:
-        if self.dense_every is not None:
-            if self.attention.scheme != "sparse":
-                raise UsageError(
-                    f"dense_every={self.dense_every} goes with attention scheme 'sparse'; got "
-                    f"'{self.attention.scheme}', where every layer is dense. Leave it out."
-                )
-            if self.dense_every < 2 or self.layers % self.dense_every:
-                raise UsageError(
-                    f"every dense_every-th of {self.layers} layers is dense; got dense_every={self.dense_every}. "
-                    f"Use a divisor of {self.layers} above 1, or None."
-                )
-        if self.head_size is None and self.width % self.heads:
-            raise UsageError(
-                f"width {self.width} does not divide by {self.heads} heads; change one of them or set head_size."
-            )
-        if self.heads % (self.kv_heads or self.heads):
-            raise UsageError(
-                f"{self.heads} heads do not divide by {self.kv_heads} kv_heads; choose kv_heads among the divisors."
-            )
-
-    def attentions(self, mesh: Mesh | None = None) -> tuple[AttentionConfig, ...]:
-        """Returns the attention of each layer of a group; the groups are alike."""
-        if self.dense_every is None:
-            return (self.attention,)
-        # On a mesh sparse attention splits the heads, and so does its dense counterpart.
-        scheme = "ulysses" if mesh is not None and mesh.shape["ulysses"] > 1 else "blockwise"
-        return (self.attention,) * (self.dense_every - 1) + (replace(self.attention, scheme=scheme, sparse=None),)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """D, N, K, H, F."""
-        return (
-            self.width,
-            self.heads,
-            self.kv_heads or self.heads,
-            self.head_size or self.width // self.heads,
-            self.feed_forward or 4 * self.width,
-        )
+from rlring.transformer_config import Layer, TransformerConfig
 
 
 class Block(nnx.Module):
@@ -125,8 +48,11 @@ class Block(nnx.Module):
         self.up = weight((D, F), D)
         self.down = weight((F, D), F, residual)
 
-    def project(self, x: Float[Array, "B T D"], mask: Mask) -> tuple[Array, Array, Array]:
-        """Returns the queries, keys and values of `x`, queries and keys rotated to their positions."""
+    def project(
+        self, x: Float[Array, "B T D"], mask: Mask, rope_fraction: float | None = None
+    ) -> tuple[Array, Array, Array]:
+        """Returns the queries, keys and values of `x`, queries and keys rotated to their positions; rope_fraction: None
+        is that of the config."""
         position = mask.q_position
         with jax.named_scope("project"):
             normal = rms_norm(x, self.attention_norm[...])
@@ -138,7 +64,9 @@ class Block(nnx.Module):
             if self.config.log_scaling:
                 scale = self.sharpness[...][:, None] * log_keys(position, mask.reach[0])
                 q_BTNH = (q_BTNH * scale).astype(x.dtype)
-            base, fraction = self.config.rope_base, self.config.rope_fraction
+            base, fraction = self.config.rope_base, rope_fraction
+            if fraction is None:
+                fraction = self.config.rope_fraction
             return rotate(q_BTNH, position, base, fraction), rotate(k_BTKH, position, base, fraction), v_BTKH
 
     def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"], mesh: Mesh | None) -> Array:
@@ -189,7 +117,7 @@ class Transformer(nnx.Module):
     def empty_cache(self, batch: int, *, capacity: int, mesh: Mesh | None = None) -> KVCache:
         """Returns a cache of `capacity` slots for `batch` rows that have seen nothing yet."""
         _, _, K, H, _ = self.config.sizes
-        patterns = [attention.sparse for attention in self.config.attentions()]
+        patterns = [layer.attention.sparse for layer in self.config.layer_group()]
         return KVCache.empty(
             batch,
             capacity=capacity,
@@ -223,20 +151,23 @@ class Transformer(nnx.Module):
         if x.size == 0:
             return x, cache
         graph, blocks = nnx.split(self.blocks)
+        group = self.config.layer_group(mesh)
         for layer in range(self.config.layers):  # no scan: XLA copies what a scan takes in turn, here the cache
             # The index, to which a sign's bit adds half of it, nothing, makes the layer's weights wait for x: else XLA
             # takes those of all layers out of the stack at once, a copy of the model. A barrier does not (jax 0.10).
             index = layer + (jnp.signbit(x[0, 0, 0]).astype(jnp.int32) >> 1)
             block = nnx.merge(graph, at(blocks, index))
-            q, k, v = block.project(x, now)
-            attended, key_value = cache.attend(layer, q, k, v, now, mesh=mesh)
+            how = group[layer % len(group)]
+            seen = how.mask(now)
+            q, k, v = block.project(x, seen, how.rope_fraction)
+            attended, key_value = cache.attend(layer, q, k, v, seen, mesh=mesh)
             x = block.finish(x, attended, mesh=None)
             held.append(key_value)
         return rms_norm(x, self.norm[...]), cache.with_tokens(held, now, mesh=mesh)
 
     def _scan(self, x: Array, mask: Mask, mesh: Mesh | None, *, keep: bool) -> tuple[Array, list[KeyValue]]:
         """Returns the features, and if asked the keys and values of each layer."""
-        config, attentions = self.config, self.config.attentions(mesh)
+        config, layers = self.config, self.config.layer_group(mesh)
         mask, length = checked(mask, x.shape[:2], x.shape[:2]), x.shape[1]
         if mesh is not None:
             check_batch(x.shape[0], mesh)
@@ -245,12 +176,13 @@ class Transformer(nnx.Module):
         graph, blocks = nnx.split(self.blocks)
         fsdp = config.fsdp and mesh is not None
 
-        def layer(x, params, attention_config: AttentionConfig):
+        def layer(x, params, how: Layer):
             x = checkpoint_name(x, BLOCK_INPUT)
             block = nnx.merge(graph, gathered(params, mesh, x.dtype) if fsdp else params)
-            q, k, v = block.project(x, mask)
+            seen = how.mask(mask)
+            q, k, v = block.project(x, seen, how.rope_fraction)
             with jax.named_scope("attention"):
-                attended = attention(q, k, v, mask, config=attention_config, mesh=mesh)
+                attended = attention(q, k, v, seen, config=how.attention, mesh=mesh)
             kept = (k[:, :length], v[:, :length]) if keep else None
             return constrain(block.finish(x, attended, mesh), mesh), kept
 
@@ -259,18 +191,18 @@ class Transformer(nnx.Module):
 
         def group(x, params):
             kept = []
-            for i, attention_config in enumerate(attentions):
-                x, key_value = layer(x, at(params, i), attention_config)
+            for i, how in enumerate(layers):
+                x, key_value = layer(x, at(params, i), how)
                 kept.append(key_value)
             return x, kept
 
-        groups = jax.tree.map(lambda p: p.reshape(-1, len(attentions), *p.shape[1:]), blocks)
+        groups = jax.tree.map(lambda p: p.reshape(-1, len(layers), *p.shape[1:]), blocks)
         x, kept = jax.lax.scan(group, constrain(x.astype(config.compute_type), mesh), groups)
         x = rms_norm(x[:, :length], self.norm[...])
         if not keep:
             return x, []
         # kept: for each place in a group the keys and values of all groups.
-        return x, [at(pair, n) for n in range(config.layers // len(attentions)) for pair in kept]
+        return x, [at(pair, n) for n in range(config.layers // len(layers)) for pair in kept]
 
 
 def at(stacked, index: Int[Array, ""] | int):

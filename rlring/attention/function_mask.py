@@ -24,8 +24,9 @@ class FunctionMask(Mask):
 
         function(q_position[T, 1], k_position[1, S], q_segment[T, 1], k_segment[1, S], *operands) -> bool[T, S]
 
-    It alone decides, also between segments; only segment -1 is nowhere whatever it says. It must not close over traced
-    arrays: operands are for these, each with what belongs to a sequence, [B, ...], of which the function gets its part.
+    It alone decides, also between segments, and a window if there is one (Mask.within); only segment -1 is nowhere
+    whatever it says. It must not close over traced arrays: operands are for these, each with what belongs to a
+    sequence, [B, ...], of which the function gets its part.
     A mask has no gradient. Each call of a kernel evaluates the function once for all pairs of its tokens, block by
     block: blocks that nobody sees are skipped, and fully visible ones need no mask. It is static for jax.jit: define it
     once, not at every call.
@@ -66,6 +67,7 @@ class FunctionMask(Mask):
             of_q, of_k = (x[:, None] for x in (q_position, q_segment)), (x[None] for x in (k_position, k_segment))
             (q_position, q_segment), (k_position, k_segment) = of_q, of_k
             seen = self.function(q_position, k_position, q_segment, k_segment, *operands)
+            seen &= self._in_window(q_position, k_position, q_position, k_position)
             return seen & (q_segment >= 0) & (k_segment >= 0)
 
         tokens = self.q_position, self.k_position, self.q_segment, self.k_segment

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32
 
 from rlring.attention.block_view import BlockView, Bounds, Seen, pick
-from rlring.attention.window import MOST, Window, checked_window, is_within
+from rlring.attention.window import MOST, Window, checked_window, is_within, narrowed
 from rlring.errors import UsageError
 
 PADDING = -1  # the segment of a token that is not there
@@ -79,6 +79,10 @@ class Mask:
         segment = jnp.zeros_like(position) if segment is None else segment
         tokens = {"q_position": position, "k_position": position, "q_segment": segment, "k_segment": segment}
         return replace(self, **tokens, q_place=None, k_place=None)
+
+    def within(self, back: int) -> "Mask":
+        """Returns the mask that sees no farther back than so many tokens, the query included."""
+        return replace(self, window=narrowed(self.window, back))
 
     def visible(self) -> Bool[Array, "B T S"]:
         """Returns the whole mask: quadratic, so only for blocks and tests."""

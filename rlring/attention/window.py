@@ -20,6 +20,14 @@ def is_within(later: Int32[Array, "..."], earlier: Int32[Array, "..."], reach: i
     return (earlier > later) | ((later - earlier).astype(jnp.uint32) < reach)
 
 
+def narrowed(window: Window | None, back: int) -> Window:
+    """Returns the window that reaches no farther back than so many tokens, the query included."""
+    if not isinstance(window, tuple):
+        return back if window is None else min(window, back)
+    left, right = window
+    return (back - 1 if left is None else min(left, back - 1), right)
+
+
 def checked_window(window) -> Window | None:
     """Returns the window in plain numbers; raises UsageError for what is none."""
     if window is None:

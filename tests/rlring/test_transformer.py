@@ -18,6 +18,7 @@ from rlring import (
     make_mesh,
     zigzag_order,
 )
+from rlring.attention import attention
 from rlring.feed_forward import rms_norm
 from rlring.transformer import Block
 
@@ -171,6 +172,35 @@ def test_queries_and_keys_of_one_length(rope_fraction):
             np.testing.assert_allclose(one, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("ring", "window"), [(1, 3), (4, None), slow(4, (5, 2)), slow(1, None)])
+def test_layers_with_a_window_of_their_own(ring, window):
+    """As the blocks one by one, each with its mask written out; and prefill and decode as one full pass."""
+    mesh = make_mesh(ring=ring) if ring > 1 else None
+    how = {"layers": 4, "dense_every": 2, "local_window": 5, "rope_fraction": 0.0, "log_scaling": True}
+    model = make("ring" if ring > 1 else "blockwise", **how)
+    x, position = tokens()
+    mask = Mask.causal(position, window=window)
+    local = mask.within(5)
+    assert local.window == (3 if window == 3 else (4, 2) if window == (5, 2) else 5)
+    graph, blocks = nnx.split(model.blocks)
+    want = x
+    for n in range(4):
+        block, seen = nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], blocks)), mask if n % 2 else local
+        q, k, v = block.project(want, seen, 0.0 if n % 2 else 1.0)
+        want = block.finish(want, attention(q, k, v, seen, config=AttentionConfig("dense")), None)
+    want = rms_norm(want, model.norm[...])
+    got = jax.jit(lambda x: model(x, mask, mesh=mesh))(x)
+    assert relative(got, want) < 1e-5
+
+    @jax.jit
+    def last_four(x, position):
+        _, cache = model.prefill(x[:, :60], mask.at(position[:, :60]), capacity=64, mesh=mesh)
+        now, segment = position[:, 60:], jnp.zeros_like(position[:, 60:])
+        return model.decode(x[:, 60:], now, segment, cache, window=window, mesh=mesh)[0]
+
+    assert relative(last_four(x, position), want[:, 60:]) < 1e-5
+
+
 @pytest.mark.parametrize("length", [slow(0), 13])
 def test_lengths_that_a_mesh_does_not_divide(length):
     """Features, gradients, and the cache that begins with such a prompt."""
@@ -218,5 +248,10 @@ def test_heads_that_do_not_divide_are_refused():
         attention = AttentionConfig("sparse", sparse=SparsePattern())
         with pytest.raises(UsageError, match=rf"every dense_every-th of 3 layers is dense; got dense_every={every}"):
             TransformerConfig(layers=3, attention=attention, dense_every=every)
-    with pytest.raises(UsageError, match=r"dense_every=3 goes with attention scheme 'sparse'; got 'ring'"):
+    with pytest.raises(UsageError, match=r"dense_every=3 goes with attention scheme 'sparse' or .* got 'ring' without"):
         TransformerConfig(layers=3, dense_every=3)
+    for wrong in ({"dense_every": None}, {"local_window": 0}, {"attention": attention}):
+        with pytest.raises(
+            UsageError, match=r"local_window, at least 1, goes with dense_every and without .* got local_w"
+        ):
+            TransformerConfig(**{"layers": 2, "dense_every": 2, "local_window": 4} | wrong)

@@ -55,6 +55,7 @@ MASKS = {  # of positions and segments; and the whole of each by itself
     "prefix": lambda p, s: FunctionMask.of(prefix, p, s, (jnp.asarray(LENGTHS),)),
     "document": lambda p, s: FunctionMask.of(document, p, s),
     "dilated": lambda p, s: FunctionMask.of(dilated, p, s),
+    "dilated, within 10": lambda p, s: FunctionMask.of(dilated, p, s).within(10),
     "blocks": lambda p, s: BlockMask.of(Mask.causal(p, s, window=40), TABLE, block_size=8),
     "blocks, full": lambda p, s: BlockMask.of(Mask.full(p, s), TABLE[1], block_size=8),
 }
@@ -71,6 +72,7 @@ def whole(kind: str) -> np.ndarray:
                 "prefix": k <= q or k < LENGTHS[b],
                 "document": k <= q and (same or k < 2),
                 "dilated": same and q % 3 == k % 3 and abs(q - k) < 30,
+                "dilated, within 10": same and q % 3 == k % 3 and -30 < q - k < 10,
                 "blocks": same and q - 40 < k <= q and table,
                 "blocks, full": same and table,
             }[kind]

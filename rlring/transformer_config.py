@@ -1,0 +1,113 @@
+"""The shape of a Transformer, and how each of its layers attends."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from jax.sharding import Mesh
+
+from rlring.attention import AttentionConfig, Mask
+from rlring.errors import UsageError
+from rlring.remat import Remat
+
+
+class Layer(NamedTuple):
+    """How a layer attends."""
+
+    attention: AttentionConfig
+    window: int | None
+    """Tokens that a query sees back at most, itself included."""
+    rope_fraction: float
+
+    def mask(self, mask: Mask) -> Mask:
+        """Returns what of a mask this layer sees."""
+        return mask if self.window is None else mask.within(self.window)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a Transformer, and how it is computed."""
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int | None = None
+    """Heads of keys and values; each serves heads / kv_heads query heads. None: as many as heads."""
+    head_size: int | None = None
+    """None: width / heads."""
+    feed_forward: int | None = None
+    """Inner width of the feed-forward layer. None: 4 * width."""
+    feed_forward_tile: int = 4096
+    """Tokens a device feeds forward at a time (blockwise feed-forward, Liu and Abbeel 2023)."""
+    rope_base: float = 10_000.0
+    rope_fraction: float = 1.0
+    """Share of each head that is rotated; the rest looks things up by what they are, however far back they stand."""
+    log_scaling: bool = False
+    """Queries are multiplied by s * log(keys that they may see), s learnt for each head: attention to one of many keys
+    stays as sharp on contexts longer than those of training (scalable softmax, 2501.19399, equation 3)."""
+    qk_norm: bool = False
+    """Queries and keys are scaled to unit root mean square, times gains that are learnt, before they are rotated
+    (2302.05442, section 2.1): how well a query fits its key then depends on their directions alone."""
+    compute_type: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations; weights are kept in float32."""
+    remat: Remat = "none"
+    """What the backward pass computes again: nothing; all but the attention (so the ring runs once); everything but a
+    block's input; as before, with the input in the memory of the host (offload)."""
+    fsdp: bool = False
+    """Weights live in parts, one on each device of the mesh (rlring.sharding), and are gathered block by block."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    dense_every: int | None = None
+    """Every so many layers one sees the whole context; of the others each sees what attention scheme "sparse" shows it
+    (2407.17678), or the last `local_window` tokens. None: all layers are alike."""
+    local_window: int | None = None
+    """With dense_every: tokens that a query of the other layers sees back, itself included. They rotate whole heads:
+    positions within a window are none that a longer context lacks (as in Llama 4, and 2501.18795)."""
+
+    def __post_init__(self) -> None:
+        is_sparse = self.attention.scheme == "sparse"
+        if self.local_window is not None and (self.dense_every is None or is_sparse or self.local_window < 1):
+            raise UsageError(
+                f"local_window, at least 1, goes with dense_every and without attention scheme 'sparse'; got "
+                f"local_window={self.local_window}, dense_every={self.dense_every}, scheme '{self.attention.scheme}'."
+            )
+        if self.dense_every is not None:
+            if not is_sparse and self.local_window is None:
+                raise UsageError(
+                    f"dense_every={self.dense_every} goes with attention scheme 'sparse' or with local_window; got "
+                    f"'{self.attention.scheme}' without it, where every layer is dense. Leave it out."
+                )
+            if self.dense_every < 2 or self.layers % self.dense_every:
+                raise UsageError(
+                    f"every dense_every-th of {self.layers} layers is dense; got dense_every={self.dense_every}. "
+                    f"Use a divisor of {self.layers} above 1, or None."
+                )
+        if self.head_size is None and self.width % self.heads:
+            raise UsageError(
+                f"width {self.width} does not divide by {self.heads} heads; change one of them or set head_size."
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise UsageError(
+                f"{self.heads} heads do not divide by {self.kv_heads} kv_heads; choose kv_heads among the divisors."
+            )
+
+    def layer_group(self, mesh: Mesh | None = None) -> tuple[Layer, ...]:
+        """Returns how each layer of a group attends; the groups are alike, and the last layer of each sees most."""
+        whole = Layer(self.attention, None, self.rope_fraction)
+        if self.dense_every is None:
+            return (whole,)
+        if self.local_window is not None:
+            return (Layer(self.attention, self.local_window, 1.0),) * (self.dense_every - 1) + (whole,)
+        # On a mesh sparse attention splits the heads, and so does its dense counterpart.
+        scheme = "ulysses" if mesh is not None and mesh.shape["ulysses"] > 1 else "blockwise"
+        dense = whole._replace(attention=replace(self.attention, scheme=scheme, sparse=None))
+        return (whole,) * (self.dense_every - 1) + (dense,)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """D, N, K, H, F."""
+        return (
+            self.width,
+            self.heads,
+            self.kv_heads or self.heads,
+            self.head_size or self.width // self.heads,
+            self.feed_forward or 4 * self.width,
+        )
