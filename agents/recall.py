@@ -1,12 +1,8 @@
 """Trains a language model to look things up: python -m agents.recall configs/recall.toml [section.key=value ...]
 
-Byte-level associative recall, the shape of line retrieval (the test of long contexts in LongChat, Li et al. 2023):
-every line says what a key stands for, and is followed by a question about any line so far.
-
-    A7 / ?A7 / Bk / ?A7 / C0 / ?Bk / ...        where / ends a line, and A, B, C are any of 128 bytes
-
-Only the answers are learnt and counted. Early questions have few lines to choose from: what is learnt on them serves
-the later ones. Running the command again continues an interrupted run.
+What a text is: agents.recall_texts. Only the answers are learnt and counted. Texts grow in the course of training, and
+longer ones than any that were learnt from may be tested. Running the command again continues an interrupted run; of a
+finished one it tests what evaluate.lines asks for.
 """
 
 import json
@@ -22,7 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from agents import damage
@@ -35,9 +31,11 @@ from agents.identity import check_config, check_total, differing_runs
 from agents.model_config import check_batch, check_network
 from agents.optimizer import schedule
 from agents.processes import alone
-from agents.section import Count, RunName, Section, Seed
+from agents.recall_texts import KEYS, TOKENS, VALUES, Texts, texts
+from agents.section import Count, Fraction, RunName, Section, Seed, Size
 from agents.training_loop import Logged, Loop, run_updates
 from data.atomic_file import write_text
+from data.growth import Growth
 from rlring import request_cpu_devices
 from rlring.cli import Parser
 from rlring.language_model import (
@@ -51,11 +49,14 @@ from rlring.language_model import (
 )
 
 RUNS = Path("runs")
-KEYS = np.arange(128, 256, dtype=np.uint8)
-VALUES = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
-LINE, QUESTION = len(b"A7\n"), len(b"?A7\n")
-ANSWER = LINE + len(b"?A")  # its place, from the start of its line
-TESTED = 64  # texts
+TESTED = 2048  # questions at least, of each length
+
+
+class RecallEvaluation(Section):
+    """What is tested when the training is over."""
+
+    lines: list[Size] = Field(default=[])
+    """Of the texts, each length by itself. Empty: the longest that were learnt from."""
 
 
 class RecallConfig(Section):
@@ -64,57 +65,61 @@ class RecallConfig(Section):
     name: RunName
     seed: Seed = 0
     lines: Count = 8
+    """Of the longest texts that are learnt from."""
+    grow: list[Size] = Field(default=[])
+    """Lines of earlier texts, more of them at a time: each for an equal share of the first `grow_until` of the
+    updates."""
+    grow_until: Fraction = 0.47
     model: ModelConfig = ModelConfig()
     attention: AttentionSection = AttentionSection()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
-
-    @property
-    def tokens(self) -> int:
-        """Of a text."""
-        return self.lines * (LINE + QUESTION)
+    evaluate: RecallEvaluation = RecallEvaluation()
 
     @model_validator(mode="after")
     def can_be_made_and_split(self) -> "RecallConfig":
-        if self.lines > len(KEYS):
-            raise ValueError(f"lines={self.lines}: there are {len(KEYS)} keys; use fewer lines")
-        if self.tokens % (self.mesh.ring * self.mesh.ulysses):
+        if self.grow != sorted(n for n in self.grow if self.lines % n == 0):
             raise ValueError(
-                f"lines={self.lines} are {self.tokens} bytes, which mesh.ring * mesh.ulysses="
-                f"{self.mesh.ring * self.mesh.ulysses} devices cannot share; use a multiple of them"
+                f"texts of {self.lines} lines grow through divisors of that, the smallest first; got {self.grow}"
             )
+        devices = self.mesh.ring * self.mesh.ulysses
+        every = {"lines": [self.lines], "grow": self.grow, "evaluate.lines": self.evaluate.lines}
+        for name, lines in ((name, n) for name, numbers in every.items() for n in numbers):
+            if lines > KEYS:
+                raise ValueError(f"{name}={lines}: there are {KEYS:,} keys; use fewer lines")
+            if lines * TOKENS % devices:
+                raise ValueError(
+                    f"{name}={lines} are {lines * TOKENS} bytes, which mesh.ring * mesh.ulysses={devices} devices "
+                    "cannot share; use a multiple of them"
+                )
         check_batch(self.train.batch, self.train.accumulate, self.mesh)
         check_network(self.model, self.attention, self.mesh)
         return self
 
+    @property
+    def growth(self) -> Growth:
+        return Growth(tuple(self.grow), round(self.grow_until * self.train.updates))
 
-class Texts(NamedTuple):
-    """Texts [B, T+1], and of each byte but the last the one that follows where that is an answer [B, T]."""
-
-    bytes: np.ndarray
-    answers: np.ndarray
-
-
-def texts(config: RecallConfig, update: int, rows: int) -> Texts:
-    """Returns the texts of an update, a pure function of (seed, update)."""
-    made = [_text(np.random.default_rng((config.seed, update, row)), config.lines) for row in range(rows)]
-    whole = np.pad(np.stack(made).astype(np.int32), ((0, 0), (0, 1)), constant_values=ord("\n"))
-    is_answer = np.arange(1, config.tokens + 1) % (LINE + QUESTION) == ANSWER
-    return Texts(whole, np.where(is_answer, whole[:, 1:], NO_TARGET))
+    def texts(self, update: int) -> Texts:
+        """Returns the texts of an update: as many bytes whatever their length."""
+        lines = self.growth.at(update, self.lines)
+        return texts(self.seed, update, self.train.batch * self.lines // lines, lines)
 
 
-def _text(random: np.random.Generator, lines: int) -> np.ndarray:
-    keys = random.permutation(KEYS)[:lines, None]
-    values = VALUES[random.integers(0, len(VALUES), (lines, 1))]
-    asked = random.integers(0, np.arange(lines) + 1)  # any line so far
+class Tested(NamedTuple):
+    """Answers to questions about texts that no update has seen."""
 
-    def letter(of: bytes) -> np.ndarray:
-        return np.full((lines, 1), ord(of), np.uint8)
+    lines: int
+    right: np.ndarray  # the share of each question, from the first to the last of a text
+    texts: int
 
-    line = [keys, values, letter(b"\n")]
-    question = [letter(b"?"), keys[asked], values[asked], letter(b"\n")]
-    return np.concatenate([*line, *question], 1).ravel()
+    def __str__(self) -> str:
+        late = self.right[self.lines // 2 :].mean()
+        return (
+            f"{self.lines:,} lines ({self.lines * TOKENS:,} bytes): {self.right.mean():.1%} of "
+            f"{self.texts * self.lines:,} questions answered right, {late:.1%} in the second half of the text"
+        )
 
 
 def training(config: RecallConfig) -> Training:
@@ -130,14 +135,14 @@ def training(config: RecallConfig) -> Training:
     return Training(LanguageModelConfig(256, shape), optimizer, mesh, accumulate=config.train.accumulate)
 
 
-def recall(config: RecallConfig, *, progress: bool = True) -> np.ndarray:
-    """Trains, or goes on training, and returns the share of new texts in which each question is answered right."""
+def recall(config: RecallConfig, *, progress: bool = True) -> list[Tested]:
+    """Trains, or goes on training, and returns how well questions about new texts are answered."""
     folder = RUNS / config.name
     with alone(folder):
         return _recall(folder, config, progress=progress)
 
 
-def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> np.ndarray:
+def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> list[Tested]:
     if (folder / "config.json").exists():
         check_command(folder, "agents.recall")
         changed = differing_runs(load(RecallConfig, folder / "config.json"), config)
@@ -175,7 +180,7 @@ def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> np.ndarray
             run = Loop(
                 folder,
                 config.train,
-                batches=((update, texts(config, update, config.train.batch)) for update in range(first, updates)),
+                batches=((update, config.texts(update)) for update in range(first, updates)),
                 update=update,
                 loss="loss",
                 log=partial(_log, file),
@@ -183,7 +188,7 @@ def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> np.ndarray
             )
             state, _ = run_updates(run, state, first, bar)
     (folder / DIVERGED).unlink(missing_ok=True)
-    return accuracy(config, whole, state.weights)
+    return accuracy(config, whole, state.weights, progress=progress)
 
 
 def _log(file: TextIO, logged: Logged, bar: tqdm) -> None:
@@ -222,8 +227,8 @@ def arranged(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:
     return tokens, targets
 
 
-def accuracy(config: RecallConfig, whole: Training, weights: nnx.State) -> np.ndarray:
-    """Returns, by question, in how many of TESTED texts that no update has seen its answer is the likeliest byte."""
+def accuracy(config: RecallConfig, whole: Training, weights: nnx.State, *, progress: bool = False) -> list[Tested]:
+    """Returns in how many new texts each question's answer is the likeliest byte, for each length to be tested."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(whole.config, rngs=nnx.Rngs(0))))
 
     @jax.jit
@@ -233,16 +238,21 @@ def accuracy(config: RecallConfig, whole: Training, weights: nnx.State) -> np.nd
         head = model.embedding[...].T if model.head is None else model.head[...]
         return jnp.argmax(x.astype(jnp.float32) @ head, axis=-1)
 
-    right = np.zeros(config.lines)
-    tests = -(-TESTED // config.train.batch)
-    for test in range(tests):
-        tokens, targets = arranged(texts(config, config.train.updates + test, config.train.batch), whole)
-        rows, places = np.nonzero(targets != NO_TARGET)
-        # Any order of the tokens: a question is known by its position in the text.
-        question = np.asarray(positions(*tokens.shape, mesh=whole.mesh))[rows, places] // (LINE + QUESTION)
-        found = np.asarray(likeliest(weights, tokens))
-        np.add.at(right, question, found[rows, places] == targets[rows, places])
-    return right / (tests * config.train.batch)
+    def test(lines: int) -> Tested:
+        # As many bytes at a time as an update has, if so many are wanted.
+        rows = max(1, min(config.train.batch * config.lines, TESTED) // lines)
+        rows += -rows % config.mesh.data
+        right, rounds = np.zeros(lines), -(-TESTED // (lines * rows))
+        for n in range(rounds):
+            tokens, targets = arranged(texts(config.seed, config.train.updates + n, rows, lines), whole)
+            row, place = np.nonzero(targets != NO_TARGET)
+            # Any order of the tokens: a question is known by its position in the text.
+            question = np.asarray(positions(*tokens.shape, mesh=whole.mesh))[row, place] // TOKENS
+            found = np.asarray(likeliest(weights, tokens))
+            np.add.at(right, question, found[row, place] == targets[row, place])
+        return Tested(lines, right / (rounds * rows), rounds * rows)
+
+    return [test(lines) for lines in tqdm(config.evaluate.lines or [config.lines], desc="test", disable=not progress)]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -253,13 +263,10 @@ def main(argv: Sequence[str]) -> int:
 
     def body() -> None:
         config = load(RecallConfig, arguments.config, arguments.overrides)
-        right = recall(config)
-        late = right[len(right) // 2 :]
-        print(
-            f"runs/{config.name}: {config.train.updates} updates; {right.mean():.1%} of the questions about new texts "
-            f"of {config.lines} lines ({config.tokens} bytes) answered right, {late.mean():.1%} in their second half; "
-            f"{1 / len(VALUES):.1%} by chance"
-        )
+        found = recall(config)
+        print(f"runs/{config.name}: {config.train.updates} updates; by chance {1 / len(VALUES):.1%}")
+        for tested in found:
+            print(f"  {tested}")
 
     return run(body)
 

@@ -49,7 +49,7 @@ ARGUMENTS = [
     ("agents.bench", ("acting", "--devices", "0"), "'0' is not a whole number of at least 1"),
     ("agents.bench", ("acting", "--json", "no/x"), "there is no folder no. Make it first"),
     ("agents.recall", ("nope",), NO_CONFIG),
-    ("agents.recall", ("recall.toml", "lines=129"), "there are 128 keys"),
+    ("agents.recall", ("recall.toml", "lines=16385"), "there are 16,384 keys"),
     ("agents.recall", ("recall.toml", "train.batch=0"), "Input should be greater than 0; got 0"),
     ("rlring.bench", ("--lengths", "0"), "'0' is not a whole number of at least 1"),
     ("rlring.bench", ("--heads", "3", "--kv-heads", "2"), "--heads is a multiple of --kv-heads"),

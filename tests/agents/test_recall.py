@@ -11,7 +11,8 @@ import pytest
 from agents import recall
 from agents.config import load
 from agents.processes import alone
-from agents.recall import RecallConfig, main, texts
+from agents.recall import RecallConfig, main
+from agents.recall_texts import TOKENS, texts
 from rlring.language_model import NO_TARGET
 
 CONFIG = Path(__file__).parents[2] / "configs" / "recall.toml"
@@ -59,25 +60,43 @@ def losses(folder) -> list[float]:
 
 
 def test_every_question_is_answered_by_an_earlier_line(path):
-    config = load(RecallConfig, path, [])
-    made = texts(config, 3, 5)
-    assert made.bytes.shape == (5, config.tokens + 1)
+    made = texts(0, 3, 5, 8)
+    assert made.bytes.shape == (5, 8 * TOKENS + 1)
     for text, answers in zip(made.bytes, made.answers, strict=True):
-        lines = bytes(text.astype(np.uint8)).decode("latin-1").split("\n")[: 2 * config.lines]
+        lines = bytes(text.astype(np.uint8)).decode("latin-1").split("\n")[:16]
         said, asked = {}, []
         for line, question in zip(lines[0::2], lines[1::2], strict=True):
-            key, value = re.fullmatch(r"([\x80-\xff])([a-z0-9])", line).groups()
+            key, value = re.fullmatch(r"([\x80-\xff]{2})([a-z0-9])", line).groups()
             assert key not in said
             said[key] = value
-            key, answer = re.fullmatch(r"\?([\x80-\xff])([a-z0-9])", question).groups()
+            key, answer = re.fullmatch(r"\?([\x80-\xff]{2})([a-z0-9])", question).groups()
             assert said[key] == answer
             asked.append(answer)
-        assert len(said) == config.lines
+        assert len(said) == 8
         assert "".join(map(chr, answers[answers != NO_TARGET])) == "".join(asked)
         np.testing.assert_array_equal(answers[answers != NO_TARGET], text[1:][answers != NO_TARGET])
     assert len({answers.tobytes() for answers in made.answers}) == 5
-    np.testing.assert_array_equal(texts(config, 3, 5).bytes, made.bytes)
-    assert (texts(config, 4, 5).bytes != made.bytes).any()
+    np.testing.assert_array_equal(texts(0, 3, 5, 8).bytes, made.bytes)
+    assert (texts(0, 4, 5, 8).bytes != made.bytes).any()
+
+
+def test_texts_grow_at_equal_bytes_an_update(path):
+    config = load(RecallConfig, path, ["grow=[2,4]", "grow_until=0.5", "train.updates=8"])
+    assert [config.texts(update).bytes.shape for update in (0, 1, 2, 3, 4, 7)] == [
+        *[(16, 2 * TOKENS + 1)] * 2,
+        *[(8, 4 * TOKENS + 1)] * 2,
+        *[(4, 8 * TOKENS + 1)] * 2,
+    ]
+
+
+def test_longer_texts_are_tested_after_the_training_as_well(path, capsys):
+    assert main([str(path)]) == 0
+    assert main([str(path), "evaluate.lines=[4,8,300]"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"  300 lines \(2,700 bytes\): \d.*% of 300 questions answered right, .*% in the second half", out[-1]
+    )
+    assert re.match(r"  4 lines \(36 bytes\)", out[-3])
 
 
 @pytest.mark.slow
@@ -85,7 +104,7 @@ def test_the_mesh_changes_no_loss_and_a_run_goes_on(path, tmp_path, capsys):
     assert main([str(path)]) == 0
     whole = losses(tmp_path / "runs" / "tiny")
     assert len(whole) == 6
-    assert re.fullmatch(r"runs/tiny: 6 updates; .*% by chance\n", capsys.readouterr().out)
+    assert re.fullmatch(r"runs/tiny: 6 updates; by chance 2.8%\n  8 lines \(72 bytes\): .*\n", capsys.readouterr().out)
     assert main([str(path), "name=ring", "mesh.ring=4", "attention.block_q=8"]) == 0
     np.testing.assert_allclose(losses(tmp_path / "runs" / "ring"), whole, rtol=1e-5)
     # As if it had been killed after the checkpoint of update 4.
@@ -97,8 +116,10 @@ def test_the_mesh_changes_no_loss_and_a_run_goes_on(path, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lines=200", "lines=200: there are 128 keys"),
-        ("mesh.ring=3", "lines=8 are 56 bytes, which mesh.ring * mesh.ulysses=3 devices cannot share"),
+        ("lines=20000", "lines=20000: there are 16,384 keys"),
+        ("evaluate.lines=[20000]", "evaluate.lines=20000: there are 16,384 keys"),
+        ("grow=[3]", "texts of 8 lines grow through divisors of that"),
+        ("mesh.ring=5", "lines=8 are 72 bytes, which mesh.ring * mesh.ulysses=5 devices cannot share"),
         ("train.batch=3 mesh.data=2", "train.batch=3 does not divide over mesh.data=2"),
     ],
 )
@@ -170,9 +191,9 @@ def test_a_run_whose_files_changed_is_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_it_learns(path):
-    """Who takes any of the values so far is right in a third of the cases."""
-    config = load(RecallConfig, CONFIG, ["mesh.ring=1"])
-    assert recall.recall(config, progress=False).mean() > 0.9
+    """On texts eight times as long as any that it learnt from as well."""
+    config = load(RecallConfig, CONFIG, ["mesh.ring=1", "evaluate.lines=[224,1820]"])
+    assert all(tested.right.mean() > 0.99 for tested in recall.recall(config, progress=False))
 
 
 @pytest.mark.slow
