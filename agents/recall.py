@@ -114,12 +114,21 @@ class Tested(NamedTuple):
     right: np.ndarray  # the share of each question, from the first to the last of a text
     texts: int
 
+    def summary(self) -> dict[str, float]:
+        """Returns what is written down, and printed."""
+        return {
+            "lines": self.lines,
+            "bytes": self.lines * TOKENS,
+            "questions": self.texts * self.lines,
+            "right": float(self.right.mean()),
+            "right_in_second_half": float(self.right[self.lines // 2 :].mean()),
+        }
+
     def __str__(self) -> str:
-        late = self.right[self.lines // 2 :].mean()
         return (
-            f"{self.lines:,} lines ({self.lines * TOKENS:,} bytes): {self.right.mean():.1%} of "
-            f"{self.texts * self.lines:,} questions answered right, {late:.1%} in the second half of the text"
-        )
+            "{lines:,} lines ({bytes:,} bytes): {right:.1%} of {questions:,} questions answered right, "
+            "{right_in_second_half:.1%} in the second half of the text"
+        ).format(**self.summary())
 
 
 def training(config: RecallConfig) -> Training:
@@ -188,7 +197,9 @@ def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> list[Teste
             )
             state, _ = run_updates(run, state, first, bar)
     (folder / DIVERGED).unlink(missing_ok=True)
-    return accuracy(config, whole, state.weights, progress=progress)
+    tested = accuracy(config, whole, state.weights, progress=progress)
+    write_text(folder / "accuracy.json", json.dumps([one.summary() for one in tested], indent=1) + "\n")
+    return tested
 
 
 def _log(file: TextIO, logged: Logged, bar: tqdm) -> None:
@@ -200,7 +211,7 @@ def _log(file: TextIO, logged: Logged, bar: tqdm) -> None:
 def _save(
     folder: Path, config: RecallConfig, checkpoints: ocp.CheckpointManager, done: int, state: TrainState, loss: float
 ) -> None:
-    if not np.isfinite(float(optax.global_norm(state.weights))):
+    if not np.isfinite(float(optax.tree.norm(state.weights))):
         raise diverged(folder, "a weight", update=done, saved=checkpoints.latest_step() or 0)
     kept = {"config": config.model_dump(mode="json"), "checksums": damage.checksums(by_name(state))}
     checkpoints.save(done, args=ocp.args.StandardSave(state), custom_metadata=kept)

@@ -65,7 +65,7 @@ def make_update(
             metrics, gradients = accumulated(params, batch)
         changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         params = optax.apply_updates(params, changes)
-        norms = {"gradient/global_norm": optax.global_norm(gradients), "weights/global_norm": optax.global_norm(params)}
+        norms = {"gradient/global_norm": optax.tree.norm(gradients), "weights/global_norm": optax.tree.norm(params)}
         return TrainState(params, optimizer_state), metrics | norms
 
     if mesh is None or sharding is None:

@@ -30,6 +30,7 @@ def returns(folder):
     return {result.key: result.return_ for result in read_results(folder)}
 
 
+LOCAL = ["model.layers=2", "model.dense_every=2", "model.local_window=6"]
 SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2, stride=2}", "model.dense_every=2"]
 
 
@@ -43,6 +44,7 @@ SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2,
         (["model.log_scaling=true", "model.qk_norm=true"], "ring=2", "fused"),
         pytest.param(["model.rope_fraction=0.5"], "ring=2", "fused", marks=pytest.mark.slow),
         pytest.param(SPARSE, "ulysses=2", "rsar", marks=pytest.mark.slow),
+        pytest.param(LOCAL, "ring=2", "fused", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -97,6 +97,8 @@ def test_longer_texts_are_tested_after_the_training_as_well(path, capsys):
         r"  300 lines \(2,700 bytes\): \d.*% of 300 questions answered right, .*% in the second half", out[-1]
     )
     assert re.match(r"  4 lines \(36 bytes\)", out[-3])
+    written = json.loads(Path("runs/tiny/accuracy.json").read_text())
+    assert [(one["lines"], one["bytes"]) for one in written] == [(4, 36), (8, 72), (300, 2700)]
 
 
 @pytest.mark.slow

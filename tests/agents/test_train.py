@@ -55,6 +55,7 @@ def golden(tiny):
         ("fused", "model.log_scaling=true model.qk_norm=true", "4"),
         slow("fused", "model.log_scaling=true model.qk_norm=true", "28"),
         slow("fused", "", "248"),
+        slow("fused", "model.layers=2 model.dense_every=2 model.local_window=6 model.log_scaling=true", "248"),
         slow("rsar", "", "4"),
     ],
     ids=str,
