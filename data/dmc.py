@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import gymnasium
 import mujoco
 import numpy as np
+from dm_control.mujoco import engine
 from dm_control.rl import control
 from jaxtyping import Float, Float32, Float64
 
@@ -48,7 +49,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         self.render_mode = render_mode
         self._physics = environment.physics
         self._task = environment.task
-        self._substeps = round(environment.control_timestep() / self._physics.timestep())
+        self.substeps = round(environment.control_timestep() / self._physics.timestep())
         self.metadata = {**self.metadata, "render_fps": round(1 / environment.control_timestep())}
         self.episode_steps = episode_steps or _own_steps(environment)
         self._steps_left = 0
@@ -62,6 +63,11 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         self._task._random = np.random.RandomState()
         shape = self._observe().shape
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+    @property
+    def physics(self) -> engine.Physics:
+        """dm_control's simulation of the task, for those who know what they do: `step` expects it as it left it."""
+        return self._physics
 
     @property
     def has_goal(self) -> bool:
@@ -111,7 +117,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
                 "Call reset() to start one"
             )
         self._task.before_step(self.native_action(action), self._physics)
-        self._physics.step(self._substeps)
+        self._physics.step(self.substeps)
         self._task.after_step(self._physics)
         reward = float(self._task.get_reward(self._physics))
         observation = self._observe()
@@ -135,14 +141,16 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
             self._task.show_goal(self._physics)
         return self._physics.render(height=240, width=320, camera_id=0)
 
-    def native_action(self, action: Float[np.ndarray, " A"]) -> Float64[np.ndarray, " A"]:
-        """Returns the actuators' control for an action in [-1, 1], roundings beyond it clipped; DataError if none."""
+    def native_action(self, action: Float[np.ndarray, "*M A"]) -> Float64[np.ndarray, "*M A"]:
+        """Returns the actuators' control for actions in [-1, 1], roundings beyond it clipped; DataError if none."""
         action = np.asarray(action, np.float64)
-        if action.shape != self._action_low.shape:
+        if action.shape[-1:] != self._action_low.shape:
             raise DataError(f"{self.task_name}: an action has shape {self._action_low.shape}; got {action.shape}")
         # Written so that NaN fails too.
-        if not np.abs(action).max() <= 1.0 + ROUNDING:
-            raise DataError(f"{self.task_name}: actions lie in [-1, 1]; got {action.tolist()}. Clip it to the range")
+        outside = ~(np.abs(action) <= 1.0 + ROUNDING).all(axis=-1)
+        if outside.any():
+            first = action[outside][0]
+            raise DataError(f"{self.task_name}: actions lie in [-1, 1]; got {first.tolist()}. Clip it to the range")
         return self._action_low + self._action_scale * (np.clip(action, -1.0, 1.0) + 1.0)
 
     def physics_state(self) -> Float64[np.ndarray, " P"]:
@@ -171,7 +179,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
             raise DataError(f"{self.task_name}: a physics state has {size} numbers; got shape {states.shape[1:]}")
         controls = np.zeros((len(states), self._action_low.size))
         if actions is not None:
-            controls = np.array([self.native_action(action) for action in actions]).reshape(len(states), -1)
+            controls = self.native_action(actions)
         self._steps_left = 0
         physics.reset()
         # dm_control steps physics so that a reward sees positions, velocities and their sensors of the state it led to,

@@ -50,26 +50,31 @@ def relabel(
         raise DataError(f"control {control!r} is unknown; use 'actual' (as paid) or 'exorl' (as if the control were 0)")
     if why_refused(task):
         raise DataError(f"{task} cannot be relabelled: {why_refused(task)}")
-    if trajectory.physics is None:
-        raise DataError(
-            f"{trajectory.source}: no physics states, so its rewards cannot be computed for {task}. "
-            "ExoRL's files and those of data.collect hold them; URLB's do not"
-        )
     environment = _environment(task)
-    actions, size = trajectory.action, environment.action_space.shape[0]
-    state_size = environment.physics_state().size
-    if actions.shape[1] != size or trajectory.physics.shape[1] != state_size:
-        raise DataError(
-            f"{trajectory.source}: not an episode of {task}'s body, which has {size} actions and {state_size} numbers "
-            f"of physics state; got {actions.shape[1]} and {trajectory.physics.shape[1]}"
-        )
-    extras = _drawn(task, environment, trajectory, goal)
+    check_body(environment, trajectory)
+    extras = drawn_for(task, environment, trajectory, goal)
     hidden = goal_task(task)
     if hidden is not None:
         return hidden.reward(trajectory.physics[1:], extras["goal"])
     environment.set_extras(extras)
-    taken = clipped_actions(actions, trajectory.source) if control == "actual" else None
+    taken = clipped_actions(trajectory.action, trajectory.source) if control == "actual" else None
     return environment.rewards_at(trajectory.physics[1:], taken).astype(np.float32)
+
+
+def check_body(environment: Environment, trajectory: Trajectory) -> None:
+    """DataError when an episode has no physics states, or those of another body than the environment's."""
+    if trajectory.physics is None:
+        raise DataError(
+            f"{trajectory.source}: no physics states, and nothing can be computed for {environment.task_name} without. "
+            "ExoRL's files and those of data.collect hold them; URLB's do not"
+        )
+    actions, size = trajectory.action.shape[1], environment.action_space.shape[0]
+    states, state_size = trajectory.physics.shape[1], environment.physics_state().size
+    if (actions, states) != (size, state_size):
+        raise DataError(
+            f"{trajectory.source}: not an episode of {environment.task_name}'s body, which has {size} actions and "
+            f"{state_size} numbers of physics state; got {actions} and {states}"
+        )
 
 
 @lru_cache(maxsize=4)
@@ -77,10 +82,10 @@ def _environment(task: str) -> Environment:
     return make(task)
 
 
-def _drawn(
-    task: str, environment: Environment, trajectory: Trajectory, goal: Float[np.ndarray, " G"] | None
+def drawn_for(
+    task: str, environment: Environment, trajectory: Trajectory, goal: Float[np.ndarray, " G"] | None = None
 ) -> Mapping[str, np.ndarray]:
-    """Returns the values of this episode for what the task draws, by name."""
+    """Returns the values of this episode for what the task draws, by name; DataError when it did not keep them."""
     drawn = {}
     for key, present in environment.extras().items():
         if goal is not None:
