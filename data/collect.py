@@ -24,12 +24,13 @@ from data.cli import Parser, named_path, run
 from data.dmc import Environment, make
 from data.errors import DataError
 from data.exorl import episode_index, is_whole, write_episode
-from data.policies import POLICIES
+from data.open_loop import can_play, play
+from data.policies import POLICIES, Planned
 from data.tasks.catalogue import check_task
 from data.trajectory import Trajectory
 from data.worker_pool import check_workers, worker_pool
 
-_CHUNK = 50  # episodes handed to a worker at once, and steps of the progress bar
+_CHUNK = 50  # episodes handed to a worker at once
 _STREAM = 0xC011EC7  # keeps the episodes of a dataset apart from those of an evaluation with the same seed
 
 
@@ -66,16 +67,30 @@ def collect(
             written = (_write_chunk(environment, policy, seed, out, [index]) for index in missing)
         else:
             written = _spread(task, policy, seed, episode_steps, out, missing, workers)
-        done, hidden = episodes - len(missing), not progress
-        with closing(written), tqdm(total=episodes, initial=done, disable=hidden, unit="episode", desc=task) as bar:
+        steps, label = environment.episode_steps, f"{task}, {episodes:,} episodes"
+        total, done, hidden = episodes * steps, (episodes - len(missing)) * steps, not progress
+        bar = tqdm(total=total, initial=done, disable=hidden, unit="step", unit_scale=True, desc=label)
+        with closing(written), bar:
             for count in written:
-                bar.update(count)
+                bar.update(count * steps)
 
 
 def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Trajectory:
     """Returns episode `index` of a policy, physics states and the environment's extras included."""
     observation, info = environment.reset(seed=(_STREAM, seed, index, 1))
     act = POLICIES[policy](environment, np.random.default_rng((_STREAM, seed, index, 2)))
+    source = f"{environment.task_name}, policy {policy}, seed {seed}, episode {index}"
+    if isinstance(act, Planned) and can_play(environment.task_name):
+        played = play(environment, act.actions)
+        return Trajectory(
+            observation=np.concatenate([observation[None], played.observation]),
+            action=act.actions,
+            reward=played.reward,
+            discount=np.ones(len(act.actions), np.float32),
+            physics=np.concatenate([info["physics"][None], played.physics]),
+            extras=_extras(environment, len(act.actions) + 1),
+            source=source,
+        )
     observations, physics = [observation], [info["physics"]]
     actions, rewards, discounts = [], [], []
     is_over = False
@@ -93,9 +108,13 @@ def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Tr
         reward=np.array(rewards, np.float32),
         discount=np.array(discounts, np.float32),
         physics=np.stack(physics),
-        extras={key: np.tile(value, (len(observations), 1)) for key, value in environment.extras().items()},
-        source=f"{environment.task_name}, policy {policy}, seed {seed}, episode {index}",
+        extras=_extras(environment, len(observations)),
+        source=source,
     )
+
+
+def _extras(environment: Environment, rows: int) -> dict[str, np.ndarray]:
+    return {key: np.tile(value, (rows, 1)) for key, value in environment.extras().items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

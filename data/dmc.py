@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium
-import mujoco
 import numpy as np
 from dm_control.mujoco import engine
 from dm_control.rl import control
@@ -19,6 +18,7 @@ from jaxtyping import Float, Float32, Float64
 from data import episode_randomization
 from data.actions import ROUNDING
 from data.errors import DataError
+from data.states import outcomes_of, rewards_of
 from data.tasks.catalogue import load_task, task_names
 from data.tasks.custom import HiddenGoal, SignedPlace
 
@@ -173,7 +173,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         Without actions the control is 0, as ExoRL has it. Whatever the model draws anew for an episode is as it is now
         (`set_extras`). The present episode, if there is one, is over afterwards. DataError when the shapes do not fit.
         """
-        physics, rewards = self._physics, np.empty(len(states))
+        physics = self._physics
         size = physics.get_state().size
         if states.shape[1:] != (size,):
             raise DataError(f"{self.task_name}: a physics state has {size} numbers; got shape {states.shape[1:]}")
@@ -181,18 +181,15 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         if actions is not None:
             controls = self.native_action(actions)
         self._steps_left = 0
-        physics.reset()
-        # dm_control steps physics so that a reward sees positions, velocities and their sensors of the state it led to,
-        # and nothing that depends on forces. The first half of a MuJoCo step computes just these; contacts and
-        # constraints only enter forces, and without them it takes half the time.
-        with physics.model.disable("contact", "constraint"):
-            for row, (state, control) in enumerate(zip(states, controls, strict=True)):
-                physics.set_state(state)
-                physics.set_control(control)
-                mujoco.mj_step1(physics.model.ptr, physics.data.ptr)
-                rewards[row] = self._task.get_reward(physics)
-        physics.reset()
-        return rewards
+        return rewards_of(self.task_name, self._task, physics, np.asarray(states, np.float64), controls)
+
+    def outcomes_at(
+        self, states: Float64[np.ndarray, "M P"], actions: Float[np.ndarray, "M A"]
+    ) -> tuple[Float32[np.ndarray, "M O"], Float64[np.ndarray, " M"]]:
+        """Returns what M states show, and what is paid where the actions have led to them: `rewards_at` and more, of
+        the tasks in `data.states.SHOWN_AT_ONCE`."""
+        self._steps_left = 0
+        return outcomes_of(self.task_name, self._task, self._physics, states, self.native_action(actions))
 
     def extras(self) -> dict[str, Float64[np.ndarray, " E"]]:
         """Returns what was drawn for this episode and neither action nor physics state can tell, by name.

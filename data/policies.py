@@ -6,6 +6,7 @@ action, float32 in [-1, 1].
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -16,6 +17,18 @@ from data.tasks import goal_task, goal_task_names
 from data.tasks.dark import ReacherDark
 
 Act = Callable[[int, Float[np.ndarray, " P"]], Float32[np.ndarray, " A"]]
+
+
+class Planned(NamedTuple):
+    """Actions that are known before the episode, whatever happens in it; an `Act`."""
+
+    actions: Float32[np.ndarray, "M A"]
+
+    def __call__(self, step: int, physics: Float[np.ndarray, " P"]) -> Float32[np.ndarray, " A"]:
+        """Returns the action of a step."""
+        return self.actions[step]
+
+
 Controller = Callable[[Float[np.ndarray, " P"]], Float32[np.ndarray, " A"]]
 
 _LONGEST_REPEAT = 10
@@ -24,16 +37,14 @@ _WAYPOINT_NOISE = 0.2
 
 def uniform(environment: Environment, rng: np.random.Generator) -> Act:
     """Returns a policy whose every action is uniform over the box."""
-    actions = _uniform_actions(environment, rng)
-    return lambda step, physics: actions[step]
+    return Planned(_uniform_actions(environment, rng))
 
 
 def repeat(environment: Environment, rng: np.random.Generator) -> Act:
     """Returns a policy that holds a uniform action for 1 to 10 steps, then draws another: it gets about more."""
     steps = environment.episode_steps
     holds = rng.integers(1, _LONGEST_REPEAT + 1, steps)
-    actions = np.repeat(_uniform_actions(environment, rng), holds, axis=0)[:steps]
-    return lambda step, physics: actions[step]
+    return Planned(np.repeat(_uniform_actions(environment, rng), holds, axis=0)[:steps])
 
 
 def pink(environment: Environment, rng: np.random.Generator) -> Act:
@@ -48,8 +59,7 @@ def pink(environment: Environment, rng: np.random.Generator) -> Act:
     spectrum = weight * (rng.standard_normal((size, weight.size)) + 1j * rng.standard_normal((size, weight.size)))
     noise = np.fft.irfft(spectrum, n=2 * steps)[:, :steps]
     power = (weight[0] ** 2 + 4 * np.sum(weight[1:-1] ** 2) + weight[-1] ** 2) / (2 * steps) ** 2
-    actions = np.clip(noise / np.sqrt(power), -1.0, 1.0).T.astype(np.float32)
-    return lambda step, physics: actions[step]
+    return Planned(np.clip(noise / np.sqrt(power), -1.0, 1.0).T.astype(np.float32))
 
 
 def waypoints(environment: Environment, rng: np.random.Generator) -> Act:

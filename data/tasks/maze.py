@@ -38,7 +38,7 @@ class PointMassMaze(OtherReward, point_mass.PointMass):
 
 def reach(physics: point_mass.Physics, margin: float) -> float:
     """Returns 1 at the target, 0.1 at one margin from its edge; large actions cost up to a fifth of it."""
-    small = rewards.tolerance(physics.control(), margin=1, value_at_margin=0, sigmoid="quadratic").mean()
+    small = rewards.tolerance(physics.control(), margin=1, value_at_margin=0, sigmoid="quadratic").mean(axis=0)
     return rewards.tolerance(physics.mass_to_target_dist(), (0, SIZE), margin=margin) * (4 + small) / 5
 
 
