@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -11,6 +12,7 @@ from data import ChainBatch, TrajectoryStore
 
 Params = Any  # a pytree of arrays
 Memory = Any  # a value: what an agent carries from one step to the next
+Batch = Any  # what a sampler gives and a loss takes: a ChainBatch or a TransitionBatch, arrays [B, M, ...]
 Metrics = dict[str, Array]
 
 
@@ -55,7 +57,7 @@ class Sampler(Protocol):
 
     timesteps: int
 
-    def sample(self, step: int, rows: np.ndarray, places: np.ndarray) -> ChainBatch:
+    def sample(self, step: int, rows: np.ndarray, places: np.ndarray) -> Batch:
         """Returns of these rows the timesteps at these places; padding where there is no such place."""
         ...
 
@@ -65,7 +67,7 @@ class Sampler(Protocol):
 
 
 class Agent(Protocol):
-    """An algorithm: how it learns from chains, and how it acts. It holds no weights."""
+    """An algorithm: how it learns from chains or transitions, and how it acts. It holds no weights."""
 
     context: bool
     """Whether it can use trajectories other than the one it is in."""
@@ -83,8 +85,13 @@ class Agent(Protocol):
 
     def init(self, key: Array) -> Params: ...
 
-    def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
-        """Returns the loss of a global batch, or its share of that of the `whole` batch that it is a part of."""
+    def optimizer(self) -> optax.GradientTransformation:
+        """Returns what makes an update of a gradient: `agents.optimizer`."""
+        ...
+
+    def loss(self, params: Params, batch: Batch, whole: Batch | None = None) -> tuple[Array, Metrics]:
+        """Returns the loss of a global batch, or its share of that of the `whole` batch that it is a part of. Metrics
+        hold "loss/action", that of the policy."""
         ...
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> Memory:

@@ -15,10 +15,9 @@ import grain.python as grain
 import numpy as np
 from jax.sharding import Mesh
 
-from agents.agent import Agent, Sampler
+from agents.agent import Agent, Batch, Sampler
 from agents.cli import ConfigError
 from agents.config import Config
-from data import ChainBatch
 from rlring.sharding import BatchPart
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -32,13 +31,13 @@ class Batches:
     def __init__(self, sampler: Sampler, rows: np.ndarray, places: np.ndarray):
         self.sampler, self.rows, self.places = sampler, rows, places
 
-    def __call__(self, update: int) -> ChainBatch:
+    def __call__(self, update: int) -> Batch:
         return self.sampler.sample(int(update), self.rows, self.places)
 
 
 def batches(
     config: Config, agent: Agent, sampler: Sampler, first: int, mesh: Mesh | None
-) -> Generator[tuple[int, ChainBatch]]:
+) -> Generator[tuple[int, Batch]]:
     """Yields every update from `first` on with its batch on the devices, each process its part.
 
     The batches are the same for every `train.workers`. Close the generator to end the workers; they also end when this
@@ -61,7 +60,7 @@ def batches(
         made.close()
 
 
-def _by_processes(make: Batches, updates: range, workers: int, prefetch: int) -> Generator[ChainBatch]:
+def _by_processes(make: Batches, updates: range, workers: int, prefetch: int) -> Generator[Batch]:
     """Yields the batch of every update, in order, with up to `prefetch` more (and one a worker) under way.
 
     Processes of our own and not grain's: those live on when this one is killed, leave shared memory behind, and need
@@ -122,5 +121,5 @@ def _end_with_parent() -> None:
 _make_batch: Batches
 
 
-def _make(update: int) -> ChainBatch:
+def _make(update: int) -> Batch:
     return _make_batch(update)

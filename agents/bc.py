@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -11,6 +12,7 @@ from jaxtyping import Array
 from agents.agent import Metrics, Params, Sampler, Scales, Timesteps
 from agents.config import Config
 from agents.gaussian import GaussianHead, action_loss
+from agents.optimizer import make_optimizer
 from agents.samplers import chains
 from agents.standardizer import Standardizer
 from data import ChainBatch, TrajectoryStore
@@ -59,6 +61,9 @@ class BehaviourCloning:
 
     def init(self, key: Array) -> Params:
         return jax.jit(lambda key: nnx.split(self._network(key))[1])(key)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config)
 
     def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
         gaussian = nnx.merge(self.graph, params)(batch.observation)

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from agents.agent_config import VALUE_KINDS, AgentConfig
 from agents.config_file import dump as dump
 from agents.config_file import load as load
 from agents.config_file import merge as merge
@@ -60,23 +61,6 @@ class ChainConfig(Section):
     holds several chains side by side."""
     grow_until: Fraction = 0.47
     """Share of the updates in which chains grow."""
-
-
-class AgentConfig(Section):
-    kind: Literal["agentic_transformer", "decision_transformer", "recurrent", "bc"]
-    """recurrent: gated recurrent units read the chains of the agentic transformer; bc: behaviour cloning."""
-    tokens: Literal["rsar", "fused"] = "fused"
-    """rsar: return, state, action and reward are a token each (the papers'); fused: one token a step, four times the
-    context."""
-    window: Count | None = None
-    """Steps that a token sees, itself included. None: all."""
-    loss_on: Literal["last", "all", "all+last"] = "all+last"
-    """Trajectories whose actions are learnt. all+last: all, and the best one twice. Of a map, "last" are the
-    queries."""
-    loss_elsewhere: Fraction = 0.0
-    """With loss_on "last": how much the actions of the other trajectories count."""
-    top_fraction: Annotated[Fraction, Field(gt=0)] = 0.1
-    """bc: share of the time steps kept, from the trajectories of highest return."""
 
 
 class OptimizerConfig(Section):
@@ -169,7 +153,7 @@ class Config(Section):
     @model_validator(mode="after")
     def network_can_be_made_and_split(self) -> "Config":
         check_batch(self.train.batch, self.train.accumulate, self.mesh)
-        if self.agent.kind in ("bc", "recurrent"):
+        if self.agent.kind in ("bc", "recurrent", *VALUE_KINDS):
             return self
         check_network(self.model, self.attention, self.mesh)
         if self.attention.scheme == "sparse" and self.agent.window is not None:
@@ -180,19 +164,35 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def recurrent_reads_in_order(self) -> "Config":
-        if self.agent.kind != "recurrent":
+    def what_has_no_attention_splits_no_sequence(self) -> "Config":
+        whole = {"recurrent": "reads one token after the other", **dict.fromkeys(VALUE_KINDS, "reads transitions")}
+        if self.agent.kind not in whole:
             return self
         for name, mesh in (("mesh", self.mesh), ("evaluate.mesh", self.evaluate.mesh)):
             if mesh.ring * mesh.ulysses > 1:
                 raise ValueError(
-                    f"agent.kind 'recurrent' reads one token after the other, and no mesh splits that; got {name}.ring="
-                    f"{mesh.ring}, {name}.ulysses={mesh.ulysses}; use {name}.data alone"
+                    f"agent.kind '{self.agent.kind}' {whole[self.agent.kind]}, and no mesh splits that; got "
+                    f"{name}.ring={mesh.ring}, {name}.ulysses={mesh.ulysses}; use {name}.data alone"
                 )
         if self.agent.tokens != "fused" or self.agent.window is not None:
             raise ValueError(
-                f"agent.kind 'recurrent' takes fused tokens and has no window; got agent.tokens={self.agent.tokens!r}, "
-                f"agent.window={self.agent.window}; leave them out"
+                f"agent.kind '{self.agent.kind}' takes fused tokens and has no window; got agent.tokens="
+                f"{self.agent.tokens!r}, agent.window={self.agent.window}; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def values_are_of_rewards_that_are_there(self) -> "Config":
+        hidden = [task for task in self.data.tasks if goal_task(task)]
+        if self.agent.kind in VALUE_KINDS and hidden:
+            raise ValueError(
+                f"agent.kind '{self.agent.kind}' learns what observations are worth, and {', '.join(hidden)} hides the "
+                "goal that is paid for; use a task whose observation tells all"
+            )
+        if self.agent.kind in VALUE_KINDS and self.train.accumulate > 1:
+            raise ValueError(
+                f"agent.kind '{self.agent.kind}' takes its batch whole; got train.accumulate={self.train.accumulate}; "
+                "leave it out"
             )
         return self
 

@@ -41,6 +41,7 @@ from agents.statistics import summarize, write_summary
 from agents.worlds import evaluate_worlds
 from data import ChainBatch, DataError, TrajectoryStore
 from data.environment_batch import EnvironmentBatch
+from data.timesteps import StoredTimesteps
 from rlring import request_cpu_devices
 from rlring.cli import Parser
 
@@ -222,14 +223,13 @@ def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, 
     store = loaded.store(condition.task)
     if loaded.meta.action_size != store.action_size:
         raise DataError(f"{store.path} has {store.action_size} actions; the agent has {loaded.meta.action_size}.")
+    if not agent.context:  # and then no episodes need be held out
+        return StoredTimesteps(store).empty(config.evaluate.groups, np.arange(0))
     sampler = held_out(config, store, condition.met)
     told = goals
     if condition.context == "foreign" and goals is not None:
         told = foreign_goals(condition.task, config.evaluate.seed, goals)
-    trajectories = condition.trajectories if agent.context else 0
-    prompt = sampler.prompt(config.evaluate.seed, config.evaluate.groups, trajectories, told, target)
-    if not agent.context:
-        return prompt
+    prompt = sampler.prompt(config.evaluate.seed, config.evaluate.groups, condition.trajectories, told, target)
     return laid_out(agent, prompt)
 
 

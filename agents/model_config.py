@@ -12,7 +12,7 @@ from rlring.remat import Remat
 
 
 class ModelConfig(Section):
-    """Shape of the network (`rlring.TransformerConfig`; bc takes width and layers)."""
+    """Shape of the network (`rlring.TransformerConfig`; bc and agents that learn a value take width and layers)."""
 
     width: Size = TransformerConfig.width
     layers: Size = TransformerConfig.layers

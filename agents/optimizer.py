@@ -1,5 +1,8 @@
-"""The optimizer of a run: AdamW, clipped, warmed up, then a cosine or a constant rate."""
+"""The optimizer of a run: AdamW, clipped, warmed up, then a cosine or a constant rate; and target networks."""
 
+from collections.abc import Mapping
+
+import jax
 import optax
 
 from agents.config import Config, OptimizerConfig
@@ -21,8 +24,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     settings = config.optimizer
 
     def decayed(params):
-        import jax
-
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
     return optax.chain(
@@ -34,3 +35,21 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             mask=decayed,
         ),
     )
+
+
+def with_target(optimizers: Mapping[str, optax.GradientTransformation], rate: float) -> optax.GradientTransformation:
+    """Returns the optimizer of weights that are a dict: an optimizer a network, and the weights "target" go a share
+    `rate` of the way to those of "critic", as they are after the update. The target's own gradient is not used."""
+
+    def init(params):
+        return {name: one.init(params[name]) for name, one in optimizers.items()}
+
+    def update(gradients, state, params=None):
+        assert params is not None
+        both = {name: one.update(gradients[name], state[name], params[name]) for name, one in optimizers.items()}
+        changes = {name: change for name, (change, _) in both.items()}
+        critic = optax.apply_updates(params["critic"], changes["critic"])
+        changes["target"] = jax.tree.map(lambda own, other: rate * (other - own), params["target"], critic)
+        return changes, {name: after for name, (_, after) in both.items()}
+
+    return optax.GradientTransformation(init, update)

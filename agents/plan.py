@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from agents.agent_config import VALUE_KINDS
 from agents.cli import ConfigError, run
 from agents.config import Config, load
 from agents.datasets import open_stores
-from agents.optimizer import make_optimizer
 from agents.registry import make_agent
 from agents.train import describe
 from agents.update import make_update, new_state
@@ -39,8 +39,8 @@ def plan(config: Config, topology: str) -> Plan:
         ConfigError: an agent that is no Transformer, or another number of devices than the mesh of the config has.
         UsageError: a topology that there is not.
     """
-    if config.agent.kind == "bc":
-        raise ConfigError("agent.kind 'bc' has no context to plan for. Plan for a transformer.")
+    if config.agent.kind in ("bc", *VALUE_KINDS):
+        raise ConfigError(f"agent.kind '{config.agent.kind}' has no context to plan for. Plan for a transformer.")
     devices, sizes = topology_devices(topology), config.mesh
     if len(devices) != sizes.devices:
         raise ConfigError(
@@ -52,7 +52,7 @@ def plan(config: Config, topology: str) -> Plan:
         stores = open_stores(config.data)
     meta = describe(config, stores)
     agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
-    sampler, optimizer = agent.sampler(stores), make_optimizer(config)
+    sampler, optimizer = agent.sampler(stores), agent.optimizer()
 
     shapes = jax.eval_shape(partial(new_state, agent, optimizer), jax.random.key(0))
     sharding = state_sharding(shapes, mesh, fsdp=config.model.fsdp)

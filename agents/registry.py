@@ -6,14 +6,24 @@ from agents.agent import Agent, Scales
 from agents.agentic_transformer import AgenticTransformer
 from agents.bc import BehaviourCloning
 from agents.config import Config
+from agents.cql import CQL
+from agents.crr import CRR
 from agents.decision_transformer import DecisionTransformer
+from agents.iql import IQL
 from agents.recurrent import RecurrentAgent
+from agents.td3 import TD3
+from agents.td3_bc import TD3BC
 
 AGENTS = {
     "agentic_transformer": AgenticTransformer,
     "decision_transformer": DecisionTransformer,
     "recurrent": RecurrentAgent,
     "bc": BehaviourCloning,
+    "td3": TD3,
+    "td3_bc": TD3BC,
+    "crr": CRR,
+    "cql": CQL,
+    "iql": IQL,
 }
 
 

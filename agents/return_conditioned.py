@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -13,6 +14,7 @@ from jaxtyping import Array, Int
 from agents.agent import Params, Scales, Timesteps
 from agents.config import Config
 from agents.gaussian import Gaussian, GaussianHead
+from agents.optimizer import make_optimizer
 from agents.tokens import ROPE_FRACTION, TOKENS_PER_TIMESTEP, Tokenizer
 from data import ChainBatch
 from rlring import AttentionConfig, KVCache, Mask, Transformer, zigzag_order
@@ -82,6 +84,9 @@ class ReturnConditionedAgent:
 
     def init(self, key: Array) -> Params:
         return jax.jit(lambda key: nnx.split(self.network(key))[1])(key)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config)
 
     def order(self, timesteps: int) -> np.ndarray | None:
         """Returns which timestep stands at which place (-1: padding), so that the ring is balanced; None: as they are.

@@ -1,23 +1,23 @@
-"""Training batches: chains of one store, or of several tasks in turn."""
+"""Training batches: chains or transitions of one store, or of several tasks in turn."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from agents.agent import Sampler
+from agents.agent import Batch, Sampler
 from agents.config import Config
-from data import ChainBatch, ChainSampler, GoalSampling, Growth, TrajectoryStore, WorldSampler
+from data import ChainSampler, GoalSampling, Growth, TrajectoryStore, TransitionSampler, WorldSampler
 from data.tasks import goal_task
 
 
 class MixedSampler:
-    """Chains of several tasks: row `r` of step `s` is of task `(s + r) mod tasks`, whatever the split of the rows."""
+    """Rows of several tasks: row `r` of step `s` is of task `(s + r) mod tasks`, whatever the split of the rows."""
 
-    def __init__(self, samplers: Sequence[ChainSampler | WorldSampler]):
+    def __init__(self, samplers: Sequence[ChainSampler | WorldSampler | TransitionSampler]):
         self.samplers = list(samplers)
         self.timesteps = max(sampler.timesteps for sampler in samplers)
 
-    def sample(self, step: int, rows: Sequence[int] | np.ndarray, places: np.ndarray | None = None) -> ChainBatch:
+    def sample(self, step: int, rows: Sequence[int] | np.ndarray, places: np.ndarray | None = None) -> Batch:
         rows, places = np.asarray(rows), np.arange(self.timesteps) if places is None else places
         owner = (step + rows) % len(self.samplers)
         parts, order = [], []
@@ -27,10 +27,10 @@ class MixedSampler:
                 parts.append(sampler.sample(step, rows[picked], places))
                 order.append(picked)
         order = np.argsort(np.concatenate(order))
-        return ChainBatch(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
+        return type(parts[0])(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
 
     def typical_targets(self) -> dict[str, float]:
-        """Returns the typical return that the chains of each task ask for."""
+        """Returns the typical return that the trajectories of each task ask for."""
         return {task: target for sampler in self.samplers for task, target in sampler.typical_targets().items()}
 
 
@@ -49,4 +49,11 @@ def chains(
             samplers.append(WorldSampler(store, **common, **of_map))
         else:
             samplers.append(ChainSampler(store, **common, goals=goals, **chain))
+    return samplers[0] if len(samplers) == 1 else MixedSampler(samplers)
+
+
+def transitions(config: Config, stores: Sequence[TrajectoryStore]) -> Sampler:
+    """Returns the sampler of a config's training transitions."""
+    held_out = config.data.held_out
+    samplers = [TransitionSampler(store, seed=config.seed, split="train", held_out=held_out) for store in stores]
     return samplers[0] if len(samplers) == 1 else MixedSampler(samplers)

@@ -38,6 +38,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Chance = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 """A part that leaves something."""
+Between = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]
 Return = Annotated[float, Field(ge=-1e30, le=1e30)]
 """In float32 still a number, and its sums too."""

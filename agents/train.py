@@ -33,7 +33,7 @@ from agents.continuation import (
 from agents.datasets import open_stores
 from agents.identity import check_total, records
 from agents.metrics import check_wandb, claim, metrics_log
-from agents.optimizer import make_optimizer, schedule
+from agents.optimizer import schedule
 from agents.processes import alone, by_the_first, check_processes, stop_requests
 from agents.registry import make_agent
 from agents.training_loop import Logged, Loop, run_updates
@@ -84,7 +84,7 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
     if before is None:
         meta = meta._replace(targets=sampler.typical_targets())
     wandb_run = by_the_first(partial(claim, folder, config))
-    optimizer = make_optimizer(config)
+    optimizer = agent.optimizer()
     keeps = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
 
     with Checkpoints(folder, **keeps) as checkpoints, stop_requests(checkpoints) as stop:

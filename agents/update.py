@@ -8,9 +8,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from agents.agent import Agent
+from agents.agent import Agent, Batch
 from agents.config import Config
-from data import ChainBatch
 from rlring.language_model import TrainState
 from rlring.sharding import TOKENS, state_sharding
 
@@ -47,7 +46,7 @@ def make_update(
         x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
         return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *TOKENS)))
 
-    def accumulated(params, batch: ChainBatch):
+    def accumulated(params, batch: Batch):
         def add(total, part):
             (_, metrics), gradients = differentiate(params, part, batch)
             return jax.tree.map(jax.numpy.add, total, (metrics, gradients)), None
@@ -57,7 +56,7 @@ def make_update(
         zero = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
         return jax.lax.scan(add, zero, parts)[0]
 
-    def update(state: TrainState, batch: ChainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params, optimizer_state = state
         if accumulate == 1:
             (_, metrics), gradients = differentiate(params, batch)

@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.growth import Growth
 from data.store import TrajectoryStore
 from data.trajectory import Trajectory
+from data.transitions import TransitionBatch, TransitionSampler
 from data.worlds import WorldSampler
 
 __all__ = [
@@ -25,5 +26,7 @@ __all__ = [
     "Growth",
     "Trajectory",
     "TrajectoryStore",
+    "TransitionBatch",
+    "TransitionSampler",
     "WorldSampler",
 ]

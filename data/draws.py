@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # The second half of every random key: which use the numbers are for, so that no two uses ever share them.
-SAMPLE, PROMPT, TARGET, _SPLIT_BEFORE, CUT, VISITS, WORLD = range(7)
+SAMPLE, PROMPT, TARGET, _SPLIT_BEFORE, CUT, VISITS, WORLD, TRANSITION = range(8)
 GOLDEN = (5**0.5 - 1) / 2
 
 

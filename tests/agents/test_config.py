@@ -60,8 +60,8 @@ def test_a_config_written_back_is_equal(minimal, tmp_path):
         (['train.updates="3"'], r"'train.updates': Input should be a valid integer; got '3'"),
         (
             ["agent.kind=dt"],
-            r"'agent.kind': Input should be 'agentic_transformer', 'decision_transformer', 'recurrent' or 'bc'; "
-            "got 'dt'",
+            r"'agent.kind': Input should be 'agentic_transformer', 'decision_transformer', 'recurrent', 'bc', .* or "
+            "'iql'; got 'dt'",
         ),
         (
             ["attention.scheme=ring", "mesh.ulysses=2"],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from agents.agent_config import VALUE_KINDS
 from agents.config import Config, validate
 from agents.identity import (
     FREE,
@@ -55,7 +56,7 @@ def test_every_setting_counts_unless_it_is_listed_as_free():
     assert len(every) > 60
     run, result = run_settings(made()), result_settings(made(), {}, [])
     for name in every:
-        if name.startswith(("attention.sparse.", "data.collect.")):
+        if name.startswith(("attention.sparse.", "data.collect.", *(f"agent.{kind}." for kind in VALUE_KINDS))):
             continue  # sections that are off here
         assert (name in run) == (not is_free(name, FREE) and not name.startswith("evaluate.")), name
         assert (name in result) == (not is_free(name, FREE_OF_A_RESULT)), name

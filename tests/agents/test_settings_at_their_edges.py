@@ -70,6 +70,8 @@ def given(kind: type[Section], name: str, value: object) -> Section:
     if name.startswith("attention.sparse"):
         settings["attention"] = {"scheme": "sparse"}
     place, *path = settings, *name.split(".")
+    if path[0] == "agent" and len(path) == 3:  # of one kind alone
+        settings["agent"]["kind"] = path[1]
     for part in path[:-1]:
         place = place.setdefault(part, {})
     place[path[-1]] = value

@@ -1,0 +1,173 @@
+"""What the agents with a critic share: networks, what a loss draws at random, the update, and how they act.
+
+An update is one step of every network at once, each with the others held fixed and with an optimizer of its own
+(`agents.optimizer`); then the target network follows the critic, w' of the one and w of the other:
+
+    w' <- w' + rate (w - w')
+
+Networks and settings are ExoRL's (Yarats et al. 2022, arXiv 2201.13425), so that these agents differ in their losses
+alone. They learn from transitions (s, a, r, d, s'). d is 0 only where an episode really ended: the end of a time limit
+is no end, and what would have come after counts.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt32
+
+from agents.agent import Metrics, Params, Sampler, Scales, Timesteps
+from agents.config import Config
+from agents.model_config import ModelConfig
+from agents.optimizer import make_optimizer, with_target
+from agents.samplers import transitions
+from agents.standardizer import Standardizer
+from data import ChainBatch, TrajectoryStore, TransitionBatch
+
+NOW, NEXT, ANY = range(3)  # which action a draw is for: at s, at s', anywhere
+EDGE = 1.0 - 1e-6
+
+
+class Layers(nnx.Module):
+    """Linear, layer norm, tanh; then `layers` - 1 times linear, ReLU; then linear. Orthogonal weights."""
+
+    def __init__(self, inputs: int, outputs: int, model: ModelConfig, *, rngs: nnx.Rngs):
+        linear = partial(nnx.Linear, kernel_init=nnx.initializers.orthogonal(), rngs=rngs)
+        self.first = linear(inputs, model.width)
+        self.norm = nnx.LayerNorm(model.width, epsilon=1e-5, rngs=rngs)
+        self.hidden = nnx.List([linear(model.width, model.width) for _ in range(model.layers - 1)])
+        self.last = linear(model.width, outputs)
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B U"]:
+        x = jnp.tanh(self.norm(self.first(x)))
+        for layer in self.hidden:
+            x = jax.nn.relu(layer(x))
+        return self.last(x)
+
+
+class OfObservation(nnx.Module):
+    """Layers on observations."""
+
+    def __init__(self, scales: Scales, outputs: int, model: ModelConfig, *, rngs: nnx.Rngs):
+        self.standardized = Standardizer.of(scales)
+        self.layers = Layers(self.standardized.size, outputs, model, rngs=rngs)
+
+    def __call__(self, observation: Float[Array, "*B O"]) -> Float[Array, "*B U"]:
+        return self.layers(self.standardized(observation))
+
+
+class Critic(nnx.Module):
+    """Two estimates of the value of an action: the lesser is less often too high (Fujimoto et al. 2018)."""
+
+    def __init__(self, scales: Scales, action_size: int, model: ModelConfig, *, rngs: nnx.Rngs):
+        self.standardized = Standardizer.of(scales)
+        size = self.standardized.size + action_size
+        self.pair = nnx.List([Layers(size, 1, model, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, observation: Float[Array, "*B O"], action: Float[Array, "*B A"]) -> Float[Array, "2 *B"]:
+        x = jnp.concatenate([self.standardized(observation), action], axis=-1)
+        return jnp.stack([one(x)[..., 0] for one in self.pair])
+
+
+class ActorCritic:
+    """An agent whose policy learns from a critic. Its subclasses say with which networks and losses.
+
+    It has no memory, and sees the observation alone.
+    """
+
+    context = False
+    tokens_per_timestep = 1
+    longest_episode = None
+
+    def __init__(self, config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None):
+        self.config, self.scales, self.action_size = config, scales, action_size
+        self.settings: Any = config.agent.value
+        abstract = nnx.eval_shape(lambda key: self.networks(nnx.Rngs(key)), jax.random.key(0))
+        self.graphs = {name: nnx.split(network)[0] for name, network in abstract.items()}
+
+    def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """Returns the networks that learn, with new weights."""
+        raise NotImplementedError
+
+    def losses(
+        self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch
+    ) -> tuple[dict[str, Array], Metrics]:
+        """Returns the losses of a batch [B], that of the policy called "action", and other metrics.
+
+        learnt, fixed: the networks by name and `target`, the critic's; through those that are `fixed` no gradient goes.
+        """
+        raise NotImplementedError
+
+    def policy(self, actor: nnx.Module, observation: Float[Array, "B O"], key: Array | None) -> Float[Array, "B A"]:
+        """Returns what is done, in [-1, 1]: drawn from the policy with `key`, its mean without."""
+        raise NotImplementedError
+
+    def optimizer(self) -> optax.GradientTransformation:
+        optimizers = {name: make_optimizer(self.config) for name in self.graphs}
+        return with_target(optimizers, self.settings.target_rate)
+
+    def sampler(self, stores: list[TrajectoryStore]) -> Sampler:
+        return transitions(self.config, stores)
+
+    def order(self, timesteps: int) -> None:
+        return None
+
+    def init(self, key: Array) -> Params:
+        def made(key: Array) -> Params:
+            weights = {name: nnx.split(network)[1] for name, network in self.networks(nnx.Rngs(key)).items()}
+            return weights | {"target": weights["critic"]}
+
+        return jax.jit(made)(key)
+
+    def loss(self, params: Params, batch: TransitionBatch, whole: None = None) -> tuple[Array, Metrics]:
+        batch = TransitionBatch(*(x.reshape(-1, *x.shape[2:]) for x in batch))
+        losses, metrics = self.losses(self._merged(params), self._merged(jax.lax.stop_gradient(params)), batch)
+        return sum(losses.values()), {f"loss/{name}": loss for name, loss in losses.items()} | metrics
+
+    def start(self, params: Params, prompt: ChainBatch, steps: int) -> None:
+        return None
+
+    def act(self, params: Params, memory: None, now: Timesteps, key: Array | None) -> tuple[Array, None]:
+        return self.policy(nnx.merge(self.graphs["actor"], params["actor"]), now.observation, key), None
+
+    def _merged(self, params: Mapping[str, nnx.State]) -> SimpleNamespace:
+        graphs = self.graphs | {"target": self.graphs["critic"]}
+        return SimpleNamespace(**{name: nnx.merge(graph, params[name]) for name, graph in graphs.items()})
+
+
+def temporal_difference(value: Float[Array, "2 B"], target: Float[Array, " B"]) -> Float[Array, ""]:
+    """Returns the mean squared error of both estimates, added up."""
+    return jnp.square(value - target).sum(axis=0).mean()
+
+
+def repeated(observation: Float[Array, "B O"], samples: int) -> Float[Array, "B samples O"]:
+    """Returns each observation so many times."""
+    return jnp.broadcast_to(observation[:, None], (len(observation), samples, observation.shape[-1]))
+
+
+def normal(key: UInt32[Array, "B 2"], use: int, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+    """Returns standard normal numbers, those of a transition functions of its own bits alone, whatever the mesh."""
+    return _drawn(jax.random.normal, key, use, shape)
+
+
+def uniform(key: UInt32[Array, "B 2"], use: int, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+    """Returns numbers uniform in [-1, 1], likewise."""
+    return _drawn(partial(jax.random.uniform, minval=-1.0, maxval=1.0), key, use, shape)
+
+
+def _drawn(draw: Any, key: Array, use: int, shape: tuple[int, ...]) -> Array:
+    def one(bits: Array) -> Array:
+        return draw(jax.random.fold_in(jax.random.wrap_key_data(bits, impl="threefry2x32"), use), shape)
+
+    return jax.vmap(one)(key)
+
+
+def inside(action: Float[Array, "*B A"]) -> Float[Array, "*B A"]:
+    """Returns actions clipped into (-1, 1); their gradient goes through as if they were not, as in ExoRL."""
+    return action + jax.lax.stop_gradient(jnp.clip(action, -EDGE, EDGE) - action)

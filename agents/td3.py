@@ -1,0 +1,54 @@
+"""TD3 without exploration (Fujimoto et al. 2018, arXiv 1802.09477), as in ExoRL's table of offline algorithms.
+
+    y           = r + gamma d min_i Q'_i(s', pi(s') + e')                e, e' ~ clip(N(0, noise^2), -c, c)
+    L(critic)   = mean sum_i (Q_i(s, a) - y)^2                           i = 1, 2
+    L(policy)   = - mean min_i Q_i(s, pi(s) + e)
+
+Q' is the target network, c the setting noise_clip. As in ExoRL the policy learns in every update (the paper: every
+second one), from the lesser estimate (the paper: the first) of an action with noise. Nothing keeps it to the data: on
+data that tried everything that is no fault, on a few demonstrations it fails.
+"""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from agents.actor_critic import NEXT, NOW, ActorCritic, Critic, OfObservation, inside, normal, temporal_difference
+from agents.agent import Metrics
+from data import TransitionBatch
+
+
+class TD3(ActorCritic):
+    """A deterministic policy that goes where the lesser of two critics says most. Settings: `agent.td3`."""
+
+    def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        model = self.config.model
+        return {
+            "actor": OfObservation(self.scales, self.action_size, model, rngs=rngs),
+            "critic": Critic(self.scales, self.action_size, model, rngs=rngs),
+        }
+
+    def losses(
+        self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch
+    ) -> tuple[dict[str, Array], Metrics]:
+        next_action = self.noisy(jnp.tanh(fixed.actor(batch.next_observation)), batch, NEXT)
+        value = fixed.target(batch.next_observation, next_action).min(axis=0)
+        target = batch.reward + self.settings.discount * batch.discount * value
+        loss = temporal_difference(learnt.critic(batch.observation, batch.action), target)
+        return {"action": self.policy_loss(learnt, fixed, batch), "critic": loss}, {"value/target": target.mean()}
+
+    def policy_loss(self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch) -> Array:
+        """Returns the loss of the policy."""
+        mean = jnp.tanh(learnt.actor(batch.observation))
+        return -fixed.critic(batch.observation, self.noisy(mean, batch, NOW)).min(axis=0).mean()
+
+    def noisy(self, mean: Float[Array, "B A"], batch: TransitionBatch, use: int) -> Float[Array, "B A"]:
+        """Returns an action near `mean` for each transition."""
+        settings = self.settings
+        noise = settings.noise * normal(batch.key, use, (self.action_size,))
+        return inside(mean + jnp.clip(noise, -settings.noise_clip, settings.noise_clip))
+
+    def policy(self, actor: nnx.Module, observation: Array, key: Array | None) -> Array:
+        return jnp.tanh(actor(observation))  # the noise is for learning alone
