@@ -92,6 +92,9 @@ class AgentConfig(Section):
     """With loss_on "last": how much the actions of the other trajectories count."""
     top_fraction: Annotated[Fraction, Field(gt=0)] = 0.1
     """bc: share of the time steps kept, from the trajectories of highest return."""
+    mixture: Size | None = None
+    """Gaussians in the mixture from which an action is drawn, so that several ways to act stay apart. None: one
+    Gaussian. (Not of the kinds that learn a value.)"""
     td3: TD3Section | None = None
     """Each of these tables goes with the kind of its name, and there it is never None."""
     td3_bc: TD3BCSection | None = None
@@ -112,6 +115,10 @@ class AgentConfig(Section):
         for name in VALUE_KINDS:
             if name != self.kind and getattr(self, name) is not None:
                 raise ValueError(f"the table {name} goes with kind '{name}'; got kind '{self.kind}'; leave it out")
+        if self.kind in VALUE_KINDS and self.mixture is not None:
+            raise ValueError(
+                f"mixture={self.mixture} goes with agents that predict actions; got kind '{self.kind}'; leave it out"
+            )
         return self
 
     @property

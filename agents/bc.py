@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from agents.agent import Metrics, Params, Sampler, Scales, Timesteps
 from agents.config import Config
-from agents.gaussian import GaussianHead, action_loss
+from agents.gaussian import action_loss
+from agents.mixture import action_head
 from agents.optimizer import make_optimizer
 from agents.samplers import chains
 from agents.standardizer import Standardizer
@@ -19,13 +20,13 @@ from data import ChainBatch, TrajectoryStore
 
 
 class Perceptron(nnx.Module):
-    """Observation -> Gaussian over actions."""
+    """Observation -> distribution over actions."""
 
     def __init__(self, config: Config, scales: Scales, action_size: int, *, rngs: nnx.Rngs):
         self.standardized = Standardizer.of(scales)
         sizes = [self.standardized.size] + [config.model.width] * config.model.layers
         self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(sizes)])
-        self.head = GaussianHead(config.model.width, action_size, rngs=rngs)
+        self.head = action_head(config.model.width, action_size, config.agent.mixture, rngs=rngs)
 
     def __call__(self, observation: Array):
         x = self.standardized(observation)
@@ -66,9 +67,9 @@ class BehaviourCloning:
         return make_optimizer(self.config)
 
     def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
-        gaussian = nnx.merge(self.graph, params)(batch.observation)
+        policy = nnx.merge(self.graph, params)(batch.observation)
         own, all_ = ((x.segment >= 0).astype(jnp.float32) for x in (batch, whole or batch))
-        return action_loss(gaussian, batch.action, own, all_)
+        return action_loss(policy, batch.action, own, all_)
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> None:
         return None

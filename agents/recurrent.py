@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Float
 from agents.agent import Params, Scales, Timesteps
 from agents.agentic_transformer import AgenticTransformer
 from agents.config import Config
-from agents.gaussian import Gaussian, GaussianHead
+from agents.gaussian import Distribution
+from agents.mixture import action_head
 from agents.tokens import Tokenizer
 from data import ChainBatch
 
@@ -30,7 +31,7 @@ class RecurrentNetwork(nnx.Module):
         self.cells = nnx.List([nnx.GRUCell(width, self.state_size, rngs=rngs) for _ in layers])
         self.outputs = nnx.List([nnx.Linear(self.state_size, width, rngs=rngs) for _ in layers])
         self.norm = nnx.RMSNorm(width, rngs=rngs)
-        self.head = GaussianHead(width, action_size, rngs=rngs)
+        self.head = action_head(width, action_size, config.agent.mixture, rngs=rngs)
 
     def empty(self, batch: int) -> State:
         """Returns the state of rows that have seen nothing."""
@@ -38,7 +39,7 @@ class RecurrentNetwork(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_there: Bool[Array, "B T"], state: State
-    ) -> tuple[Gaussian, State]:
+    ) -> tuple[Distribution, State]:
         """Returns the action distribution at every token, and the state after them. A token that begins a chain finds
         an empty state; one that is not there leaves it as it is."""
         states = []
@@ -62,7 +63,7 @@ class RecurrentAgent(AgenticTransformer):
     def network(self, key: Array) -> RecurrentNetwork:
         return RecurrentNetwork(self.config, self.scales, self.action_size, self.longest_episode, rngs=nnx.Rngs(key))
 
-    def features(self, params: Params, batch: ChainBatch) -> Gaussian:
+    def features(self, params: Params, batch: ChainBatch) -> Distribution:
         return self._read(params, batch)[0]
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> State:
@@ -71,10 +72,10 @@ class RecurrentAgent(AgenticTransformer):
     def act(self, params: Params, memory: State, now: Timesteps, key: Array | None) -> tuple[Array, State]:
         network = nnx.merge(self.graph, params)
         x, _, segment = network.tokenizer(now.at(0))
-        gaussian, memory = network(x, segment < 0, segment == 0, memory)
-        return Gaussian(*(field[:, 0] for field in gaussian)).act(key), memory
+        policy, memory = network(x, segment < 0, segment == 0, memory)
+        return jax.tree.map(lambda field: field[:, 0], policy).act(key), memory
 
-    def _read(self, params: Params, batch: ChainBatch) -> tuple[Gaussian, State]:
+    def _read(self, params: Params, batch: ChainBatch) -> tuple[Distribution, State]:
         network = nnx.merge(self.graph, params)
         x, position, segment = network.tokenizer(Timesteps.of(batch))
         return network(x, position == 0, segment >= 0, network.empty(len(x)))

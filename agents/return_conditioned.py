@@ -1,5 +1,5 @@
-"""What the return-conditioned agents share: timesteps become tokens, a causal Transformer reads them, and a Gaussian
-head predicts each action. What they learn from, and their losses, are in files of their own."""
+"""What the return-conditioned agents share: timesteps become tokens, a causal Transformer reads them, and a head
+predicts a distribution over each action. What they learn from, and their losses, are in files of their own."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from jaxtyping import Array, Int
 
 from agents.agent import Params, Scales, Timesteps
 from agents.config import Config
-from agents.gaussian import Gaussian, GaussianHead
+from agents.gaussian import Distribution
+from agents.mixture import action_head
 from agents.optimizer import make_optimizer
 from agents.tokens import ROPE_FRACTION, TOKENS_PER_TIMESTEP, Tokenizer
 from data import ChainBatch
@@ -41,7 +42,7 @@ class Network(nnx.Module):
         rope_fraction = ROPE_FRACTION[config.agent.tokens]
         shape = model.made(rope_fraction=rope_fraction, attention=attention)
         self.transformer = Transformer(shape, rngs=rngs)
-        self.head = GaussianHead(model.width, action_size, rngs=rngs)
+        self.head = action_head(model.width, action_size, config.agent.mixture, rngs=rngs)
 
 
 class Memory(NamedTuple):
@@ -102,7 +103,7 @@ class ReturnConditionedAgent:
         order = zigzag_order(length, ring) if balances else np.arange(length)
         return np.where(order < timesteps, order, -1)
 
-    def features(self, params: Params, batch: ChainBatch) -> Gaussian:
+    def features(self, params: Params, batch: ChainBatch) -> Distribution:
         """Returns the action distribution at every timestep of a batch."""
         network = nnx.merge(self.graph, self._whole(params))
         x, position, segment = network.tokenizer(Timesteps.of(batch))
@@ -144,5 +145,5 @@ class ReturnConditionedAgent:
         y, cache = network.transformer.decode(
             x, position, segment, memory.cache, window=self.window, mesh=self.mesh if self.shards > 1 else None
         )
-        gaussian = network.head(network.tokenizer.acting(y)[:, 0])
-        return gaussian.act(key), Memory(cache, memory.position + 1)
+        policy = network.head(network.tokenizer.acting(y)[:, 0])
+        return policy.act(key), Memory(cache, memory.position + 1)

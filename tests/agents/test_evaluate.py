@@ -39,6 +39,7 @@ SPARSE = ["attention.scheme=sparse", "attention.sparse={block=8, local_blocks=2,
     [
         pytest.param([], "ring=1", "fused", marks=pytest.mark.slow),
         pytest.param([], "ring=2", "rsar", marks=pytest.mark.slow),
+        pytest.param(["agent.mixture=3"], "ring=2", "fused", marks=pytest.mark.slow),
         pytest.param(SPARSE, "ulysses=2", "fused", marks=pytest.mark.slow),
         pytest.param([], "ring=1", "rsar", marks=pytest.mark.slow),
         (["model.log_scaling=true", "model.qk_norm=true"], "ring=2", "fused"),

@@ -122,9 +122,17 @@ def test_memory_of_a_train_step_is_linear_in_length(tiny, ring, remat):
     assert growth.max() < 1.05, f"temporary bytes from 4K to 64K tokens: {sizes.tolist()}"
 
 
-@pytest.mark.parametrize("kind", ["decision_transformer", "bc"])
-def test_the_baselines_learn(tiny, kind):
-    config = tiny(f"agent.kind={kind}", "train.updates=60", "optimizer.learning_rate=1e-2")
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("decision_transformer", ""),
+        ("bc", ""),
+        slow("decision_transformer", "agent.mixture=3"),
+        ("bc", "agent.mixture=3"),
+    ],
+)
+def test_the_baselines_learn(tiny, kind, how):
+    config = tiny(f"agent.kind={kind}", "train.updates=60", "optimizer.learning_rate=1e-2", *how.split())
     got = losses(train(config, progress=False))
     assert np.mean([got[s][0] for s in range(50, 61)]) < np.mean([got[s][0] for s in range(1, 11)]) - 0.1
 
