@@ -23,9 +23,11 @@ from agents.optimizer import with_target
 from agents.registry import make_agent
 from agents.results import read_results
 from agents.train import train
-from agents.update import make_update, new_state
+from agents.update import first_state, make_update, new_state
 from data import Trajectory, TrajectoryStore, TransitionBatch
 from data.store_writer import write_store
+from rlring import make_mesh
+from rlring.sharding import BatchPart
 
 ROWS, A = 64, 2
 MEAN, STD = np.array([0.5, -1.0, 0.0]), np.array([2.0, 0.5, 0.01])
@@ -303,9 +305,23 @@ def test_it_is_trained_resumed_and_evaluated_like_any_other(store, kind):
     assert losses(folder) == whole
     assert evaluate(folder, progress=False) == 2
     assert {(r.agent, r.context_trajectories, r.steps) for r in read_results(folder)} == {(kind, 0, 5)}
-    on_two = losses(train(made(kind, store=store, mesh={"data": 2}).model_copy(update={"name": "two"}), progress=False))
-    for one, other in zip(whole, on_two, strict=True):
-        np.testing.assert_allclose(list(other.values()), list(one.values()), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", VALUE_KINDS)
+def test_the_same_updates_on_a_mesh(store, kind):
+    """What a loss draws too: each transition has bits of its own."""
+    after = []
+    for mesh in (None, make_mesh(data=2)):
+        config = made(kind, store=store)
+        agent = make_agent(config, Scales(np.zeros(4), np.ones(4), 1.0), 2, 8, mesh)
+        sampler, optimizer = agent.sampler([TrajectoryStore.open(store)]), agent.optimizer()
+        state, sharding = first_state(config, agent, optimizer, mesh)
+        update, part = make_update(agent, optimizer, mesh, sharding), BatchPart.of((8, 1), mesh)
+        for step in range(3):
+            state, metrics = update(state, part.on_devices(sampler.sample(step, part.rows, part.places)))
+        after.append(jax.tree.map(np.asarray, (metrics, state.weights)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *after)
 
 
 @pytest.mark.parametrize(
