@@ -23,6 +23,7 @@ ZERO = (  # where nothing, or none, or the first is a choice
     "data.held_out",
     "chain.target",
     "chain.grow_until",
+    "grow_until",
     "agent.loss_elsewhere",
     "model.rope_fraction",
     "attention.sparse.offset",
@@ -116,7 +117,7 @@ def test_numbers(kind, name, kinds, is_list):
             given(kind, name, [value] if is_list else value)
         else:
             refused(kind, name, [value] if is_list else value)
-    if is_list and name not in ("chain.grow", "evaluate.met"):
+    if is_list and name not in ("chain.grow", "grow", "evaluate.met", "evaluate.lines"):
         refused(kind, name, [])
 
 
