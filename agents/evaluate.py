@@ -32,6 +32,7 @@ from agents.identity import (
     result_settings,
     settings_id,
 )
+from agents.metrics import check_wandb, log_evaluation
 from agents.processes import evaluating
 from agents.prompts import context_tokens, held_out, laid_out
 from agents.registry import make_agent
@@ -241,9 +242,17 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as evaluate.groups=64")
+    parser.add_argument("--video", action="store_true", help="films, paths and training in the run's report.html")
     arguments = parser.parse_intermixed_args(argv)
 
     def body() -> None:
+        check_run(arguments.run)
+        config = load(Config, arguments.run / "config.json", arguments.overrides)
+        check_wandb(config.wandb)
+        if arguments.video:
+            from agents.run_report import check_video, write_run_report
+
+            check_video(config)
         new, results = evaluation(arguments.run, arguments.overrides)
         path = arguments.run / "results.jsonl"
         rows = summarize(results)
@@ -256,6 +265,11 @@ def main(argv: Sequence[str]) -> int:
                     f"{row.episodes} episodes"
                 )
         done = f"{new} episodes appended to {path}"
+        looks: list[Path] = []
+        if arguments.video:
+            report, looks = write_run_report(load_agent(arguments.run, arguments.overrides), rows, results)
+            print(f"wrote {report}")
+        log_evaluation(arguments.run, config, rows, looks)
         print(done if new else f"nothing to do: {path} holds every episode of checkpoint {results[0].checkpoint_step}")
 
     return run(body)

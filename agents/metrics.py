@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import jax
 from agents.checkpoint import read_metrics
 from agents.cli import ConfigError
 from agents.config import Config, WandbConfig, dump
+from agents.statistics import SummaryRow
 from data.atomic_file import write_text
+
+WANDB_ID = "wandb_id"
 
 
 def check_wandb(config: WandbConfig) -> None:
@@ -59,12 +64,45 @@ def _start_wandb(folder: Path, config: Config) -> Any:
     import wandb
 
     settings = json.loads(dump(config))
+    # The same run for a training that goes on, and for its evaluations.
+    kept = folder / WANDB_ID
+    if not kept.exists():
+        write_text(kept, uuid.uuid4().hex)
     try:
         return wandb.init(
-            project=wandb_settings.project, name=config.name, mode=wandb_settings.mode, config=settings, dir=folder
+            project=wandb_settings.project,
+            name=config.name,
+            mode=wandb_settings.mode,
+            config=settings,
+            dir=folder,
+            id=kept.read_text().strip(),
+            # Offline nothing is known of what was sent: `wandb sync` joins the pieces by their id.
+            resume="allow" if wandb_settings.mode == "online" else None,
         )
     except wandb.errors.Error as error:
         raise ConfigError(f"wandb did not start: {str(error).splitlines()[0]}. Mend that, or {_OTHERWISE}.") from None
+
+
+def log_evaluation(folder: Path, config: Config, rows: Sequence[SummaryRow], looks: Sequence[Path]) -> None:
+    """Adds the summary of an evaluation to the run in wandb as a table, and pictures (.png) and films (.mp4) by their
+    names; nothing where `wandb.mode` is "disabled". ConfigError where wandb does not start."""
+    check_wandb(config.wandb)
+    wandb_run = _start_wandb(folder, config)
+    if wandb_run is None:
+        return
+    import wandb
+
+    columns = [one.name for one in fields(SummaryRow)]
+    cells = [[None if value != value else value for value in astuple(row)] for row in rows]  # wandb knows no NaN
+    logged: dict[str, Any] = {"evaluation/summary": wandb.Table(columns=columns, data=cells)}
+    for path in looks:
+        is_film = path.suffix == ".mp4"
+        media = wandb.Video(str(path), format="mp4") if is_film else wandb.Image(str(path))
+        logged[f"{'films' if is_film else 'figures'}/{path.stem}"] = media
+    try:
+        wandb_run.log(logged)
+    finally:
+        wandb_run.finish()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from agents.results import Result, merged, merged_versions
 from agents.statistics import SummaryRow, summary_notes
 from data.atomic_file import atomic_file
 
-_MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
+_MEDIA = {".png": "image/png", ".svg": "image/svg+xml", ".mp4": "video/mp4"}
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -22,7 +22,7 @@ body { margin: 2.5rem auto; padding: 0 1.25rem; max-width: 64rem; background: #f
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
 figure { margin: 1.5rem 0; }
-img { max-width: 100%; height: auto; }
+img, video { max-width: 100%; height: auto; }
 p.note, figcaption, summary { color: #555; font-size: .9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -48,7 +48,7 @@ def write_report(
     """Writes a page that needs nothing but itself: the plots with their captions, the numbers drawn, all rows of the
     summary and what they leave unsaid, the commands that made it, the versions that played the results, the config.
 
-    rows: the summary of `results`. ConfigError for a plot that is no .png or .svg.
+    rows: the summary of `results`. ConfigError for a plot that is no .png, .svg or .mp4.
     """
     plots = [plot, *more_plots]
     shown = list(dict.fromkeys(row for drawn in plots for row in drawn.rows))
@@ -101,8 +101,11 @@ def _comparisons(results: Sequence[Result]) -> list[str]:
 def _figure(drawn: PlotResult) -> str:
     media = _MEDIA.get(drawn.path.suffix)
     if media is None:
-        raise ConfigError(f"a report shows .png and .svg plots; got {drawn.path}")
+        raise ConfigError(f"a report shows .png and .svg plots, and .mp4; got {drawn.path}")
     image = base64.b64encode(drawn.path.read_bytes()).decode()
+    if drawn.path.suffix == ".mp4":
+        source = f'<video controls loop muted playsinline src="data:{media};base64,{image}"></video>'
+        return f"<figure>{source}<figcaption>{html.escape(drawn.caption)}</figcaption></figure>"
     # The caption is in the picture; here it is for those who cannot see it.
     return f'<figure><img src="data:{media};base64,{image}" alt="{html.escape(drawn.caption)}"></figure>'
 

@@ -1,7 +1,7 @@
 """An agent that acts: the episodes of one context, all groups in lock step."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from data.environment_batch import EnvironmentBatch
 if TYPE_CHECKING:
     from agents.episodes import Condition
     from agents.evaluate import Loaded
+
+
+Batch = TypeVar("Batch", bound=EnvironmentBatch)
 
 
 class Between(NamedTuple):
@@ -37,13 +40,13 @@ class Played(NamedTuple):
     after: Between
 
 
-def make_environments(loaded: "Loaded", task: str, rows: int) -> EnvironmentBatch:
+def make_environments(loaded: "Loaded", task: str, rows: int, *, kind: type[Batch] = EnvironmentBatch) -> Batch:
     """Returns the environments of an evaluation.
 
     ConfigError when their episodes are longer than those that the agent learnt from, where it knows no later step.
     """
     asked, known = loaded.config.evaluate.episode_steps, loaded.agent.longest_episode
-    environments = EnvironmentBatch(task, rows, episode_steps=asked)
+    environments = kind(task, rows, episode_steps=asked)
     if known is not None and environments.episode_steps > known:
         raise ConfigError(
             f"{loaded.config.name} learnt from episodes of up to {known} steps, and those of {task} here have "

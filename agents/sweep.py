@@ -146,6 +146,7 @@ def draw(
     from agents.plot import plot
     from agents.report import write_report
     from agents.statistics import summarize, write_summary
+    from agents.training_figure import draw_training
     from agents.world_figure import plot_worlds
 
     rows = summarize(results)
@@ -162,6 +163,11 @@ def draw(
         more = [] if is_rare else [plot(results, folder / "return_vs_context_mean.png", title, aggregate="mean")]
     if any(result.mode == "self" for result in results):
         more.append(plot(results, folder / "return_vs_episode.png", title, mode="self"))
+    folders: dict[str, list[Path]] = {}
+    for arm, one in config.arms():
+        folders.setdefault(arm, []).append(Path("runs") / one.name)
+    training = draw_training(folders, folder / "training.png")
+    more += [training] if training else []
     write_report(
         folder / REPORT,
         title=title,

@@ -1,0 +1,50 @@
+"""A run to look at: what it earned, how it learnt, where it went, and films of it, in one page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agents.config import dump
+from agents.film import check_video as check_video
+from agents.film import write_films
+from agents.paths_figure import draw_paths
+from agents.plot import plot
+from agents.report import write_report
+from agents.results import Result
+from agents.scenes import played_scenes
+from agents.statistics import SummaryRow
+from agents.training_figure import draw_training
+
+if TYPE_CHECKING:
+    from agents.evaluate import Loaded
+
+FOLDER = "looks"
+
+
+def write_run_report(
+    loaded: "Loaded", rows: Sequence[SummaryRow], results: Sequence[Result]
+) -> tuple[Path, list[Path]]:
+    """Plays some episodes once more, writes films and figures into `<run>/looks`, and returns `<run>/report.html`,
+    which shows them all, and the paths of all that it shows.
+
+    rows: the summary of `results`.
+    """
+    looks, name = loaded.folder / FOLDER, loaded.config.name
+    looks.mkdir(exist_ok=True)
+    scenes = played_scenes(loaded)
+    drawn = plot(results, looks / "return_vs_context.png", name)
+    training = draw_training({name: [loaded.folder]}, looks / "training.png")
+    more = [*draw_paths(scenes, looks), *write_films(scenes, looks), *([training] if training else [])]
+    path = loaded.folder / "report.html"
+    command = f"python -m agents.evaluate {loaded.folder} --video"
+    write_report(
+        path,
+        title=name,
+        plot=drawn,
+        more_plots=more,
+        rows=rows,
+        results=results,
+        commands=[command],
+        config=dump(loaded.config),
+    )
+    return path, [drawn.path, *(one.path for one in more)]
