@@ -66,11 +66,29 @@ def _names(results: Sequence[Result]) -> dict[Player, str]:
     updates: dict[tuple[str, ...], set[int]] = {}
     for *of, done in players:
         updates.setdefault(tuple(of), set()).add(done)
+    arms = _arms(series)
     names = {}
     for task, agent, one, key, done in players:
-        parts = [one] * (len(series[task, agent]) > 1) + [told[task, agent, one][key]]
+        arm = arms.get((task, one))
+        parts = [one] * (arm is None and len(series[task, agent]) > 1) + [told[task, agent, one][key]]
         parts += [f"{done:,} updates"] * (len(updates[task, agent, one, key]) > 1)
         parts = [part for part in parts if part]
+        called = agent if agent == ORACLE else arm or agent
         is_plain = agent == ORACLE or not parts
-        names[task, agent, one, key, done] = agent if is_plain else f"{agent} [{'; '.join(parts)}]"
+        names[task, agent, one, key, done] = called if is_plain else f"{called} [{'; '.join(parts)}]"
     return names
+
+
+def _arms(series: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Returns {(task, series): arm} for tasks whose series are all "<sweep>/<arm>", no two of one arm. series: those of
+    each task and agent."""
+    of_task: dict[str, list[str]] = {}
+    for (task, agent), found in series.items():
+        of_task.setdefault(task, []).extend(found if agent != ORACLE else ())
+    arms = {task: [one.partition("/")[2] for one in found] for task, found in of_task.items()}
+    return {
+        (task, one): arm
+        for task, found in of_task.items()
+        if all(arms[task]) and len(set(arms[task])) == len(found)
+        for one, arm in zip(found, arms[task], strict=True)
+    }

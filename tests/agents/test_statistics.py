@@ -82,6 +82,23 @@ def test_seeds_of_a_sweep_are_summarised_together_and_experiments_apart(episodes
     assert [(row.agent, row.mean) for row in rows] == [("at [dark/at]", 2.0), ("at [other]", 9.0)]
 
 
+@pytest.mark.parametrize(
+    ("series", "names"),
+    [
+        (["map/AT", "map/no/norm"], ["AT", "no/norm"]),  # the arms of one sweep, or of two: as its own report calls them
+        (["map/wide", "rare/narrow"], ["narrow", "wide"]),
+        (["map/AT", "rare/AT"], ["at [map/AT]", "at [rare/AT]"]),
+        (["map/AT", "AT"], ["at [AT]", "at [map/AT]"]),
+        (["map/AT"], ["AT"]),
+    ],
+)
+def test_arms_of_one_kind_are_called_as_the_sweep_calls_them(episodes, series, names):
+    results = [one for name in series for one in episodes([[1]], series=name)]
+    oracle = episodes([[8]], agent="oracle", series="map")
+    rows = summarize(results + oracle, statistics=["mean"], resamples=100)
+    assert [row.agent for row in rows] == [*names, "oracle"]
+
+
 def test_an_oracle_of_two_experiments_counts_once(episodes):
     oracle = episodes([[8], [6]], agent="oracle", series="a") + episodes([[8], [6]], agent="oracle", series="b")
     (row,) = summarize(oracle, statistics=["mean"], resamples=100)
