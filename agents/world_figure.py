@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's; each world has a marker too, so that nothing hangs on colour.
 WORLDS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#A8488A", "^"), ("#7A5C00", "v"), ("#222222", "P"))
 WIDTH, HEIGHT, MARGIN = 5.4, 3.5, 0.9  # inches of a panel, and right of it
+HEAD, BETWEEN, COLUMNS = 0.95, 1.0, 3  # inches above the panels and between their rows; panels in a row
 
 
 def plot_worlds(
@@ -45,13 +46,15 @@ def plot_worlds(
     shown = named([result for result in results if result.places or result.agent == ORACLE])
     rows = summarize(shown, statistics=["mean"], resamples=resamples)
     # Who sees no history is a level in everybody's panel, as is the oracle, and has no panel of its own.
-    agents = sorted({result.agent for result in shown if result.context_trajectories})
+    agents = list(dict.fromkeys(result.agent for result in shown if result.context_trajectories))
     if not agents:
         raise ConfigError("there is nothing to draw: none of these results is of a map, such as 'point_mass-map'.")
     of_visit = max(result.context_tokens / (result.context_trajectories or 1) for result in shown)
     trained_tokens = None if trained is None else round(trained * of_visit)
     caption = _caption(rows, trained_tokens, resamples)
-    width, height = len(agents) * (WIDTH + MARGIN) + 0.7, HEIGHT + 2.3
+    columns = min(COLUMNS, len(agents))
+    width = columns * (WIDTH + MARGIN) + 0.7
+    height = math.ceil(len(agents) / columns) * (HEIGHT + BETWEEN) - BETWEEN + HEAD + 1.35
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(0.2 / width, 1 - 0.15 / height, title, fontsize=12.5, fontweight="bold", color=INK, va="top")
     subtitle = "mean return at a random place of a world, having seen the last tokens of it; dashed: a perfect memory"
@@ -59,8 +62,9 @@ def plot_worlds(
     figure.text(0.2 / width, 0.1 / height, _wrapped(caption, int(width * 15)), fontsize=7.5, color=FAINT, va="bottom")
     top = max(_numbers(rows), default=1.0)
     for index, agent in enumerate(agents):
-        left = 0.7 + index * (WIDTH + MARGIN)
-        box = (left / width, 1.35 / height, WIDTH / width, HEIGHT / height)
+        row, column = divmod(index, columns)
+        left, bottom = 0.7 + column * (WIDTH + MARGIN), height - HEAD - HEIGHT - row * (HEIGHT + BETWEEN)
+        box = (left / width, bottom / height, WIDTH / width, HEIGHT / height)
         axes = figure.add_axes(box)
         shown_here = [result for result in shown if result.agent == agent or result.agent not in agents]
         _draw(axes, shown_here, rows, agent, trained_tokens)
