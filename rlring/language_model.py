@@ -53,6 +53,14 @@ class LanguageModelConfig:
     loss_tile: int = 1024
     """Tokens a device compares with the vocabulary at a time."""
 
+    def __post_init__(self) -> None:
+        if self.transformer.attention.deterministic:
+            raise UsageError(
+                "a language model lays its tokens out in the zigzag order of the ring, in which no order of blocks is "
+                "the same on all rings; got attention.deterministic=True. Leave it out, or use rlring.Transformer on "
+                "tokens in their order."
+            )
+
 
 def preset(name: str, **changes) -> LanguageModelConfig:
     """Returns a model in LLaMA's shape, as it is trained on a cluster; changes go to its TransformerConfig.

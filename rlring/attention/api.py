@@ -14,6 +14,7 @@ from rlring.attention.axes import DEFAULT, MeshAxes, index_of, size_of, split_ex
 from rlring.attention.blocks import pad
 from rlring.attention.checks import (
     check_arrays,
+    check_blocks,
     check_kinds,
     check_scheme,
     check_split,
@@ -68,7 +69,8 @@ def attention(
 
     Raises:
         UsageError: arguments that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel
-            that cannot run on these devices or lacks something that was asked for.
+            that cannot run on these devices or lacks something that was asked for, blocks of a deterministic attention
+            that do not divide the share of each device.
     """
     check_kinds(config=config, axes=axes, mesh=mesh)
     mask = check_arrays(q, k, v, mask)
@@ -86,9 +88,10 @@ def attention(
     config = _with_scheme(config, q, k, devices, shares, ring, ulysses)
     if q.size == 0 or k.size == 0:
         return of_nothing(q, v, mod, return_lse)
+    platform = platform_of(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    check_blocks(config, q.shape[1], k.shape[1], ring, platform)
     if mesh is not None:
         return _on_mesh(q, k, v, mask, mod, config=config, mesh=mesh, axes=axes, return_lse=return_lse)
-    platform = platform_of(jax.devices()[0])
     return _on_shard(q, k, v, mask, mod, config=config, platform=platform, axes=axes, return_lse=return_lse)
 
 
@@ -131,6 +134,7 @@ def sharded_attention(
     if q.size == 0 or k.size == 0:
         return of_nothing(q, v, mod, return_lse)
     platform = platform_of(jax.devices()[0])
+    check_blocks(config, q.shape[1] * ring, keys, ring, platform)
     return _on_shard(q, k, v, mask, mod, config=config, platform=platform, axes=axes, return_lse=return_lse)
 
 

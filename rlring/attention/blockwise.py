@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from rlring.attention import online_softmax
 from rlring.attention.block_view import BlockView
 from rlring.attention.blocks import Blocks, BlockSchedule, pad
+from rlring.attention.fixed_order import FixedOrder
 from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
 from rlring.attention.mask import Mask
 from rlring.attention.online_softmax import SoftmaxState
@@ -26,18 +27,19 @@ class BlockwiseKernel(NamedTuple):
     """The kernel in plain JAX: every mask, every type, every device."""
 
     blocks: Blocks
+    order: FixedOrder | None = None  # None: the fastest
     heads_first = False
 
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return accumulator_type(dtype)
 
     def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
-        return forward(q, k, v, mask, mod, self.blocks, before)
+        return forward(q, k, v, mask, mod, self.blocks, before, self.order)
 
     def backward(
         self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
     ) -> Gradients:
-        return backward(q, k, v, mask, mod, inputs, self.blocks, before)
+        return backward(q, k, v, mask, mod, inputs, self.blocks, before, self.order)
 
 
 def forward(
@@ -48,9 +50,10 @@ def forward(
     mod: ScoreMod,
     blocks: Blocks,
     before: Partial | None = None,
+    order: FixedOrder | None = None,
 ) -> Partial:
     """Kernel.forward. The mask may also have a row for each key/value head of each sequence."""
-    call, has_gaps = _Call.of(q, k, v, mask, mod, blocks), online_softmax.has_gaps(v)
+    call, has_gaps = _Call.of(q, k, v, mask, mod, blocks, order), online_softmax.has_gaps(v)
     total = nothing(call.q, v) if before is None else before.padded(call.q.shape[1])
 
     def attend_from(n, total: Partial) -> Partial:
@@ -69,9 +72,10 @@ def backward(
     inputs: BackwardInputs,
     blocks: Blocks,
     before: Gradients | None = None,
+    order: FixedOrder | None = None,
 ) -> Gradients:
     """Kernel.backward. The mask may also have a row for each key/value head of each sequence."""
-    call = _Call.of(q, k, v, mask, mod, blocks)
+    call = _Call.of(q, k, v, mask, mod, blocks, order)
     d_out = pad(inputs.d_out, 1, call.q.shape[1])
     of_q = d_out, *(pad(x, 2, d_out.shape[1]) for x in (inputs.exponent, inputs.total, inputs.delta))
     has_gaps = online_softmax.has_gaps(call.q, call.k, call.v, d_out, of_q[2])
@@ -82,6 +86,7 @@ def backward(
 
     def add_from(n, total: Gradients) -> Gradients:
         rows, j = call.turns[n // call.k_blocks], n % call.k_blocks
+        j = j if order is None else order.block_of_keys(j, call.k_blocks)
         return call.gradients_of(rows, j, of_q, total, shields=has_gaps, is_first=before is None)
 
     dq, dk, dv, d_mod = _each(call.turns.count * call.k_blocks, add_from, total)
@@ -101,13 +106,14 @@ class _Call(NamedTuple):
     blocks: Blocks
     turns: Turns
     view: BlockView
+    order: FixedOrder | None  # None: the fastest
 
     @classmethod
-    def of(cls, q, k, v, mask: Mask, mod: ScoreMod, blocks: Blocks) -> "_Call":
+    def of(cls, q, k, v, mask: Mask, mod: ScoreMod, blocks: Blocks, order: FixedOrder | None = None) -> "_Call":
         blocks = blocks.fit(q, k)
         turns = blocks.turns(q, k)
         q, k, v, mask, mod = blocks.padded(q, k, v, mask, mod)
-        return cls(q, k, v, mask, mod, blocks, turns, mask.view(blocks.q, blocks.k))
+        return cls(q, k, v, mask, mod, blocks, turns, mask.view(blocks.q, blocks.k), order)
 
     @property
     def q_blocks(self) -> int:
@@ -138,7 +144,10 @@ class _Call(NamedTuple):
             numbers = (rows.take_numbers(x, start, blocks.q) for x in (total.exponent, total.total))
             return SoftmaxState.after(rows.take(total.out, start, blocks.q), *numbers)
 
-        if self.is_one_block and is_first:  # faster without any loop
+        if self.order is not None:
+            plan = self.order.keys(rows.of_masks(self.view).of_queries(i), i, self.q_blocks)
+            state = plan.walk(attend_to, so_far())
+        elif self.is_one_block and is_first:  # faster without any loop
             state = attend_to(0, None, add=_first, is_masked=True, shields=True)
         elif self.is_one_block:
             state = attend_to(0, so_far(), is_masked=True, shields=True)
@@ -165,6 +174,11 @@ class _Call(NamedTuple):
             d_mod = blocks.add_terms(found.mod, tile.gradients(more.logits, terms), rows, seen, start)
             return Gradients(rows.add(found.dq, more.dq, start), found.dk + more.dk, found.dv + more.dv, d_mod)
 
+        if self.order is not None:
+            so_far = (rows.take(x, j * blocks.k, blocks.k).mT for x in (total.dk, total.dv))
+            plan = self.order.queries(rows.of_masks(self.view).of_keys(j), j, self.k_blocks)
+            found = plan.walk(add_from, Gradients(total.dq, *so_far, total.mod))
+            return self.with_keys(found, total, rows, j, keep=rows.put)
         none = (zeros(x.mT.shape, accumulator_type(x.dtype), x) for x in (k, v))
         found = Gradients(total.dq, *none, total.mod)
         if self.is_one_block:  # faster without any loop
@@ -172,8 +186,11 @@ class _Call(NamedTuple):
         else:
             plan = BlockSchedule.of(*rows.of_masks(self.view).of_keys(j))
             found = plan.walk(add_from, found, shields=shields)
-        keep = rows.put if is_first else rows.add
-        dk, dv = (keep(x, part.mT, j * blocks.k) for x, part in ((total.dk, found.dk), (total.dv, found.dv)))
+        return self.with_keys(found, total, rows, j, keep=rows.put if is_first else rows.add)
+
+    def with_keys(self, found: Gradients, total: Gradients, rows: Rows, j, *, keep: Callable) -> Gradients:
+        """Returns what was found with the total of the gradients of all keys, in which those of this block are."""
+        dk, dv = (keep(x, part.mT, j * self.blocks.k) for x, part in ((total.dk, found.dk), (total.dv, found.dv)))
         return found._replace(dk=dk, dv=dv)
 
 

@@ -140,6 +140,20 @@ def check_batch(batch: int, mesh: Mesh, axes: MeshAxes = DEFAULT) -> None:
         )
 
 
+def check_blocks(config: AttentionConfig, queries: int, keys: int, ring: int, platform: str) -> None:
+    """Raises UsageError where blocks that are to be the same on every ring do not divide the shares of this one."""
+    if not config.deterministic:
+        return
+    blocks = config.blocks(platform, is_split=True)
+    for name, block, length in (("block_q", blocks.q, queries), ("block_k", blocks.k, keys)):
+        if length % (ring * block):
+            raise UsageError(
+                f"attention.deterministic=True cuts the share of each device into whole blocks; got {length} tokens "
+                f"over mesh.ring={ring} in blocks of attention.{name}={block}. Use a multiple of {ring * block} "
+                f"tokens, or a {name} that divides the share of each device on every ring that you compare."
+            )
+
+
 def check_scheme(scheme: str, heads: int, kv_heads: int, ring: int, ulysses: int) -> None:
     """Raises UsageError where the scheme cannot split the sequence, or these heads, over so many devices."""
     sizes = {"ring": ring, "ulysses": ulysses}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from rlring.attention.fixed_order import FixedOrderKernel, Parts, turns_back
 from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, local_attention, no_gradients
 from rlring.attention.mask import Mask
 from rlring.attention.ring_transport import OVERLAPPING, PACKED, UNPACKED, Packing, Transport, in_turn
@@ -73,6 +74,15 @@ class RingKernel(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return self.kernel.residual_dtype(dtype)
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the bits are the same on a ring of any size."""
+        return isinstance(self.kernel, FixedOrderKernel)
+
+    def parts(self, *, rises: bool = False) -> Parts:
+        """Returns the kernels of the keys here, of those that arrive, and at last of those here again."""
+        return Parts.of(self.kernel, rises=rises)
+
     def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
         return _forward(self, q, k, v, mask, mod, before)
 
@@ -111,15 +121,16 @@ class _Forward(NamedTuple):
     def around(self, hops: int) -> Partial:
         """Returns attention over the keys of this device and of so many before it."""
         arriving = self.packing.sent(self.packing.load(self.home), self.ring.axis) if hops else None
-        total = self.ring.kernel.forward(self.q, self.k, self.v, self.mask, self.mod, self.before)
+        at_home, parts = (self.q, self.k, self.v, self.mask, self.mod), self.ring.parts()
+        total = parts.begin.forward(*at_home, self.before)
         if hops:
             state = self.ring.transport.repeat(self.hop, hops - 1, in_turn((total, arriving)))
             total, _ = self.hop(state, is_last=True)
-        return total
+        return total if parts.end is None else parts.end.forward(*at_home, total)
 
     def hop(self, state, is_last: bool = False):
         """Returns attention over the keys that have arrived as well, and what arrives next."""
-        (total, loaded), kernel = state, self.ring.kernel
+        (total, loaded), kernel = state, self.ring.parts().away
         arriving = None if is_last else self.packing.sent(loaded, self.ring.axis)
         parcel = self.packing.unload(loaded, self.home)  # and sent on as it came
         mask = parcel.mask(self.mask)
@@ -150,29 +161,47 @@ class _Backward(NamedTuple):
     def around(self, hops: int) -> Gradients:
         """Returns the gradients of attention over the keys of this device and of so many before it."""
         _, kernel, transport = self.ring
-        # A whole ring turns the other way round: a compiler that sees both passes would else keep the keys of all
-        # devices since the forward. Where few hops are enough they are those of the forward.
-        step = -1 if hops == lax.axis_size(self.ring.axis) - 1 else 1
+        step, parts = (-1 if self.turns_back(hops) else 1), self.parts
         shift = partial(transport.shift, axis=self.ring.axis)
         home = _Parcel.of(self.k, self.v, self.mask, kernel)
         arriving = shift(home, step=step) if hops else None
-        here = kernel.backward(self.q, self.k, self.v, self.mask, self.mod, self.inputs)
-        if hops == 0:
-            return here
-        # What is found at home travels as well: kept, it would be there beside what arrives in the end.
-        here, arriving = in_turn((_travelling(here, kernel), arriving))
-        hop = partial(self.hop, partial(shift, step=step))
-        state = transport.repeat(hop, hops - 1, (_at_home(here), (here.dk, here.dv), arriving))
-        at_home, found, _ = hop(state, is_last=True)
-        dk, dv = shift(found, step=-hops * step)
-        return _travelling(at_home._replace(dk=dk, dv=dv), kernel)
+        at_home = self.q, self.k, self.v, self.mask, self.mod, self.inputs
+        here = parts.begin.backward(*at_home)
+        if hops:
+            # What is found at home travels as well: kept, it would be there beside what arrives in the end.
+            here, arriving = in_turn((_travelling(here, kernel), arriving))
+            hop = partial(self.hop, partial(shift, step=step))
+            state = transport.repeat(hop, hops - 1, (_at_home(here), (here.dk, here.dv), arriving))
+            rest, found, _ = hop(state, is_last=True)
+            dk, dv = shift(found, step=-hops * step)
+            here = _travelling(rest._replace(dk=dk, dv=dv), kernel)
+        return here if parts.end is None else parts.end.backward(*at_home, here)
+
+    def turns_back(self, hops: int) -> bool:
+        """Returns whether it turns the other way round than the forward.
+
+        A whole ring does: a compiler that sees both passes would else keep the keys of all devices since the forward.
+        Where few hops are enough they are those of the forward.
+        """
+        if self.ring.is_in_order:  # on a ring of any size alike
+            return turns_back(self.mask)
+        return hops == lax.axis_size(self.ring.axis) - 1
+
+    @property
+    def parts(self) -> Parts:
+        return self.ring.parts(rises=turns_back(self.mask))
 
     def hop(self, shift: Callable, state, is_last: bool = False):
         at_home, behind, parcel = state  # behind: what the hops before this one found for the keys that were here then
-        # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
-        arriving, behind = shift((None if is_last else parcel, behind))
+        waits = self.ring.is_in_order or not self.ring.transport.overlaps
+        onwards = None if is_last else parcel
+        if waits and self.ring.transport.overlaps:  # for what is behind, and not for the keys of the next hop
+            arriving, behind = shift(onwards), shift(behind)
+        else:
+            # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
+            arriving, behind = shift((onwards, behind))
         before = at_home._replace(dk=behind[0], dv=behind[1])
-        differentiate = self.differentiate_beside if self.ring.transport.overlaps else self.differentiate_in_place
+        differentiate = self.differentiate_in_place if waits else self.differentiate_beside
         after, arriving = differentiate(before, parcel, arriving)
         return _at_home(after), (after.dk, after.dv), arriving
 
@@ -193,15 +222,19 @@ class _Backward(NamedTuple):
         return here._replace(dk=before.dk + here.dk, dv=before.dv + here.dv), arriving
 
     def differentiate_in_place(self, before: Gradients, parcel: _Parcel, arriving):
-        """The same, waiting for what is behind: no price where nothing is sent while it computes."""
-        mask, kernel = parcel.mask(self.mask), self.ring.kernel
+        """The same, waiting for what is behind: no price where nothing is sent while it computes.
+
+        The fixed order waits everywhere: each block adds to what those before it found.
+        """
+        mask, kernel = parcel.mask(self.mask), self.parts.away
 
         def add(before: Gradients) -> Gradients:
             before = _travelling(before, kernel)
             found = kernel.backward(self.q, *parcel.keys(kernel), mask, self.mod, self.inputs, before)
             return _travelling(found, kernel)
 
-        return lax.cond(mask.shows_any(), add, lambda same: same, before), arriving
+        results = lax.cond(mask.shows_any(), add, lambda same: same, before), arriving
+        return in_turn(results) if self.ring.transport.overlaps else results
 
 
 def _as_far_as_seen(ring: Callable, mask: Mask, axis: str):

@@ -12,6 +12,7 @@ from rlring.attention.all_gather import GatheringKernel
 from rlring.attention.axes import MeshAxes
 from rlring.attention.blocks import Blocks, default_block
 from rlring.attention.dense import dense
+from rlring.attention.fixed_order import FixedOrderKernel
 from rlring.attention.kernel import Kernel, attend
 from rlring.attention.kernels import KERNELS, features, make_kernel
 from rlring.attention.mask import Mask
@@ -23,6 +24,7 @@ from rlring.attention.sparse_pattern import SparsePattern
 from rlring.attention.ulysses import ulysses_attention
 from rlring.errors import UsageError
 
+DETERMINISTIC = ("ring", "blockwise")
 Attend = Callable[[Array, Array, Array, Mask, ScoreMod], tuple[Array, Array]]  # q, k, v -> out, lse
 
 
@@ -33,7 +35,8 @@ class AttentionConfig:
     scheme "auto" goes by the rule of choose.choose_scheme.
 
     Raises:
-        UsageError: an unknown scheme or kernel, a block without tokens, or a pattern without its scheme.
+        UsageError: an unknown scheme or kernel, a block without tokens, a pattern without its scheme, or a scheme or
+            kernel that is not deterministic where that is asked for.
     """
 
     scheme: str = "ring"
@@ -46,6 +49,12 @@ class AttentionConfig:
     # Differentiable by jax.jvp and not by jax.grad, which is the other way round without it. A Hessian-vector product,
     # jax.jvp of jax.grad, needs no setting.
     forward_mode: bool = False
+    # The same bits on a ring of any size: out, log-sum-exp and the gradients of q, k, v and a bias [N, T, S] are those
+    # of one device, to the last bit. That holds for one backend, its version and flags, the same block_q and block_k
+    # (if left out, 256 tokens on a CPU and 512 elsewhere; they divide the share of each device), tokens in the same
+    # order on all rings (not zigzag or striped, which follow the ring) and the same program around; with scheme "ring"
+    # or "blockwise" and kernel "jax". It does not hold for gradients of sinks and slopes, sums over devices.
+    deterministic: bool = False
 
     def __post_init__(self):
         if self.scheme not in ("auto", *SCHEMES):
@@ -65,6 +74,21 @@ class AttentionConfig:
                 f"scheme 'sparse' and attention.sparse go together; got scheme {self.scheme!r} with sparse="
                 f"{self.sparse}. Use scheme='sparse' with sparse=SparsePattern(...), or neither of the two."
             )
+        if self.deterministic and self.scheme not in DETERMINISTIC:
+            raise UsageError(
+                f"attention scheme {self.scheme!r} has no fixed order of blocks; got deterministic=True. Use scheme "
+                "'ring' over mesh.ring, or 'blockwise' on one device."
+            )
+        if self.deterministic and self.kernel != "jax":
+            raise UsageError(
+                f"attention kernel {self.kernel!r} has no fixed order of blocks; got deterministic=True. "
+                "Use kernel 'jax'."
+            )
+
+    def blocks(self, platform: str, *, is_split: bool) -> Blocks:
+        """Returns the blocks, those of a platform where they are left out; is_split: the sequence is, over devices."""
+        default = default_block(platform, is_split=is_split or self.deterministic)
+        return Blocks(self.block_q or default, self.block_k or default, self.scores)
 
 
 class Setting(NamedTuple):
@@ -80,17 +104,18 @@ class Setting(NamedTuple):
 
         def run(q, k, v, mask: Mask, mod: ScoreMod):
             blocks = self.blocks(is_split=of is not None)
-            blocks = blocks.within_halves(q.shape[1], k.shape[1]) if of else blocks
+            if of and not self.config.deterministic:
+                blocks = blocks.within_halves(q.shape[1], k.shape[1])
             wanted = features(q, v, mask, mod, needs_lse=self.needs_lse)
             of_arrays = {"dtype": q.dtype, "head_size": q.shape[3], "wanted": wanted}
             kernel = make_kernel(self.config.kernel, blocks, platform=self.platform, **of_arrays)
+            kernel = FixedOrderKernel(kernel) if self.config.deterministic else kernel
             return attend(q, k, v, mask, mod, of(kernel) if of else kernel, forward_mode=self.config.forward_mode)
 
         return run
 
     def blocks(self, *, is_split: bool) -> Blocks:
-        default = default_block(self.platform, is_split=is_split)
-        return Blocks(self.config.block_q or default, self.config.block_k or default, self.config.scores)
+        return self.config.blocks(self.platform, is_split=is_split)
 
     def by_heads(self, local: Attend) -> Attend:
         """Returns attention whose heads are split over the ulysses axis for `local`."""

@@ -42,6 +42,7 @@ class Settings:
     blocks: tuple[int, int] | None = None  # None: those of AttentionConfig
     hops: int = 0  # of a ring whose devices take turns on one: attention.simulated_ring; 0: not measured
     sparse: tuple[SparsePattern, ...] = ()
+    deterministic: bool = False  # whether those schemes that have a fixed order of blocks are measured with it as well
     masks: tuple[str, ...] = ()  # of masks.cases(), beside other libraries
 
 
@@ -65,18 +66,21 @@ class Candidate(NamedTuple):
     forward_backward: Run
 
 
-def scheme_candidate(scheme: str, length: int, devices: int, settings: Settings) -> Candidate:
-    say(f"{length} tokens: compiling {scheme} on {devices} device{'s' * (devices > 1)}")
+def scheme_candidate(
+    scheme: str, length: int, devices: int, settings: Settings, *, deterministic: bool = False
+) -> Candidate:
+    name = f"{scheme}, deterministic" if deterministic else scheme
+    say(f"{length} tokens: compiling {name} on {devices} device{'s' * (devices > 1)}")
     ring, ulysses = axes_of(scheme, devices, settings)
     mesh = make_mesh(ring=ring, ulysses=ulysses)
-    config = AttentionConfig(scheme, *settings.blocks or (), kernel=settings.kernel)
+    config = AttentionConfig(scheme, *settings.blocks or (), kernel=settings.kernel, deterministic=deterministic)
 
     def forward(q, k, v, mask):
         return attention(q, k, v, mask, config=config, mesh=None if scheme in ONE_DEVICE else mesh)
 
-    order = zigzag_order(length, ring) if ring > 1 else range(length)
+    order = zigzag_order(length, ring) if ring > 1 and not deterministic else range(length)
     arrays = jax.device_put(_arrays(length, settings, order), NamedSharding(mesh, P("data", SEQUENCE_AXES)))
-    return Candidate(scheme, devices, ring, ulysses, *_both(forward, arrays))
+    return Candidate(name, devices, ring, ulysses, *_both(forward, arrays))
 
 
 def sparse_candidate(pattern: SparsePattern, length: int, settings: Settings) -> Candidate:

@@ -66,6 +66,7 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         blocks=tuple(arguments.blocks) if arguments.blocks else None,
         hops=arguments.hops,
         sparse=tuple(arguments.sparse),
+        deterministic=arguments.deterministic,
         masks=tuple(arguments.masks),
     )
     if arguments.traffic:
@@ -142,6 +143,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="BLOCK,LOCAL,STRIDE",
         help="also S2 with these patterns (rlring.SparsePattern)",
     )
+    add("--deterministic", action="store_true", help="also ring and blockwise with the same bits on any ring")
     add("--repeats", type=count, default=5, help="rounds, in each of which every candidate runs once")
     add(
         "--matmul",

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 from rlring.attention.checks import check_scheme
+from rlring.attention.schemes import DETERMINISTIC
 from rlring.bench.candidates import (
     ONE_DEVICE,
     Run,
@@ -82,8 +83,9 @@ def causal_flops(settings: Settings, length: int) -> float:
 
 def _measure_length(length: int, settings: Settings) -> list[Measurement]:
     candidates = [
-        scheme_candidate(scheme, length, devices, settings)
+        scheme_candidate(scheme, length, devices, settings, deterministic=deterministic)
         for scheme in settings.schemes
+        for deterministic in ((False, True) if settings.deterministic and scheme in DETERMINISTIC else (False,))
         for devices in ((1,) if scheme in ONE_DEVICE else settings.devices)
     ]
     candidates += [sparse_candidate(pattern, length, settings) for pattern in settings.sparse]
