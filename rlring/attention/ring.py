@@ -195,8 +195,9 @@ class _Backward(NamedTuple):
         at_home, behind, parcel = state  # behind: what the hops before this one found for the keys that were here then
         waits = self.ring.is_in_order or not self.ring.transport.overlaps
         onwards = None if is_last else parcel
-        if waits and self.ring.transport.overlaps:  # for what is behind, and not for the keys of the next hop
-            arriving, behind = shift(onwards), shift(behind)
+        if waits and self.ring.transport.overlaps:  # for what is behind, and then not for the keys of the next hop
+            behind, onwards = in_turn((shift(behind), onwards))
+            arriving = shift(onwards)
         else:
             # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
             arriving, behind = shift((onwards, behind))
