@@ -19,10 +19,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from rlring.attention.block_view import Seen
-from rlring.attention.kernel import BackwardInputs, Gradients, Kernel
+from rlring.attention.blocks import Blocks, put, take
+from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, delta_of
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import Partial, zeros
 
 Part = Literal["begin", "away", "end"]  # at home from the own block on; other devices'; the rest at home
 
@@ -85,7 +86,10 @@ class FixedSchedule(NamedTuple):
 
 
 class OrderedKernel(Kernel, Protocol):
-    """A named tuple with a field `order`."""
+    """A named tuple with these fields."""
+
+    blocks: Blocks
+    order: FixedOrder | None
 
     def _replace(self, *, order: FixedOrder) -> Self: ...
 
@@ -103,6 +107,18 @@ class FixedOrderKernel(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return self.kernel.residual_dtype(dtype)
 
+    def by_blocks(self, inputs: BackwardInputs) -> BackwardInputs:
+        """Returns it with its delta computed block by block: a product of all queries is rounded as its size wants."""
+        size = self.kernel.blocks.q
+
+        def add(n, delta):
+            # Barriers: what is beside it in the program may be computed with it.
+            of_block = lax.optimization_barrier([take(x, n, size, 1) for x in (inputs.out, inputs.d_out)])
+            return put(delta, lax.optimization_barrier(delta_of(*of_block)), n, 2)
+
+        none = zeros(inputs.total.shape, inputs.delta.dtype, inputs.d_out)
+        return inputs.with_delta(lax.fori_loop(0, none.shape[2] // size, add, none))
+
     def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
         total = self.part("begin").forward(q, k, v, mask, mod, before)
         return self.part("end").forward(q, k, v, mask, mod, total)
@@ -110,7 +126,7 @@ class FixedOrderKernel(NamedTuple):
     def backward(
         self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
     ) -> Gradients:
-        rises = turns_back(mask)
+        rises, inputs = turns_back(mask), self.by_blocks(inputs)
         total = self.part("begin", rises=rises).backward(q, k, v, mask, mod, inputs, before)
         return self.part("end", rises=rises).backward(q, k, v, mask, mod, inputs, total)
 

@@ -43,16 +43,21 @@ class BackwardInputs(NamedTuple):
     exponent: Float[Array, "B N T"]  # as those of the Whole
     total: Float[Array, "B N T"]
     delta: Float[Array, "B N T"]  # what the softmax's normalisation adds to the gradient of each logit
+    d_lse: Float[Array, "B N T"] | None = None  # the gradient of the lse, which is taken off the delta
 
     @classmethod
     def of(
         cls, whole: Whole, d_out: Float[Array, "B T N V"], d_lse: Float[Array, "B N T"] | None = None
     ) -> "BackwardInputs":
-        """Returns it without the keys: FlashAttention-2, equation 4; the gradient of the lse is taken off."""
-        delta = delta_of(whole.out, d_out)
-        if d_lse is not None:
-            delta -= jnp.where(whole.total == 0.0, 0.0, d_lse.astype(delta.dtype))
-        return cls(whole.out, d_out, whole.exponent, whole.total, delta)
+        """Returns it without the keys: FlashAttention-2, equation 4."""
+        none = cls(whole.out, d_out, whole.exponent, whole.total, whole.total, d_lse)
+        return none.with_delta(delta_of(whole.out, d_out))
+
+    def with_delta(self, delta: Float[Array, "B N T"]) -> "BackwardInputs":
+        """Returns it with a delta_of(), from which the gradient of the lse is taken off."""
+        if self.d_lse is not None:
+            delta -= jnp.where(self.total == 0.0, 0.0, self.d_lse.astype(delta.dtype))
+        return self._replace(delta=delta)
 
     @property
     def whole(self) -> Whole:

@@ -89,6 +89,8 @@ class RingKernel(NamedTuple):
     def backward(
         self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
     ) -> Gradients:
+        if isinstance(self.kernel, FixedOrderKernel):
+            inputs = self.kernel.by_blocks(inputs)
         return _as_far_as_seen(_Backward(self, q, k, v, mask, mod, inputs).around, mask, self.axis)
 
 

@@ -1,7 +1,7 @@
 """AttentionConfig.deterministic: the bits of out, dq, dk and dv are the same on a ring of any size.
 
-They are compared in a process of its own: run as a program, this file takes cases and prints what it found as JSON. The
-tests' own XLA_FLAGS have LLVM translate small pieces of a program one by one, each rounded in its own way.
+They are compared in a process with XLA's default flags: run as a program, this file takes cases and prints what it found
+as JSON. With those of conftest.py, for fast compilation, XLA before jaxlib 0.11 rounds every loop in a way of its own.
 """
 
 import json
@@ -22,8 +22,7 @@ from rlring.language_model import LanguageModelConfig
 from rlring.mesh import request_cpu_devices
 from rlring.transformer import TransformerConfig
 
-LENGTH, BLOCK = 192, 8  # 24 blocks, which 1, 2, 3, 4 and 8 devices share
-PARTS = ("out", "dq", "dk", "dv")
+BLOCK = 8
 
 
 class Case(NamedTuple):
@@ -37,11 +36,12 @@ class Case(NamedTuple):
     options: tuple[str, ...] = ()  # of attention()
     is_closed_over: bool = False
     transport: str | None = None  # of a platform
+    length: int = 192  # 24 blocks, which 1, 2, 3, 4 and 8 devices share
 
     @property
     def masks(self) -> dict[str, Mask]:
         rng = np.random.default_rng(0)
-        position = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (2, 1))
+        position = jnp.tile(jnp.arange(self.length, dtype=jnp.int32), (2, 1))
         packed = jnp.asarray(np.sort(rng.integers(0, 4, position.shape)), jnp.int32).at[1, -21:].set(-1)
         shuffled = jnp.asarray(rng.permuted(np.asarray(position), axis=1))
         tokens = {"plain": (position, None), "packed": (position, packed), "shuffled": (shuffled, packed)}
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     def arrays(self):
         """q, k, v and the gradient of the out: two rows, four query heads over two."""
         keys = jax.random.split(jax.random.key(0), 4)
-        shapes = [(2, LENGTH, heads, 8) for heads in (4, 2, 2, 4)]
+        shapes = [(2, self.length, heads, 8) for heads in (4, 2, 2, 4)]
         return [jax.random.normal(key, shape).astype(self.type) for key, shape in zip(keys, shapes, strict=True)]
 
     def run(self, ring: int):
@@ -88,7 +88,7 @@ class Case(NamedTuple):
 
 
 def found(case: Case) -> dict[str, list[int]]:
-    """Returns, by mask and ring, how many numbers of each part differ from those of the first ring, and the error."""
+    """Returns, by mask and ring, how many of out, dq, dk, dv differ from those of the first ring, and the errors."""
     arrays, results = case.arrays(), {}
     runs, dense = {ring: case.run(ring) for ring in case.rings}, case.compiled(AttentionConfig("dense"))
     for name, mask in case.masks.items():
@@ -115,8 +115,8 @@ def check(*cases: Case) -> None:
                 assert numbers == [0, 0, 0, 0], (case, name, numbers)
 
 
-def test_the_same_bits_on_rings_of_1_2_and_3():
-    check(Case((1, 2, 3)))
+def test_the_same_bits_on_rings_of_1_and_3():
+    check(Case((1, 3), length=9 * BLOCK))
 
 
 EVERY = (1, 2, 4, 8, 3)
