@@ -11,7 +11,6 @@ block by block, in place. A block that is not seen is left out, which adds nothi
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, NamedTuple, Protocol, Self, get_args
 
 import jax.numpy as jnp
@@ -75,14 +74,18 @@ class FixedSchedule(NamedTuple):
     def walk(self, step: Callable, state):
         """Returns the state after step(block, state, is_masked=..., shields=...) at every block that is seen."""
 
-        def visit(n, state):
-            block = self.order[n]
-            is_whole = self.is_whole[block]
-            state = _if(is_whole, partial(step, block), state)
-            # Always shielded: whether it is needed must not be asked of what happens to be on one device.
-            return _if(~is_whole, partial(step, block, is_masked=True, shields=True), state)
+        def visit(start, stop, state, **how):
+            return lax.fori_loop(start, stop, lambda n, state: step(self.order[n], state, **how), state)
 
-        return lax.fori_loop(0, self.seen, visit, state)
+        def step_at(n, state):
+            # Two loops of one step or none, whose state is not copied, as it is for branches. The block comes from the
+            # counter: XLA moves out of a loop, and does in any case, what is the same in each of its steps.
+            after_whole = n + self.is_whole[self.order[n]].astype(n.dtype)
+            state = visit(n, after_whole, state)
+            # Always shielded: whether it is needed must not be asked of what happens to be on one device.
+            return visit(after_whole, n + 1, state, is_masked=True, shields=True)
+
+        return lax.fori_loop(0, self.seen, step_at, state)
 
 
 class OrderedKernel(Kernel, Protocol):
@@ -154,8 +157,3 @@ def turns_back(mask: Mask) -> bool:
 def _own(i, q_blocks: int, k_blocks: int):
     """Returns the block of keys that stands where block i of queries ends: the same on a ring of any size."""
     return ((i + 1) * k_blocks - 1) // q_blocks
-
-
-def _if(condition: Bool[Array, ""], step: Callable, state):
-    """Returns step(state) or the state: a loop, whose state is not copied, as it is for branches."""
-    return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, state: step(state), state)
