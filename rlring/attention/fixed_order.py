@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple, Protocol, Self, get_args
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention.block_view import Seen
-from rlring.attention.blocks import Blocks, put, take
-from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, delta_of
+from rlring.attention.blocks import Blocks, joined, put, take
+from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, delta_of, with_sinks
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import Partial, zeros
@@ -121,6 +121,17 @@ class FixedOrderKernel(NamedTuple):
 
         none = zeros(inputs.total.shape, inputs.delta.dtype, inputs.d_out)
         return inputs.with_delta(lax.fori_loop(0, none.shape[2] // size, add, none))
+
+    def with_sinks(self, out: Float[Array, "B T N V"], lse: Float[Array, "B N T"], sinks: Float[Array, "N"] | None):
+        """Returns kernel.with_sinks() computed block by block: its gradient has a sum like that of delta."""
+        if sinks is None:
+            return out, lse
+        size = self.kernel.blocks.q
+        count = out.shape[1] // size
+        out = jnp.moveaxis(out.reshape(out.shape[0], count, size, *out.shape[2:]), 1, 0)
+        lse = jnp.moveaxis(lse.reshape(*lse.shape[:2], count, size), 2, 0)
+        out, lse = lax.map(lambda block: with_sinks(*block, sinks), (out, lse))
+        return joined(out, 1), joined(lse, 2)
 
     def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
         total = self.part("begin").forward(q, k, v, mask, mod, before)

@@ -1,7 +1,7 @@
 """The schemes: one table that says what each splits and how it is made; and the settings that choose among them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -109,8 +109,10 @@ class Setting(NamedTuple):
             wanted = features(q, v, mask, mod, needs_lse=self.needs_lse)
             of_arrays = {"dtype": q.dtype, "head_size": q.shape[3], "wanted": wanted}
             kernel = make_kernel(self.config.kernel, blocks, platform=self.platform, **of_arrays)
-            kernel = FixedOrderKernel(kernel) if self.config.deterministic else kernel
-            return attend(q, k, v, mask, mod, of(kernel) if of else kernel, forward_mode=self.config.forward_mode)
+            fixed = FixedOrderKernel(kernel) if self.config.deterministic else None
+            kernel, now = (kernel, mod) if fixed is None else (fixed, replace(mod, sinks=None))
+            out = attend(q, k, v, mask, now, of(kernel) if of else kernel, forward_mode=self.config.forward_mode)
+            return out if fixed is None else fixed.with_sinks(*out, mod.sinks)
 
         return run
 

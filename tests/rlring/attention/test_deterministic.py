@@ -1,7 +1,7 @@
 """AttentionConfig.deterministic: the bits of out, dq, dk and dv are the same on a ring of any size.
 
-They are compared in a process with XLA's default flags: run as a program, this file takes cases and prints what it found
-as JSON. With those of conftest.py, for fast compilation, XLA before jaxlib 0.11 rounds every loop in a way of its own.
+They are compared in a process with XLA's default flags: run as a program, this file takes cases and prints what it
+found as JSON. With those of conftest.py, for fast compilation, XLA before jaxlib 0.11 rounds each loop in its own way.
 """
 
 import json
