@@ -85,7 +85,9 @@ def count_traffic(settings: Settings) -> Iterator[Traffic]:
         for devices in settings.devices:
             for scheme in (*schemes, *[MEGATRON] * bool(schemes)):
                 say(f"{length} tokens: compiling {scheme} for {devices} device{'s' * (devices > 1)}")
-                yield counted(scheme, length, devices, settings)
+                one = counted(scheme, length, devices, settings)
+                say(f"sent: {one.forward:,.0f} bytes forward, {one.backward:,.0f} backward" if not one.refused else "-")
+                yield one
 
 
 def formulas(scheme: str, here: Shape, ring: int, ulysses: int) -> tuple[float, float]:
