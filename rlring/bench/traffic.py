@@ -4,7 +4,8 @@ A device holds t = B * T / P tokens of b bytes a number, D = N * H and E = K * H
 ring of r and ulysses of u devices, P = r * u, it sends in a layer:
 
     ring                (r - 1) t (2 E b + 8)                     backward: as much, and r t 8 E of gradients in float32
-    all_gather          (P - 1) t (2 E b + 8)                     backward: as much, and (P - 1) t 8 E of gradients
+    all_gather          (P - 1) t (2 E b + 8)                     backward: as much, for keys are gathered again, and
+                                                                  (P - 1) t 8 E of gradients
     ulysses             (1 - 1 / u) t (2 D + 2 E) b, (u - 1) 8 t  backward: the first of the two
     hybrid              of ulysses and, in tokens of u devices and heads of one, of the ring
     Megatron's          4 (P - 1) t D b                           backward: as much
@@ -54,7 +55,7 @@ class Traffic:
     backward: float = 0.0
     backward_formula: float = 0.0
     forward_collectives: tuple[Collective, ...] = ()
-    all_collectives: tuple[Collective, ...] = ()  # of forward and backward
+    backward_collectives: tuple[Collective, ...] = ()
 
 
 class Shape(NamedTuple):
@@ -115,17 +116,16 @@ def counted(scheme: str, length: int, devices: int, settings: Settings) -> Traff
     width, kv_width = (heads * settings.head_size for heads in (settings.heads, copies * settings.kv_heads))
     here = Shape(settings.batch * length / devices, width, kv_width, jnp.dtype(settings.type).itemsize)
     make = _megatron if scheme == MEGATRON else _attention
-    forward, everything = (tuple(collectives(text)) for text in _compiled(make(of, settings)))
-    in_forward, in_all = (sum(one.total for one in some) for some in (forward, everything))
-    expected = formulas(scheme, here, ring, ulysses)
+    forward, backward = (tuple(collectives(text)) for text in _compiled(make(of, settings)))
+    forward_formula, backward_formula = formulas(scheme, here, ring, ulysses)
     return replace(
         of,
-        forward=in_forward,
-        forward_formula=expected[0],
-        backward=in_all - in_forward,
-        backward_formula=expected[1],
+        forward=sum(one.total for one in forward),
+        forward_formula=forward_formula,
+        backward=sum(one.total for one in backward),
+        backward_formula=backward_formula,
         forward_collectives=forward,
-        all_collectives=everything,
+        backward_collectives=backward,
     )
 
 
@@ -143,16 +143,21 @@ def _misfit(of: Traffic, settings: Settings) -> str | None:
 
 
 def _compiled(program: Program) -> Iterator[str]:
-    """Yields the compiled forward, and forward and backward."""
+    """Yields the compiled forward and the compiled backward: two programs, as the rest of a model stands between them.
+    In one XLA would gather the keys once for both."""
 
-    def both(d_out, *arguments):
+    def forward(*arguments):
         some, others = arguments[: program.differentiable], arguments[program.differentiable :]
-        out, pull = jax.vjp(lambda *some: program.function(*some, *others), *some)
-        return out, pull(d_out)
+        return jax.vjp(lambda *some: program.function(*some, *others), *some)
 
-    d_out = program.arguments[0]  # of the same shape
-    yield jax.jit(program.function).lower(*program.arguments).compile().as_text()
-    yield jax.jit(both).lower(d_out, *program.arguments).compile().as_text()
+    def placed(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    lowered = jax.jit(forward).lower(*program.arguments)
+    compiled = lowered.compile()
+    yield compiled.as_text()
+    d_out, pull = jax.tree.map(placed, lowered.out_info, compiled.output_shardings)
+    yield jax.jit(lambda pull, d_out: pull(d_out)).lower(pull, d_out).compile().as_text()
 
 
 def _attention(of: Traffic, settings: Settings) -> Program:

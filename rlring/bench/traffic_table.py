@@ -46,7 +46,7 @@ def traffic_table(counted: Sequence[Traffic], settings: Settings, versions: Vers
 
 def as_json(one: Traffic) -> dict:
     """Returns a Traffic as JSON has it."""
-    names = ("forward_collectives", "all_collectives")
+    names = ("forward_collectives", "backward_collectives")
     return asdict(one) | {name: [sent._asdict() for sent in getattr(one, name)] for name in names}
 
 

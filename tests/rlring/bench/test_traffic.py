@@ -23,10 +23,10 @@ def settings(heads: int = 8, kv_heads: int | None = None, **changes) -> Settings
         ("ring", 4, 2),
         ("ulysses", 8, 2),  # whose heads of keys are copied
         pytest.param("ring", 8, None, marks=pytest.mark.slow),
-        pytest.param("all_gather", 4, 2, marks=pytest.mark.slow),
+        ("all_gather", 4, 2),
         pytest.param("ulysses", 4, None, marks=pytest.mark.slow),
         pytest.param("hybrid", 2, None, marks=pytest.mark.slow),
-        pytest.param("hybrid", 8, 2, marks=pytest.mark.slow),
+        ("hybrid", 8, 2),
         (MEGATRON, 2, None),
         pytest.param(MEGATRON, 8, None, marks=pytest.mark.slow),
     ],
