@@ -5,6 +5,7 @@ not its own; a reduce-scatter (g - 1) * r; an all-reduce, both after each other,
 send the algorithms that send least (Thakur, Rabenseifner and Gropp 2005, section 4).
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -95,5 +96,12 @@ def _group(rest: str, devices: int) -> int:
         return len(ring)
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(listed[1].split(","))
-    computed = re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest)
-    return int(computed[1]) if computed else devices
+    if computed := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
+        return int(computed[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}:]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']*)'", named[2]))
+    if "replica_groups=" not in rest or "replica_groups={}" in rest:
+        return devices
+    groups = rest[rest.index("replica_groups=") :][:80]
+    raise UsageError(f"groups of devices are lists or axes of a mesh; got {groups}. Count a program of another JAX.")
