@@ -51,4 +51,5 @@ def as_json(one: Traffic) -> dict:
 
 
 def _mib(size: float) -> str:
-    return f"{size / 2**20:.4g}"
+    mib = size / 2**20
+    return f"{mib:,.0f}" if mib >= 1000 else f"{mib:.4g}"
