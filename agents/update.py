@@ -1,5 +1,6 @@
 """One update: the first state, and the jitted step from a state to the next."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -32,6 +33,18 @@ def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransform
     return TrainState(weights, jax.jit(optimizer.init, out_shardings=sharding)(weights)), sharding
 
 
+def _summed(differentiate: Callable, params, parts: Batch, batch: Batch):
+    """Returns the metrics and the gradients of a batch: those of its parts, added up."""
+
+    def add(total, part):
+        (_, metrics), gradients = differentiate(params, part, batch)
+        return jax.tree.map(jax.numpy.add, total, (metrics, gradients)), None
+
+    shapes = jax.eval_shape(lambda: differentiate(params, jax.tree.map(lambda x: x[0], parts), batch))
+    zero = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+    return jax.lax.scan(add, zero, parts)[0]
+
+
 def make_update(
     agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, sharding=None, *, accumulate=1
 ):
@@ -46,26 +59,17 @@ def make_update(
         x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
         return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *TOKENS)))
 
-    def accumulated(params, batch: Batch):
-        def add(total, part):
-            (_, metrics), gradients = differentiate(params, part, batch)
-            return jax.tree.map(jax.numpy.add, total, (metrics, gradients)), None
-
-        parts = jax.tree.map(in_parts, batch)
-        shapes = jax.eval_shape(lambda: differentiate(params, jax.tree.map(lambda x: x[0], parts), batch))
-        zero = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-        return jax.lax.scan(add, zero, parts)[0]
-
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        params, optimizer_state = state
         if accumulate == 1:
-            (_, metrics), gradients = differentiate(params, batch)
+            (_, metrics), gradients = differentiate(state.weights, batch)
         else:
-            metrics, gradients = accumulated(params, batch)
-        changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        params = optax.apply_updates(params, changes)
-        norms = {"gradient/global_norm": optax.tree.norm(gradients), "weights/global_norm": optax.tree.norm(params)}
-        return TrainState(params, optimizer_state), metrics | norms
+            metrics, gradients = _summed(differentiate, state.weights, jax.tree.map(in_parts, batch), batch)
+        state = state.updated(optimizer, gradients)
+        norms = {
+            "gradient/global_norm": optax.tree.norm(gradients),
+            "weights/global_norm": optax.tree.norm(state.weights),
+        }
+        return state, metrics | norms
 
     if mesh is None or sharding is None:
         return jax.jit(update, donate_argnums=0)

@@ -164,7 +164,7 @@ def positions(batch: int, length: int, *, mesh: Mesh | None = None) -> Int32[Arr
     return position if not is_split else jax.lax.with_sharding_constraint(position, NamedSharding(mesh, TOKENS))
 
 
-def laid_out(text: Int[np.ndarray, "B T+1"], *, mesh: Mesh | None = None) -> tuple[np.ndarray, np.ndarray]:
+def laid_out(text: Int[np.ndarray, "B tokens"], *, mesh: Mesh | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens and their targets, the tokens after them, in the order in which a mesh wants them, and padded
     by tokens without a target to a length that it divides."""
     tokens, targets = text[:, :-1], text[:, 1:]
@@ -188,6 +188,12 @@ class TrainState(NamedTuple):
 
     weights: nnx.State
     optimizer: optax.OptState
+
+    def updated(self, optimizer: optax.GradientTransformation, gradients) -> "TrainState":
+        """Returns the state after the weights have been changed once."""
+        with jax.numpy_dtype_promotion("standard"):  # optax's own, which Adam's powers of a count need
+            changes, state = optimizer.update(gradients, self.optimizer, self.weights)
+        return TrainState(optax.apply_updates(self.weights, changes), state)
 
 
 @dataclass(frozen=True)
@@ -227,9 +233,7 @@ class Training:
             zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.weights)
             total, _ = jax.lax.scan(add, zero, parts)
         mean, gradients = total
-        with jax.numpy_dtype_promotion("standard"):  # optax's own, which Adam's powers of a count need
-            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.weights)
-        return TrainState(optax.apply_updates(state.weights, updates), optimizer), mean
+        return state.updated(self.optimizer, gradients), mean
 
     def shardings(self) -> TrainState:
         """Returns where every array of the state lives.
@@ -251,7 +255,7 @@ class Training:
         step = jax.jit(self.step, in_shardings=(state, tokens, tokens), out_shardings=(state, loss), donate_argnums=0)
         return jax.jit(self.init, out_shardings=state), step
 
-    def _parts(self, tokens: Int[Array, "B T"]) -> Int[Array, "A B/A T"]:
+    def _parts(self, tokens: Int[Array, "B T"]) -> Int[Array, "parts rows T"]:
         """Returns the batch in parts that each have rows of every device."""
         batch, length = tokens.shape
         if batch % self.accumulate:

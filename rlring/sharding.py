@@ -126,18 +126,15 @@ class BatchPart(NamedTuple):
 
     def on_devices(self, part):
         """Returns arrays of this part, [rows, places, ...] on every host, as one global array each."""
-        if self.mesh is None:
-            return jax.device_put(part)
+        return jax.device_put(part) if self.mesh is None else jax.tree.map(self._global, part)
+
+    def _global(self, x: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = (np.arange(size)[s] for size, s in zip(self.shape, index, strict=False))
+            return x[np.ix_(*(np.searchsorted(held, w) for held, w in zip(self[:2], wanted, strict=True)))]
+
         sharding = NamedSharding(self.mesh, TOKENS)
-
-        def one(x: np.ndarray) -> jax.Array:
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
-                wanted = (np.arange(size)[s] for size, s in zip(self.shape, index, strict=False))
-                return x[np.ix_(*(np.searchsorted(own, w) for own, w in zip(self[:2], wanted, strict=True)))]
-
-            return jax.make_array_from_callback((*self.shape, *x.shape[2:]), sharding, shard)
-
-        return jax.tree.map(one, part)
+        return jax.make_array_from_callback((*self.shape, *x.shape[2:]), sharding, shard)
 
 
 def _prime_factors(number: int) -> tuple[int, ...]:

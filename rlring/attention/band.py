@@ -53,21 +53,21 @@ class _Band(NamedTuple):
     def chunks(self) -> int:
         return self.tiles // self.chunk
 
-    def take(self, rows: Rows, x: Float[Array, "B T N H"], tile) -> Float[Array, "r*C G*tile H"]:
+    def take(self, rows: Rows, x: Float[Array, "B T N H"], tile) -> Float[Array, "tiles Q H"]:
         """Returns these rows of the chunk that begins with this tile, tile by tile."""
         return self._cut(self._chunk(rows.take, x, tile, 1))
 
-    def take_numbers(self, rows: Rows, x: Float[Array, "B N T"], tile) -> Float[Array, "r*C G*tile"]:
+    def take_numbers(self, rows: Rows, x: Float[Array, "B N T"], tile) -> Float[Array, "tiles Q"]:
         """Returns what take() does, of arrays of one number a query."""
         return self._cut(self._chunk(rows.take_numbers, x, tile, 2))
 
-    def uncut(self, x: Float[Array, "r*C G*tile ..."]) -> Float[Array, "r Q ..."]:
+    def uncut(self, x: Float[Array, "tiles q ..."]) -> Float[Array, "r Q ..."]:
         """Returns the rows of a chunk, from its tiles."""
         _, queries, *rest = x.shape
         tiles = x.reshape(-1, self.chunk, queries // self.tile, self.tile, *rest)
         return jnp.moveaxis(tiles, 2, 1).reshape(tiles.shape[0], self.chunk * queries, *rest)
 
-    def add(self, rows: Rows, x: Float[Array, "B T N H"], tiles: Float[Array, "r*C Q H"], tile) -> Array:
+    def add(self, rows: Rows, x: Float[Array, "B T N H"], tiles: Float[Array, "tiles Q H"], tile) -> Array:
         """Returns x with what is found for the chunk that begins with this tile added to it."""
         start, more = tile * self.tile, self.uncut(tiles)
 
@@ -100,7 +100,7 @@ class _Band(NamedTuple):
         pairs = mask.map_queries(partial(self._tiles, q_tile)).map_keys(partial(self._tiles, k_tile))
         return Tile.of(mod, self.terms(mod, rows), pairs, q_tiles, is_masked=is_masked, per_row=per_row)
 
-    def _tiles(self, tile, x: Int32[Array, "m tokens"]) -> Int32[Array, "m*C tile"]:
+    def _tiles(self, tile, x: Int32[Array, "m tokens"]) -> Int32[Array, "tiles size"]:
         """Returns what is known of the tokens of a chunk, tile by tile."""
         chunk = self._chunk(lambda x, start, size: lax.dynamic_slice_in_dim(x, start, size, 1), x, tile, 1)
         return chunk.reshape(-1, self.tile)
@@ -114,7 +114,7 @@ class _Band(NamedTuple):
         summed = jax.tree.map(lambda x: x.reshape(-1, self.chunk, *x.shape[1:]).sum(1), terms)
         return rows.add_terms(total, summed, 0, None)
 
-    def _cut(self, x: Float[Array, "r Q ..."]) -> Float[Array, "r*C G*tile ..."]:
+    def _cut(self, x: Float[Array, "r Q ..."]) -> Float[Array, "tiles q ..."]:
         rows, queries, *rest = x.shape
         tiles = x.reshape(rows, -1, self.chunk, self.tile, *rest)
         return jnp.moveaxis(tiles, 1, 2).reshape(rows * self.chunk, queries // self.chunk, *rest)
@@ -148,6 +148,24 @@ class _Band(NamedTuple):
         return BlockSchedule.of(seen.any(0), whole.all(0))
 
 
+class _Inputs(NamedTuple):
+    """What every chunk is computed of: arrays as long as the band, and what is known of their tiles."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B T K H"]
+    v: Float[Array, "B T K V"]
+    mask: Mask
+    mod: ScoreMod
+    q_bounds: Bounds
+    k_bounds: Bounds
+
+    @classmethod
+    def of(cls, band: _Band, q: Array, k: Array, v: Array, mask: Mask, mod: ScoreMod) -> "_Inputs":
+        length, mask = band.length, mask.padded(band.length, band.length)
+        padded = (pad(x, 1, length) for x in (q, k, v))
+        return cls(*padded, mask, mod, mask.q_bounds(band.tile), mask.k_bounds(band.tile))
+
+
 def forward(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -158,70 +176,81 @@ def forward(
     scores: int,
 ) -> Partial:
     """Kernel.forward, without a bias; so many scores are held at once."""
-    q_length, band = q.shape[1], _Band.of(q, k, tile, scores)
-    length = band.length
-    q, k, v, mask = (*(pad(x, 1, length) for x in (q, k, v)), mask.padded(length, length))
-    q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
-
-    shields_any = online_softmax.has_gaps(v)
-
-    def attend_from(n, total: Partial) -> Partial:
-        rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
-        mask_here, q_tiles = rows.of_masks(mask), band.take(rows, q, first)
-
-        def attend_to(ahead, running, *, add=online_softmax.add, is_masked=False, shields=False):
-            place = (first + ahead) % band.tiles
-            known = band.tile_of(mod, rows, mask_here, q_tiles, first, place, is_masked=is_masked)
-            k_tiles, v_tiles = band.take(rows, k, place), band.take(rows, v, place)
-            if shields:
-                k_tiles, v_tiles = online_softmax.shielded(k_tiles, v_tiles)
-            return add(running, q_tiles, k_tiles, v_tiles, known)
-
-        bounds = rows.of_masks((pick(q_bounds, first, band.chunk), k_bounds))
-        plan = band.schedule(first, *_seen(mask_here, bounds))
-        none = partial(online_softmax.SoftmaxState.none, q_tiles, v.shape[3])
-        running = online_softmax.softmax_over(plan, attend_to, none, shields=shields_any)
-        return rows.put_partial(total, tuple(band.uncut(x) for x in running.finish()), first * tile)
-
-    return lax.fori_loop(0, band.turns.count * band.chunks, attend_from, nothing(q, v)).cut(q_length)
+    band = _Band.of(q, k, tile, scores)
+    inputs = _Inputs.of(band, q, k, v, mask, mod)
+    attend = partial(_attend_from, band, inputs, online_softmax.has_gaps(inputs.v))
+    start = nothing(inputs.q, inputs.v)
+    return lax.fori_loop(0, band.turns.count * band.chunks, attend, start).cut(q.shape[1])
 
 
-def backward(q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, tile: int, scores: int) -> Gradients:
+def _attend_from(band: _Band, inputs: _Inputs, shields_any: Bool[Array, ""], n, total: Partial) -> Partial:
+    """Returns the total with the attention of the n-th chunk of queries in it."""
+    q, k, v, mask, mod, q_bounds, k_bounds = inputs
+    rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
+    mask_here, q_tiles = rows.of_masks(mask), band.take(rows, q, first)
+
+    def attend_to(ahead, running, *, add=online_softmax.add, is_masked=False, shields=False):
+        place = (first + ahead) % band.tiles
+        known = band.tile_of(mod, rows, mask_here, q_tiles, first, place, is_masked=is_masked)
+        k_tiles, v_tiles = band.take(rows, k, place), band.take(rows, v, place)
+        if shields:
+            k_tiles, v_tiles = online_softmax.shielded(k_tiles, v_tiles)
+        return add(running, q_tiles, k_tiles, v_tiles, known)
+
+    bounds = rows.of_masks((pick(q_bounds, first, band.chunk), k_bounds))
+    plan = band.schedule(first, *_seen(mask_here, bounds))
+    none = partial(online_softmax.SoftmaxState.none, q_tiles, v.shape[3])
+    running = online_softmax.softmax_over(plan, attend_to, none, shields=shields_any)
+    return rows.put_partial(total, tuple(band.uncut(x) for x in running.finish()), first * band.tile)
+
+
+class _Known(NamedTuple):
+    """What the backward knows of the queries besides."""
+
+    d_out: Float[Array, "B T N V"]
+    numbers: tuple[Float[Array, "B N T"], ...]  # exponent, total and delta
+    shields: Bool[Array, ""]
+
+    @classmethod
+    def of(cls, band: _Band, inputs: _Inputs, known: BackwardInputs) -> "_Known":
+        numbers = tuple(pad(x, 2, band.length) for x in (known.exponent, known.total, known.delta))
+        d_out = pad(known.d_out, 1, band.length)
+        return cls(d_out, numbers, online_softmax.has_gaps(inputs.q, inputs.k, inputs.v, d_out, known.total))
+
+
+def backward(q, k, v, mask: Mask, mod: ScoreMod, known: BackwardInputs, tile: int, scores: int) -> Gradients:
     """Kernel.backward, without a bias; so many scores are held at once."""
     q_length, k_length, band = q.shape[1], k.shape[1], _Band.of(q, k, tile, scores)
-    length = band.length
-    numbers = [pad(x, 2, length) for x in (inputs.exponent, inputs.total, inputs.delta)]
-    q, k, v, d_out = (pad(x, 1, length) for x in (q, k, v, inputs.d_out))
-    mask = mask.padded(length, length)
-    q_bounds, k_bounds = mask.q_bounds(tile), mask.k_bounds(tile)
-
-    shields_any = online_softmax.has_gaps(q, k, v, d_out, inputs.total)
-
-    def gradients_of(n, total: Gradients) -> Gradients:
-        rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
-        mask_here = rows.of_masks(mask)
-        k_tiles, v_tiles = band.take(rows, k, first), band.take(rows, v, first)
-
-        def add_from(ahead, found, *, is_masked=False, shields=False):
-            place, (dq, dk, dv, d_mod) = (first + ahead) % band.tiles, found
-            of_q = [band.take(rows, x, place) for x in (q, d_out)]
-            of_q += [band.take_numbers(rows, x, place) for x in numbers]
-            known = band.tile_of(mod, rows, mask_here, of_q[0], place, first, is_masked=is_masked)
-            more = online_softmax.gradients(*of_q, k_tiles, v_tiles, known, shields=shields)
-            d_mod = band.add_terms(d_mod, known.gradients(more.logits, band.terms(mod, rows)), rows)
-            return Gradients(band.add(rows, dq, more.dq, place), dk + more.dk, dv + more.dv, d_mod)
-
-        none = (zeros(x.mT.shape, accumulator_type(x.dtype), x) for x in (k_tiles, v_tiles))
-        bounds = rows.of_masks((q_bounds, pick(k_bounds, first, band.chunk)))
-        plan = band.schedule(first, *(x.T for x in _seen(mask_here, bounds)))
-        found = plan.walk(add_from, Gradients(total.dq, *none, total.mod), shields=shields_any)
-        parts = (total.dk, found.dk), (total.dv, found.dv)
-        dk, dv = (rows.put(x, band.uncut(part.mT), first * tile) for x, part in parts)
-        return found._replace(dk=dk, dv=dv)
-
-    none = no_gradients(q, k, v)._replace(mod=mod.no_gradients())
-    dq, dk, dv, d_mod = lax.fori_loop(0, band.turns.count * band.chunks, gradients_of, none)
+    inputs = _Inputs.of(band, q, k, v, mask, mod)
+    add = partial(_add_gradients_of, band, inputs, _Known.of(band, inputs, known))
+    none = no_gradients(inputs.q, inputs.k, inputs.v)._replace(mod=mod.no_gradients())
+    dq, dk, dv, d_mod = lax.fori_loop(0, band.turns.count * band.chunks, add, none)
     return Gradients(dq[:, :q_length], dk[:, :k_length], dv[:, :k_length], d_mod)
+
+
+def _add_gradients_of(band: _Band, inputs: _Inputs, known: _Known, n, total: Gradients) -> Gradients:
+    """Returns the total with the gradients of the n-th chunk of keys, and what it adds to those of all queries."""
+    q, k, v, mask, mod, q_bounds, k_bounds = inputs
+    rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
+    mask_here = rows.of_masks(mask)
+    k_tiles, v_tiles = band.take(rows, k, first), band.take(rows, v, first)
+
+    def add_from(ahead, found, *, is_masked=False, shields=False):
+        place, (dq, dk, dv, d_mod) = (first + ahead) % band.tiles, found
+        of_q = [band.take(rows, x, place) for x in (q, known.d_out)]
+        of_q += [band.take_numbers(rows, x, place) for x in known.numbers]
+        tiles = band.tile_of(mod, rows, mask_here, of_q[0], place, first, is_masked=is_masked)
+        more = online_softmax.gradients(*of_q, k_tiles, v_tiles, tiles, shields=shields)
+        d_mod = band.add_terms(d_mod, tiles.gradients(more.logits, band.terms(mod, rows)), rows)
+        return Gradients(band.add(rows, dq, more.dq, place), dk + more.dk, dv + more.dv, d_mod)
+
+    none = (zeros(x.mT.shape, accumulator_type(x.dtype), x) for x in (k_tiles, v_tiles))
+    bounds = rows.of_masks((q_bounds, pick(k_bounds, first, band.chunk)))
+    plan = band.schedule(first, *(x.T for x in _seen(mask_here, bounds)))
+    found = plan.walk(add_from, Gradients(total.dq, *none, total.mod), shields=known.shields)
+    parts = (total.dk, found.dk), (total.dv, found.dv)
+    dk, dv = (rows.put(x, band.uncut(part.mT), first * band.tile) for x, part in parts)
+    return found._replace(dk=dk, dv=dv)
 
 
 def _seen(mask: Mask, bounds: tuple[Bounds, Bounds]) -> tuple[Bool[Array, "q k"], Bool[Array, "q k"]]:

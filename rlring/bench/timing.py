@@ -14,6 +14,7 @@ from rlring.attention.checks import check_scheme
 from rlring.attention.schemes import DETERMINISTIC
 from rlring.bench.candidates import (
     ONE_DEVICE,
+    Candidate,
     Run,
     Settings,
     hops_candidates,
@@ -96,42 +97,7 @@ def _measure_length(length: int, settings: Settings) -> list[Measurement]:
     runs = {("matmul", n): run for n, run in matmuls.items()}
     for place, candidate in enumerate(candidates):
         runs |= {(place, "forward"): candidate.forward, (place, "both"): candidate.forward_backward}
-    for run in runs.values():
-        run.call()  # the first one is never like the others
-    seconds: dict[tuple, list[float]] = {name: [] for name in runs}
-    for number in range(settings.repeats):
-        say(f"{length} tokens: round {number + 1} of {settings.repeats}")
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run.call()
-            seconds[name].append(time.perf_counter() - start)
-    blockwise, in_one_call = (
-        next((place for place, c in enumerate(candidates) if c.scheme == name), None)
-        for name in ("blockwise", "jax.nn")
-    )
-    flops = causal_flops(settings, length)
-
-    def summary(place: int, name: str, run: Run, times_forward: float) -> Pass:
-        took, matmul = seconds[place, name], seconds["matmul", candidates[place].devices]
-        peaks = [matmul_flops(candidates[place].devices, settings) / s for s in matmul]
-        shares = [times_forward * flops / s / peak for s, peak in zip(took, peaks, strict=True)]
-
-        def ratio(other: int | None) -> float | None:
-            if other is None:
-                return None
-            return statistics.median(s / o for s, o in zip(took, seconds[other, name], strict=True))
-
-        in_ms = tuple(1e3 * s for s in took)
-        return Pass(
-            statistics.median(in_ms),
-            min(in_ms),
-            ratio(blockwise),
-            statistics.median(shares),
-            run.temporary_bytes,
-            in_ms,
-            ratio(in_one_call),
-        )
-
+    rounds = _Rounds(_in_turns(runs, f"{length} tokens", settings.repeats), candidates, length, settings)
     return [
         Measurement(
             c.scheme,
@@ -139,12 +105,62 @@ def _measure_length(length: int, settings: Settings) -> list[Measurement]:
             c.devices,
             c.ring,
             c.ulysses,
-            peak_flops=matmul_flops(c.devices, settings) / statistics.median(seconds["matmul", c.devices]),
-            forward=summary(place, "forward", c.forward, 1.0),
-            forward_backward=summary(place, "both", c.forward_backward, 1.0 + BACKWARD_FLOPS),
+            peak_flops=matmul_flops(c.devices, settings) / statistics.median(rounds.seconds["matmul", c.devices]),
+            forward=rounds.summary(place, "forward", c.forward, 1.0),
+            forward_backward=rounds.summary(place, "both", c.forward_backward, 1.0 + BACKWARD_FLOPS),
         )
         for place, c in enumerate(candidates)
     ]
+
+
+def _in_turns(runs: dict[tuple, Run], what: str, rounds: int) -> dict[tuple, list[float]]:
+    """Returns the seconds of every run, a number a round."""
+    for run in runs.values():
+        run.call()  # the first one is never like the others
+    seconds: dict[tuple, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        say(f"{what}: round {number + 1} of {rounds}")
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run.call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """What every candidate of a length took."""
+
+    seconds: dict[tuple, list[float]]  # of ("matmul", devices), (place, "forward") and (place, "both")
+    candidates: list[Candidate]  # by place
+    length: int
+    settings: Settings
+
+    def peaks(self, candidate: Candidate) -> list[float]:
+        """Returns the operations a second of the product of matrices, by round."""
+        flops = matmul_flops(candidate.devices, self.settings)
+        return [flops / s for s in self.seconds["matmul", candidate.devices]]
+
+    def summary(self, place: int, name: str, run: Run, times_forward: float) -> Pass:
+        took, flops = self.seconds[place, name], times_forward * causal_flops(self.settings, self.length)
+        shares = [flops / s / peak for s, peak in zip(took, self.peaks(self.candidates[place]), strict=True)]
+        in_ms = tuple(1e3 * s for s in took)
+        return Pass(
+            statistics.median(in_ms),
+            min(in_ms),
+            self.ratio(took, "blockwise", name),
+            statistics.median(shares),
+            run.temporary_bytes,
+            in_ms,
+            self.ratio(took, "jax.nn", name),
+        )
+
+    def ratio(self, took: list[float], scheme: str, name: str) -> float | None:
+        """Returns the time over that of the first candidate of this scheme; None where there is none."""
+        other = next((place for place, c in enumerate(self.candidates) if c.scheme == scheme), None)
+        if other is None:
+            return None
+        return statistics.median(s / o for s, o in zip(took, self.seconds[other, name], strict=True))
 
 
 def check_settings(settings: Settings) -> None:

@@ -28,6 +28,7 @@ from data import ChainBatch, DataError
 from data.build import build
 from data.store_file import seal
 from rlring import make_mesh
+from rlring.language_model import TrainState
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:
@@ -105,7 +106,7 @@ def test_memory_of_a_train_step_is_linear_in_length(tiny, ring, remat):
         agent = make_agent(config, scales, 2, 1000, mesh)
         optimizer = make_optimizer(config)
         params = jax.eval_shape(agent.init, jax.random.key(0))
-        state = (params, jax.eval_shape(optimizer.init, params))
+        state = TrainState(params, jax.eval_shape(optimizer.init, params))
         sizes = {"observation": (4,), "action": (2,), "previous_action": (2,)}
         whole = {"step", "trajectory", "position", "segment"}
         batch = ChainBatch(

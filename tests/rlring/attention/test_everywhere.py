@@ -54,15 +54,14 @@ def attention_on(name: str, form: str, mask: Mask, **settings):
     tokens = P(axes.batch or None, sequence, axes.heads)
     specs = dict.fromkeys("qkv", tokens) | {"sinks": P(axes.heads)}
 
+    def on_shard(x, mask):
+        return sharded_attention(mask=mask, config=config, axes=axes, **x, **settings)
+
     def attend(x):
         of_bias = P(axes.heads, *[sequence] * (x["bias"].ndim == 3)) if "bias" in x else None
         split = {key: (specs | {"bias": of_bias})[key] for key in x}
-
-        @partial(jax.shard_map, mesh=mesh, in_specs=(split, P(*tokens[:2])), out_specs=(tokens, tokens))
-        def on_shard(x, mask):
-            return sharded_attention(mask=mask, config=config, axes=axes, **x, **settings)
-
-        return on_shard(x, mask)
+        specs_in, specs_out = (split, P(*tokens[:2])), (tokens, tokens)
+        return jax.shard_map(on_shard, mesh=mesh, in_specs=specs_in, out_specs=specs_out)(x, mask)
 
     return attend
 

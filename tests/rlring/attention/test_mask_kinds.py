@@ -222,12 +222,12 @@ def test_sizes(length):
 def test_memory_is_linear(scheme):
     mesh, config = make_mesh(ring=4 if scheme == "ring" else 1), AttentionConfig(scheme, scores=2**16)
 
-    def temporary_bytes(length: int) -> int:
-        def loss(x, position):
-            mask = FunctionMask.of(document, position, position // 100)
-            layer = jax.checkpoint(lambda x: x + attention(x, x, x, mask, config=config, mesh=mesh))
-            return jax.lax.scan(lambda x, _: (layer(x), None), x, length=2)[0].sum()
+    def loss(x, position):
+        mask = FunctionMask.of(document, position, position // 100)
+        layer = jax.checkpoint(lambda x: x + attention(x, x, x, mask, config=config, mesh=mesh))
+        return jax.lax.scan(lambda x, _: (layer(x), None), x, length=2)[0].sum()
 
+    def temporary_bytes(length: int) -> int:
         x, position = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
         return jax.jit(jax.grad(loss)).lower(x, position).compile().memory_analysis().temp_size_in_bytes
 

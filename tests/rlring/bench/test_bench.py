@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
@@ -159,14 +160,12 @@ def test_rounds_ratios_and_shares(monkeypatch):
     clock, turns = SimpleNamespace(now=0.0), []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
 
+    def call(name, left):
+        turns.append(name)
+        clock.now += left.pop(0)
+
     def run(name, *seconds):
-        left = [99.0, *seconds]  # the first call is the warm-up
-
-        def call():
-            turns.append(name)
-            clock.now += left.pop(0)
-
-        return candidates.Run(call, 7)
+        return candidates.Run(partial(call, name, [99.0, *seconds]), 7)  # the first call is the warm-up
 
     made = {
         "blockwise": candidates.Candidate("blockwise", 1, 1, 1, run("b", 1, 4, 2), run("B", 5, 5, 5)),
