@@ -1,6 +1,6 @@
 """What every agent offers."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +52,7 @@ class Scales(NamedTuple):
     """The largest return that chains ask for."""
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Where batches come from: a pure function of (seed, step, row, place)."""
 
@@ -66,6 +67,7 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
 class Agent(Protocol):
     """An algorithm: how it learns from chains or transitions, and how it acts. It holds no weights."""
 

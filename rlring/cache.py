@@ -202,7 +202,7 @@ class KVCache:
         return slots
 
 
-def _on_shards(function: Callable, slots: Slots, held, tokens, now: Mask, mesh: Mesh | None, *, returns):
+def _on_shards(function: Callable, slots: Slots, held, tokens, now: Mask | Array, mesh: Mesh | None, *, returns):
     """Returns function(slots, held, tokens, now, shard) of what each device has; held[B, K, S, H], tokens[B, T, N, H].
 
     `shard` is the number of the device among those that the slots or their heads are split over; `returns` names how

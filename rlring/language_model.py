@@ -208,7 +208,7 @@ class Training:
     accumulate: int = 1
     """Parts of a batch whose gradients are added up before the weights change."""
 
-    def init(self, seed: int = 0) -> TrainState:
+    def init(self, seed: Int[Array, ""] | int = 0) -> TrainState:
         """Returns the state before the first step."""
         weights = nnx.state(LanguageModel(self.config, rngs=nnx.Rngs(jax.random.key(seed))))
         return TrainState(weights, self.optimizer.init(weights))

@@ -61,8 +61,8 @@ def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequen
     return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _straight_rings(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> np.ndarray | None:
-    """Returns the devices of a flat slice [data, ring, ulysses] so that every hop of a ring is a straight line.
+def _straight_rings(devices: Sequence, sizes: tuple[int, int, int]) -> np.ndarray | None:
+    """Returns the devices (with coords) of a flat slice [data, ring, ulysses] so that every hop of a ring is straight.
 
     The devices of `ulysses` are a box, as square as can be; boxes are the places of a ring, which goes around a
     rectangle of them: each hop, the last one too, leads to the next box. None where no rectangles fit, or the devices
@@ -99,10 +99,9 @@ def _around(x: int, y: int) -> list[int]:
     It ends next to where it began.
     """
     cells = np.arange(x * y).reshape(x, y)
-    if x % 2:
-        cells = cells.T
+    cells = cells.T if x % 2 else cells
     there = [cell for i, row in enumerate(cells[:, 1:]) for cell in (row if i % 2 == 0 else row[::-1])]
-    return [cells[0, 0], *there, *cells[:0:-1, 0]]
+    return [int(cell) for cell in (cells[0, 0], *there, *cells[:0:-1, 0])]
 
 
 def join_cluster(

@@ -141,7 +141,11 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Returns the features of a few new tokens that see the cache and each other, and the cache with them.
 
-        mask: one whose rule they follow, that of the prompt say; without it they are causal, with the window."""
+        mask: one whose rule they follow, that of the prompt say; without it they are causal, with the window.
+
+        Raises:
+            UsageError: more tokens than the cache takes at a time, a window beside a mask, or what fits no mask.
+        """
         cache.check(position.shape[1])
         if mask is not None and window is not None:
             raise UsageError(f"the window of new tokens is that of their mask; got window={window} beside mask.")

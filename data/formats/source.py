@@ -1,7 +1,7 @@
 """Source: episodes wherever they lie, read one at a time."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import h5py
 import numpy as np
@@ -15,6 +15,7 @@ from data.store_file import is_store
 from data.trajectory import Trajectory
 
 
+@runtime_checkable
 class Source(Protocol):
     """Episodes that can be read one at a time, whatever file they are in."""
 

@@ -1,6 +1,6 @@
 """The tasks dm_control lacks, and what a task with a hidden goal can be asked without a simulator (NumPy only)."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from data.tasks.dark import PointMassDark, ReacherDark
 from data.tasks.map import PointMassMap, ReacherMap
 
 
+@runtime_checkable
 class GoalTask(Protocol):
     """A task whose reward is a function of the physics state and of a goal that no observation shows.
 

@@ -66,11 +66,11 @@ class BlockMask(Mask):
     def maybe_needed(self) -> Bool[Array, "B T S"]:
         return Mask.visible(self)
 
-    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
         shown, _, _ = self._counted(q, k)
         return super().maybe_visible(q, k) & (shown > 0).any(0)
 
-    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
         shown, entries, is_inside = self._counted(q, k)
         return super().fully_visible(q, k) & (is_inside & (shown == entries)).all(0)
 

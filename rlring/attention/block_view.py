@@ -1,6 +1,6 @@
 """What a kernel asks of a mask: which blocks of keys a block of queries sees, in part or as a whole."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Bounds(NamedTuple):
         )
 
 
+@runtime_checkable
 class BlockView(Protocol):
     """Which blocks see which. A pytree whose arrays have B or R rows; what is seen in any row is seen."""
 

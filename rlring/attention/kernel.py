@@ -7,7 +7,7 @@ same of several devices: a ring of kernels, a kernel over gathered keys.
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,7 @@ class BackwardInputs(NamedTuple):
         return Whole(self.out, self.exponent, self.total)
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """How attention is computed. Hashable: it is a static argument."""
 

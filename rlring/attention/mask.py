@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Int, Int32
 
 from rlring.attention.block_view import BlockView, Bounds, Seen, pick
-from rlring.attention.window import MOST, Window, checked_window, is_within, narrowed
+from rlring.attention.window import MOST, AnyArray, Window, checked_window, is_within, narrowed
 from rlring.errors import UsageError
 
 PADDING = -1  # the segment of a token that is not there
@@ -74,7 +74,7 @@ class Mask:
         """Returns the mask of self-attention that also looks ahead; an integer window limits only how far back."""
         return replace(cls.causal(position, segment, window), is_causal=False)
 
-    def at(self, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None) -> "Mask":
+    def at(self, position: Int[AnyArray, "B T"], segment: Int[AnyArray, "B T"] | None = None) -> "Mask":
         """Returns the mask of self-attention of other tokens, by the same rule."""
         segment = jnp.zeros_like(position) if segment is None else segment
         tokens = {"q_position": position, "k_position": position, "q_segment": segment, "k_segment": segment}
@@ -84,7 +84,7 @@ class Mask:
         """Returns the mask that sees no farther back than so many tokens, the query included."""
         return replace(self, window=narrowed(self.window, back))
 
-    def visible(self) -> Bool[Array, "B T S"]:
+    def visible(self) -> Bool[AnyArray, "B T S"]:
         """Returns the whole mask: quadratic, so only for blocks and tests."""
         q_position, k_position = self.q_position[:, :, None], self.k_position[:, None, :]
         q_segment, k_segment = self.q_segment[:, :, None], self.k_segment[:, None, :]
@@ -93,11 +93,11 @@ class Mask:
             seen &= k_position <= q_position
         return seen & self._in_window(q_position, k_position, q_position, k_position)
 
-    def maybe_needed(self) -> Bool[Array, "B T S"]:
+    def maybe_needed(self) -> Bool[AnyArray, "B T S"]:
         """Returns False only where neither the query nor any later one sees the key: a cache may drop it."""
         return self.visible()
 
-    def _in_window(self, q_back, k_back, q_ahead, k_ahead) -> Bool[Array, "..."] | bool:
+    def _in_window(self, q_back, k_back, q_ahead, k_ahead) -> Bool[AnyArray, "..."] | bool:
         """Returns whether k_back is not too far before q_back, and k_ahead not too far after q_ahead."""
         back, ahead = self.reach
         inside = True
@@ -178,7 +178,7 @@ class Mask:
         """Returns which blocks of `q_size` queries see which of `k_size` keys."""
         return BoundsView(self, self.q_bounds(q_size), self.k_bounds(k_size))
 
-    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
         """Returns, by block, False only where in no row any query of q sees any key of k. q and k broadcast."""
         seen = (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
         seen &= (q.low_position <= q.high_position) & (k.low_position <= k.high_position)
@@ -191,7 +191,7 @@ class Mask:
         """Returns False only where no query sees any key."""
         return self.maybe_visible(self.q_bounds(self.q_position.shape[1]), self.k_bounds(self.k_position.shape[1]))[0]
 
-    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
         """Returns, by block, True only where every query of q sees every key of k, in all rows of the batch."""
         seen = q.is_whole & k.is_whole & (q.low_segment == q.high_segment)
         seen &= (q.low_segment == k.low_segment) & (k.low_segment == k.high_segment)

@@ -17,14 +17,14 @@ from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod
 from rlring.attention.softmax import Partial
 
 
-def rows_of_queries(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "R G T H"]:
+def rows_of_queries(q: Shaped[Array, "B T N H"], kv_heads: int) -> Shaped[Array, "R G T H"]:
     """Returns queries as rows; head n reads key/value head n // G."""
     batch, length, heads, size = q.shape
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
     return grouped.transpose(0, 2, 3, 1, 4).reshape(batch * kv_heads, heads // kv_heads, length, size)
 
 
-def rows_of_keys(k: Float[Array, "B S K H"]) -> Float[Array, "R S H"]:
+def rows_of_keys(k: Shaped[Array, "B S K H"]) -> Shaped[Array, "R S H"]:
     """Returns keys or values as rows."""
     batch, length, heads, size = k.shape
     return k.transpose(0, 2, 1, 3).reshape(batch * heads, length, size)
@@ -66,7 +66,7 @@ class Rows(NamedTuple):
         size = part.shape[1] * self.kv_heads // x.shape[2]
         return self.put(x, self.take(x, start, size) + part, start)
 
-    def take_numbers(self, x: Float[Array, "B N T"], start, size: int) -> Float[Array, "r Q"]:
+    def take_numbers(self, x: Shaped[Array, "B N T"], start, size: int) -> Shaped[Array, "r Q"]:
         """Returns what take() does, of arrays of one number a query."""
         group = x.shape[1] // self.kv_heads
         sizes = self.sequences, self.heads * group, size

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from rlring.attention import band, blockwise
 from rlring.attention.block_view import Bounds
@@ -106,12 +106,12 @@ class _NearMask(Mask):
     def visible(self) -> Bool[Array, "B T S"]:
         return super().visible() & self.pattern.is_near(self.q_position[:, :, None], self.k_position[:, None, :])
 
-    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
         # In all rows at once: with other bounds in each, more is visited than need be.
         near = self.pattern.is_near(q.low_position, k.high_position).any(0)
         return super().maybe_visible(q, k) & near
 
-    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
         return super().fully_visible(q, k) & self.pattern.is_near(q.high_position, k.low_position).all(0)
 
 
@@ -199,8 +199,8 @@ class _Far(NamedTuple):
         return _FarKeys(jnp.minimum(place, length - 1).astype(jnp.int32), place < length)
 
     def add(
-        self, total: Float32[Array, "B S K H"], x: Float32[Array, "B C K H"], chunk: Int32[Array, ""]
-    ) -> Float32[Array, "B S K H"]:
+        self, total: Float[Array, "B S K H"], x: Float[Array, "B C K H"], chunk: Int32[Array, ""]
+    ) -> Float[Array, "B S K H"]:
         """Returns the total with what was found for one chunk of keys."""
         place = self.count - 1 - chunk * self.size
         is_here = self.is_strided & (place >= 0) & (place < self.size)
@@ -224,10 +224,10 @@ class _FarMask(Mask):
         blocks = replace(self, q_position=self._last_far(self.q_position), k_position=self._block(self.k_position))
         return Mask.visible(blocks)
 
-    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
         return super().maybe_visible(_in_blocks(q, self._last_far), _in_blocks(k, self._block))
 
-    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "blocks"]:
+    def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
         return super().fully_visible(_in_blocks(q, self._last_far), _in_blocks(k, self._block))
 
     def _block(self, position: Int32[Array, "..."]) -> Int32[Array, "..."]:

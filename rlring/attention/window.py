@@ -12,9 +12,10 @@ from rlring.errors import UsageError, shown
 MOST = 2**31 - 1  # that int32 holds
 
 Window = int | tuple[int | None, int | None]
+AnyArray = Array | np.ndarray  # positions may be NumPy's: a program takes them as a constant
 
 
-def is_within(later: Int32[Array, "..."], earlier: Int32[Array, "..."], reach: int) -> Bool[Array, "..."]:
+def is_within(later: Int32[AnyArray, "..."], earlier: Int32[AnyArray, "..."], reach: int) -> Bool[AnyArray, "..."]:
     """Returns whether later - earlier < reach, also where it is negative; the two broadcast."""
     # The distance of two int32 may be none, but it is a uint32.
     return (earlier > later) | ((later - earlier).astype(jnp.uint32) < reach)

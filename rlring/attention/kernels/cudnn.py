@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 # What the primitives take, in this order.
@@ -59,7 +60,7 @@ class CudnnTile(NamedTuple):
         return dq, dk, dv
 
 
-def unavailable(dtype: jnp.dtype, head_size: int) -> str | None:
+def unavailable(dtype: DTypeLike, head_size: int) -> str | None:
     """Returns why cuDNN cannot compute attention of this type and head size here, or None if it can."""
     if dtype not in DTYPES:
         return f"it computes in bfloat16 and float16, not in {jnp.dtype(dtype).name}: cast q, k and v"

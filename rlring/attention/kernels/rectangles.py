@@ -7,7 +7,7 @@ and greatest position and segment of its halves. Nothing is assumed: what is non
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
 HIDDEN = 1e30  # as the lse of a query: its weights, exp(score - lse), are 0
 
 
+@runtime_checkable
 class Tile(Protocol):
     """Attention without a mask, or with key j seen from query i >= j. Hashable. What it returns may be rounded."""
 
