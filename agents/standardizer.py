@@ -30,4 +30,5 @@ class Standardizer:
         return len(self.mean)
 
     def __call__(self, observation: Float[Array, "*S O"]) -> Float[Array, "*S O"]:
-        return jnp.clip((observation - jnp.asarray(self.mean)) / jnp.asarray(self.scale), -LIMIT, LIMIT)
+        mean, scale = (jnp.broadcast_to(jnp.asarray(x), observation.shape) for x in (self.mean, self.scale))
+        return jnp.clip((observation - mean) / scale, -LIMIT, LIMIT)

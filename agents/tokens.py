@@ -81,8 +81,9 @@ class Tokenizer(nnx.Module):
         ]
         x_BMkD = jnp.stack(parts, axis=2) + step[:, :, None]
         B, M, k, D = x_BMkD.shape
-        position = timesteps.position[..., None] * k + jnp.arange(k, dtype=timesteps.position.dtype)
-        nothing = (timesteps.position == 0)[..., None] & (jnp.arange(k) < 2)
+        place = jnp.arange(k, dtype=timesteps.position.dtype)[None, None]
+        position = timesteps.position[..., None] * k + place
+        nothing = (timesteps.position == 0)[..., None] & (place < 2)
         segment = jnp.where(nothing, -1, timesteps.segment[..., None])
         return x_BMkD.reshape(B, M * k, D), position.reshape(B, M * k), segment.reshape(B, M * k)
 

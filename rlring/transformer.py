@@ -62,8 +62,8 @@ class Block(nnx.Module):
             if self.config.qk_norm:
                 q_BTNH, k_BTKH = rms_norm(q_BTNH, self.query_norm[...]), rms_norm(k_BTKH, self.key_norm[...])
             if self.config.log_scaling:
-                scale = self.sharpness[...][:, None] * log_keys(position, mask.reach[0])
-                q_BTNH = (q_BTNH * scale).astype(x.dtype)
+                scale = self.sharpness[...][None, None, :, None] * log_keys(position, mask.reach[0])
+                q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(x.dtype)
             base, fraction = self.config.rope_base, rope_fraction
             if fraction is None:
                 fraction = self.config.rope_fraction

@@ -63,7 +63,11 @@ class Mask:
     def causal(
         cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: Window | None = None
     ) -> "Mask":
-        """Returns the mask of causal self-attention; without `segment` every token is in segment 0."""
+        """Returns the mask of causal self-attention; without `segment` every token is in segment 0.
+
+        Raises:
+            UsageError: no such window.
+        """
         segment = jnp.zeros_like(position) if segment is None else segment
         return cls(position, position, segment, segment, True, window)
 
@@ -71,7 +75,11 @@ class Mask:
     def full(
         cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: Window | None = None
     ) -> "Mask":
-        """Returns the mask of self-attention that also looks ahead; an integer window limits only how far back."""
+        """Returns the mask of self-attention that also looks ahead; an integer window limits only how far back.
+
+        Raises:
+            UsageError: no such window.
+        """
         return replace(cls.causal(position, segment, window), is_causal=False)
 
     def at(self, position: Int[AnyArray, "B T"], segment: Int[AnyArray, "B T"] | None = None) -> "Mask":

@@ -63,7 +63,7 @@ def test_gathered_weights_and_their_gradients(dtype):
     tokens = jax.device_put(x, NamedSharding(mesh, P(("data", "ring"))))
 
     def loss(weights, x):
-        return jnp.sin((x @ weights["matrix"].astype(x.dtype)).astype(jnp.float32) * weights["scale"]).sum()
+        return jnp.sin((x @ weights["matrix"].astype(x.dtype)).astype(jnp.float32) * weights["scale"][None]).sum()
 
     def seen(weights, x):
         whole = gathered(weights, mesh, x.dtype)

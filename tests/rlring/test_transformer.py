@@ -122,7 +122,7 @@ def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat
 
     def loss(model, x, position, mesh):
         y = model(x, Mask.causal(position), mesh=mesh)
-        return jnp.sum(jnp.sin(3 * y) * (1 + position[..., None] % 5)) / y.size
+        return jnp.sum(jnp.sin(3 * y) * (1 + position[..., None] % 5).astype(y.dtype)) / y.size
 
     want, want_gradient = nnx.value_and_grad(loss)(reference, x, position, None)
     for ring in (2, 8):

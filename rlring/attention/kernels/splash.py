@@ -103,7 +103,7 @@ class _Keys(NamedTuple):
         def counted():
             other, one = (tuple(jnp.expand_dims(x, d) for x in (segment, position)) for d in (1, 2))
             places = jnp.arange(k.shape[1], dtype=jnp.int32)
-            tied = (other[0] == one[0]) & (other[1] == one[1]) & (places < places[:, None])
+            tied = (other[0] == one[0]) & (other[1] == one[1]) & (places[None, None] < places[None, :, None])
             return (_precedes(other, one) | tied).sum(2, dtype=jnp.int32)
 
         def as_they_are():
@@ -198,7 +198,7 @@ class _Tiles(NamedTuple):
         packed = (stop << PLACE_BITS) | start
         by_block = jnp.where(stop > 0, start, LONGEST), stop
         first, last = (x.reshape(-1, self.q) for x in by_block)
-        block = jnp.arange(0, self.k_length, self.k)
+        block = jnp.arange(0, self.k_length, self.k)[None]
         is_seen = (first.min(1)[:, None] < block + self.k) & (last.max(1)[:, None] > block)
 
         def mask_info(next_block):

@@ -48,7 +48,7 @@ def test_going_on_is_attention_over_all(blocks, growth, is_causal):
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (BATCH, QUERIES, HEADS, SIZE))
     k, v = (jax.random.normal(key, (BATCH, KEYS, KV_HEADS, SIZE)) for key in keys[1:])
-    k = k * jnp.where(jnp.arange(KEYS) < 48, 1.0, growth)[:, None, None]
+    k = k * jnp.where(jnp.arange(KEYS) < 48, 1.0, growth)[None, :, None, None]
     positions = jnp.tile(jnp.arange(KEYS, dtype=jnp.int32), (BATCH, 1))
     # The queries of the first sequence are in the second half of it, and packed apart from some of its keys.
     segments = jnp.where((positions < 60) & (jnp.arange(BATCH)[:, None] == 0), 0, 1).astype(jnp.int32)

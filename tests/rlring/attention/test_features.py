@@ -70,7 +70,7 @@ def reference(q, k, v, mask: Mask, kept, *, scale=None, soft_cap=None, sinks=Non
     logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
     ahead = (mask.k_position[:, None] - mask.q_position[:, :, None])[:, None]
     if bias is not None:
-        logits += bias[None] if bias.ndim == 3 else -bias[None, :, None, None] * abs(ahead)
+        logits += bias[None] if bias.ndim == 3 else -bias[None, :, None, None] * abs(ahead).astype(bias.dtype)
     segments = mask.q_segment[:, None, :, None], mask.k_segment[:, None, None]
     seen = (segments[0] == segments[1]) & (segments[0] >= 0)
     seen &= (ahead <= 0) if window is None else (ahead >= -window[0]) & (ahead <= window[1])

@@ -81,7 +81,7 @@ def reference(q, k, v, visible):
     k, v, visible = (jnp.repeat(x, group, axis) for x, axis in ((k, 2), (v, 2), (visible, 1)))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[3] ** 0.5
     some = visible.any(-1, keepdims=True)
-    weights = jax.nn.softmax(jnp.where(visible | ~some, scores, -jnp.inf)) * some
+    weights = jnp.where(some, jax.nn.softmax(jnp.where(visible | ~some, scores, -jnp.inf)), 0.0)
     return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 
