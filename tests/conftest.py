@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["MUJOCO_GL"] = "disabled"
+# Strict, in what tests start as well: no type is promoted to another and no rank to a higher one without being asked.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Tests compile the same small programs again and again, in processes of their own too: compile each once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
@@ -32,6 +35,7 @@ import hypothesis
 import jax
 import pytest
 
+import tests.checked_annotations  # noqa: F401  (before what it checks is imported)
 from rlring.mesh import request_cpu_devices
 
 jax.config.update("jax_platforms", "cpu")

@@ -1,6 +1,6 @@
-"""JAX's own checks turned on: promotion of types and ranks, NaN and infinity. None of them finds anything here."""
+"""The checks that tests run under (conftest.py) are on, and JAX's own of NaN and infinity find nothing either."""
 
-from contextlib import ExitStack
+import os
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from flax import nnx
 
 from rlring import AttentionConfig, Mask, SparsePattern, Transformer, TransformerConfig, decode_attention, make_mesh
 from rlring.attention import attention
+from rlring.attention.rows import Turns
+from rlring.attention.softmax import nothing
 from rlring.language_model import LanguageModelConfig, Training, laid_out
 
 SCHEMES = {
@@ -25,15 +27,28 @@ SCHEMES = {
 
 @pytest.fixture(autouse=True)
 def strictly():
-    with ExitStack() as checks:
-        for check, value in (
-            (jax.numpy_dtype_promotion, "strict"),
-            (jax.numpy_rank_promotion, "raise"),
-            (jax.debug_nans, True),
-            (jax.debug_infs, True),
-        ):
-            checks.enter_context(check(value))
+    with jax.debug_nans(True), jax.debug_infs(True):
         yield
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: jnp.ones(2) + jnp.ones(2, jnp.bfloat16), "no available implicit dtype promotion path"),
+        (lambda: jnp.ones(2) + jnp.ones((2, 2)), "jax_numpy_rank_promotion='raise'"),
+        (lambda: Turns.of(4.0, 2, 3), "violates type hint"),
+        (lambda: nothing(jnp.ones((1, 2, 1, 3)), jnp.ones((2, 2, 1, 3))), "violates type hint"),
+    ],
+    ids=["type", "rank", "annotated type", "annotated shape"],
+)
+def test_what_is_refused_in_tests(call, message):
+    with pytest.raises(Exception, match=message):
+        call()
+
+
+def test_what_tests_start_is_strict_too():
+    assert os.environ["JAX_NUMPY_DTYPE_PROMOTION"] == "strict"
+    assert os.environ["JAX_NUMPY_RANK_PROMOTION"] == "raise"
 
 
 def config(scheme: str) -> AttentionConfig:
