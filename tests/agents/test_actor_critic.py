@@ -27,6 +27,7 @@ from agents.update import first_state, make_update, new_state
 from data import Trajectory, TrajectoryStore, TransitionBatch
 from data.store_writer import write_store
 from rlring import make_mesh
+from rlring.language_model import TrainState
 from rlring.sharding import BatchPart
 
 ROWS, A = 64, 2
@@ -219,8 +220,8 @@ def test_the_target_follows_the_critic_and_has_no_optimizer():
     optimizer = with_target({"actor": optax.sgd(1.0), "critic": optax.adam(0.5)}, 0.25)
     state = optimizer.init(params)
     assert set(state) == {"actor", "critic"}
-    changes, state = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), state, params)
-    after = optax.apply_updates(params, changes)
+    update = jax.jit(lambda state: state.updated(optimizer, jax.tree.map(jnp.ones_like, params)))
+    after = update(TrainState(params, state)).weights
     np.testing.assert_allclose(after["actor"], [0, 0], atol=1e-6)
     np.testing.assert_allclose(after["critic"], [0.5, 1.5], atol=1e-5)  # the first step of Adam is its rate
     np.testing.assert_allclose(after["target"], [0.25 * 0.5, 4 + 0.25 * (1.5 - 4)], atol=1e-5)

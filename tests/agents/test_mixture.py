@@ -12,6 +12,7 @@ from scipy.stats import norm
 from agents.cli import ConfigError
 from agents.gaussian import action_loss
 from agents.mixture import Mixture, action_head
+from rlring.language_model import TrainState
 
 
 def reference(weight, means, log_stds, action):
@@ -48,17 +49,14 @@ def test_two_ways_to_act_stay_apart(modes):
     graph, weights = nnx.split(action_head(8, 2, modes, rngs=nnx.Rngs(0)))
     optimizer = optax.adam(0.02)
 
-    @jax.jit
-    def learnt(weights):
-        def update(state, _):
-            weights, moments = state
-            gradient = jax.grad(lambda w: action_loss(nnx.merge(graph, w)(features), action, jnp.ones(512))[0])(weights)
-            changes, moments = optimizer.update(gradient, moments)
-            return (optax.apply_updates(weights, changes), moments), None
+    def loss(weights):
+        return action_loss(nnx.merge(graph, weights)(features), action, jnp.ones(512))[0]
 
-        return jax.lax.scan(update, (weights, optimizer.init(weights)), length=300)[0][0]
+    def step(state, _):
+        return state.updated(optimizer, jax.grad(loss)(state.weights)), None
 
-    policy = nnx.merge(graph, learnt(weights))(features)
+    state, _ = jax.jit(lambda state: jax.lax.scan(step, state, length=300))(TrainState(weights, optimizer.init(weights)))
+    policy = nnx.merge(graph, state.weights)(features)
     drawn, mean = np.asarray(policy.act(jax.random.key(1))), np.asarray(policy.act(None))
     assert np.abs(drawn).max() <= 1
     near = [np.abs(drawn - np.array([s, -s]) * 0.8).max(-1) < 0.6 for s in (1, -1)]
