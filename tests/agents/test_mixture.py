@@ -55,7 +55,9 @@ def test_two_ways_to_act_stay_apart(modes):
     def step(state, _):
         return state.updated(optimizer, jax.grad(loss)(state.weights)), None
 
-    state, _ = jax.jit(lambda state: jax.lax.scan(step, state, length=300))(TrainState(weights, optimizer.init(weights)))
+    state, _ = jax.jit(lambda state: jax.lax.scan(step, state, length=300))(
+        TrainState(weights, optimizer.init(weights))
+    )
     policy = nnx.merge(graph, state.weights)(features)
     drawn, mean = np.asarray(policy.act(jax.random.key(1))), np.asarray(policy.act(None))
     assert np.abs(drawn).max() <= 1

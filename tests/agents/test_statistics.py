@@ -85,7 +85,7 @@ def test_seeds_of_a_sweep_are_summarised_together_and_experiments_apart(episodes
 @pytest.mark.parametrize(
     ("series", "names"),
     [
-        (["map/AT", "map/no/norm"], ["AT", "no/norm"]),  # the arms of one sweep, or of two: as its own report calls them
+        (["map/AT", "map/no/norm"], ["AT", "no/norm"]),  # as the report of the sweep calls them
         (["map/wide", "rare/narrow"], ["narrow", "wide"]),
         (["map/AT", "rare/AT"], ["at [map/AT]", "at [rare/AT]"]),
         (["map/AT", "AT"], ["at [AT]", "at [map/AT]"]),
