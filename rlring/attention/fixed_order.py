@@ -11,7 +11,7 @@ block by block, in place. A block that is not seen is left out, which adds nothi
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, Self, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import jax.numpy as jnp
 from jax import lax
@@ -94,7 +94,7 @@ class OrderedKernel(Kernel, Protocol):
     blocks: Blocks
     order: FixedOrder | None
 
-    def _replace(self, *, order: FixedOrder) -> Self: ...
+    def _replace(self, *, order: FixedOrder) -> "OrderedKernel": ...
 
 
 class FixedOrderKernel(NamedTuple):
