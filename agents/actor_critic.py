@@ -143,7 +143,7 @@ class ActorCritic:
 
 def temporal_difference(value: Float[Array, "2 B"], target: Float[Array, " B"]) -> Float[Array, ""]:
     """Returns the mean squared error of both estimates, added up."""
-    return jnp.square(value - target).sum(axis=0).mean()
+    return jnp.square(value - target[None]).sum(axis=0).mean()
 
 
 def repeated(observation: Float[Array, "B O"], samples: int) -> Float[Array, "B samples O"]:

@@ -175,7 +175,7 @@ def test_losses_and_gradients_against_float64(name):
     """Gradients along random directions, network by network: what a loss holds fixed has none."""
     kind, (reference, settings) = name.split()[0], REFERENCES[name]
     rng = np.random.default_rng(1)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax promotes in its norm of float64
         config = made(kind, agent={kind: settings | {"discount": 0.9}})
         agent = make_agent(config, Scales(MEAN, STD, 1.0), A, 10, None)
         params = agent.init(jax.random.key(0))
