@@ -12,6 +12,7 @@ from data.errors import DataError
 from data.store import TrajectoryStore
 from data.tasks import GoalTask, goal_task
 
+NEAR = 0.7  # radii of the goal within which a trajectory comes to rest: it is paid for its last timesteps, not for one
 _SEARCHED = 1024
 
 
@@ -21,8 +22,8 @@ class GoalSampling:
 
     The goal is where some trajectory spent its last `stay_steps` steps. That trajectory is in the chain, and 0 to
     `met_most` (uniform) others that met the goal too, found among `candidates` random ones; the rest is random.
-    With `met`, a chance, every other one has met the goal with that chance and otherwise has not, each on its own, and
-    may be there twice: how much a longer context can tell is then known (`agents.prediction`).
+    With `met`, a chance, every other one came to rest at the goal with that chance and otherwise never met it, each on
+    its own, and may be there twice: how much a longer context can tell is then known (`agents.prediction`).
     """
 
     stay_steps: int = 4
@@ -75,17 +76,22 @@ class HindsightGoals:
     ) -> np.ndarray:
         """Returns, a row per generator, episodes [B, count] of which each has met the goal [B, G] with chance `met`.
 
-        Drawn with replacement; the first of many are those of few. A goal that all have met (beside the start) or none
-        leaves no choice: about one in a hundred of point_mass-dark's.
+        One that has met it came to rest there, so that it tells the place: what only passed by is within a radius of
+        the goal for a timestep or two, and leaves open on which side. All others are never paid.
+        Drawn with replacement; the first of many are those of few. Where none of the pool came to rest at the goal,
+        those that passed by stand in; a goal that all have met (beside the start) or none leaves no choice: about one
+        in a hundred of point_mass-dark's.
         """
         episodes = np.empty((len(generators), count), np.int64)
         for row, generator in enumerate(generators):
             # Of a large pool a part is enough to find some that met, and some that did not.
             part = pool[np.sort(generator.choice(len(pool), min(_SEARCHED, len(pool)), replace=False))]
-            has_met = (self.reward(part[None], goal[row : row + 1])[0] > 0).any(-1)
+            is_paid = (self.reward(part[None], goal[row : row + 1])[0] > 0).any(-1)
+            distance = np.linalg.norm(self.goal[part] - goal[row], axis=-1)
+            rests = self.stays[part] & (distance <= NEAR * self.task.radius)
             share, chance = generator.random((count, 2)).T
-            for is_met, wanted in ((True, chance < met), (False, chance >= met)):
-                found = part[has_met == is_met] if (has_met == is_met).any() else part
+            for choices, wanted in (((rests, is_paid), chance < met), ((~is_paid,), chance >= met)):
+                found = next((part[chosen] for chosen in choices if chosen.any()), part)
                 episodes[row, wanted] = found[(share[wanted] * len(found)).astype(np.int64)]
         return episodes
 

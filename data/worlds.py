@@ -23,12 +23,10 @@ from data.chains import ChainSampler, Split
 from data.draws import VISITS, WORLD, generator_of, row_indices
 from data.errors import DataError
 from data.growth import Growth
-from data.hindsight import GoalSampling, HindsightGoals, hidden_goal_task
+from data.hindsight import NEAR, GoalSampling, HindsightGoals, hidden_goal_task
 from data.store import TrajectoryStore
 from data.tasks.map import sample_signs
 from data.timesteps import Chains, StoredTimesteps
-
-NEAR = 0.7  # radii of the goal within which a visit comes to rest: it is paid for its last timesteps, not for one
 
 
 class Visits(NamedTuple):

@@ -290,6 +290,13 @@ def test_a_goal_is_met_as_rarely_as_asked(dark, met):
     np.testing.assert_array_equal(sampler.prompt(0, 3, 8, goal, 1.0).observation, prompt.observation[:, : 8 * 16])
 
 
+def test_a_rare_meeting_tells_the_place(dark):
+    """Its last timesteps are paid: what only passes by leaves open on which side of it the goal lies."""
+    batch = ChainSampler(dark, trajectories=2, sort="random", seed=0, goals=GoalSampling(met=1.0)).sample(0, 300)
+    paid = batch.reward.reshape(300, 2, 16)[:, 0]
+    assert (paid[:, -4:].all(axis=1)).mean() > 0.8  # the others have a goal at which none of 400 episodes rests
+
+
 def test_the_best_is_not_always_last_when_order_is_random(dark):
     returns = returns_of(ChainSampler(dark, trajectories=8, seed=0, sort="random").sample(0, 200))
     counts = np.bincount(returns.argmax(1), minlength=8)
