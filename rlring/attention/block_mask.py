@@ -12,6 +12,8 @@ from rlring.attention.block_view import Bounds
 from rlring.attention.mask import Mask
 from rlring.errors import UsageError, shown
 
+Places = Int32[Array | np.ndarray, "B ..."]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -89,6 +91,6 @@ class BlockMask(Mask):
         return lower - upper, (bottom - top) * (right - left), q_inside & k_inside
 
 
-def _entries(table: Array, row: Int32[Array, "B ..."], column: Int32[Array, "B ..."]) -> Array:
+def _entries(table: Array, row: Places, column: Places) -> Array:
     """Returns the entries of each sequence's table; rows and columns broadcast."""
     return jax.vmap(lambda table, row, column: table.at[row, column].get(mode="clip"))(table, row, column)

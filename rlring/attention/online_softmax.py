@@ -75,7 +75,7 @@ def first(q, k, v, tile: Tile) -> SoftmaxState:
 
 
 def attend(
-    q: Float[Array, "R Q H"], k: Float[Array, "R S H"], v: Float[Array, "R S H"], tile: Tile, *, shields: bool
+    q: Float[Array, "R Q H"], k: Float[Array, "R S H"], v: Float[Array, "R S V"], tile: Tile, *, shields: bool
 ) -> SoftmaxState:
     """Returns attention of flat rows, at once: memory is Q * S. The tile is masked.
 
@@ -176,7 +176,7 @@ def has_gaps(*arrays: Float[Array, "..."]) -> Bool[Array, ""]:
     return ~jnp.stack([is_finite(x) for x in arrays]).all()
 
 
-def shielded(k: Float[Array, "R S H"], v: Float[Array, "R S H"]) -> tuple[Float[Array, "R S H"], Float[Array, "R S H"]]:
+def shielded(k: Float[Array, "R S H"], v: Float[Array, "R S V"]) -> tuple[Float[Array, "R S H"], Float[Array, "R S V"]]:
     """Returns keys and values for a block that is masked: NaN and infinity reach only the queries that see them.
 
     A masked weight is 0, but 0 * NaN is NaN. So values that are not finite become 0, and their keys NaN: a query that

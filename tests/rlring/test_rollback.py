@@ -174,7 +174,7 @@ def test_refusals():
     for tokens, got in wrong:
         with pytest.raises(UsageError, match=rf"number of tokens for each of its 4 rows, from 0 on; got {got}"):
             cache.rolled_back(np.array(tokens))
-    one = X[:, :1], POSITION[:, :1], POSITION[:, :1] * 0
+    one = jnp.asarray(X[:, :1]), POSITION[:, :1], POSITION[:, :1] * 0
     with pytest.raises(UsageError, match=r"window of new tokens is that of their mask; got window=3"):
         model.decode(*one, cache, window=3, mask=Mask.causal(POSITION))
     pattern = AttentionConfig("sparse", sparse=SparsePattern(4, 2, 4))

@@ -181,13 +181,13 @@ class _Tiles(NamedTuple):
         """How many keys of a block are worked on at once."""
         return next(n for n in range(min(COMPUTED, self.k), 0, -LANES) if self.k % n == 0)
 
-    def queries(self, q: Float[Array, "T N H"]) -> Float[Array, "N T H"]:
+    def queries(self, q: Float[Array, "T N H"]) -> Float[Array, "N padded H"]:
         return pad(_swapped(q), 1, self.q_length)
 
-    def numbers(self, x: Float32[Array, "N T"]) -> Float32[Array, "N T"]:
+    def numbers(self, x: Float32[Array, "N T"]) -> Float32[Array, "N padded"]:
         return pad(x, 1, self.q_length)
 
-    def keys(self, k: Float[Array, "S K H"]) -> Float[Array, "K S H"]:
+    def keys(self, k: Float[Array, "S K H"]) -> Float[Array, "K padded H"]:
         return pad(_swapped(k), 1, self.k_length)
 
     def masks(self, seen: _Interval):

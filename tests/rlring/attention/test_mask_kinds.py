@@ -174,7 +174,8 @@ def test_decode(kind):
 def test_what_is_known_of_blocks(kind):
     """In zigzag order: no block that is seen is skipped; a FunctionMask skips all others."""
     order, (q_size, k_size) = zigzag_order(LENGTH, 4), (10, 8)
-    mask, seen = MASKS[kind](POSITION[:, order], SEGMENT[:, order]), whole(kind)[:, order][:, :, order]
+    mask = MASKS[kind](*(jnp.asarray(x[:, order]) for x in (POSITION, SEGMENT)))
+    seen = whole(kind)[:, order][:, :, order]
     np.testing.assert_array_equal(mask.visible(), seen)
     blocks = seen.reshape(ROWS, LENGTH // q_size, q_size, LENGTH // k_size, k_size)
     any_seen, all_seen = blocks.any((0, 2, 4)), blocks.all((0, 2, 4))

@@ -172,7 +172,7 @@ def test_rounds_ratios_and_shares(monkeypatch):
         "ring": candidates.Candidate("ring", 2, 2, 1, run("r", 3, 4, 4), run("R", 10, 20, 5)),
     }
     matmuls = {1: run("m", 1, 1, 1), 2: run("M", 2, 1, 4)}
-    monkeypatch.setattr(timing, "scheme_candidate", lambda scheme, *_: made[scheme])
+    monkeypatch.setattr(timing, "scheme_candidate", lambda scheme, *_, **__: made[scheme])
     monkeypatch.setattr(timing, "matmul", lambda devices, _: matmuls[devices])
     settings = candidates.Settings(("blockwise", "ring"), (4,), (2,), 3, 3, 5, 1, "float32", 3, 10)
     blockwise, ring = timing.measure(settings)
