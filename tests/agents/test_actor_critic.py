@@ -252,7 +252,10 @@ def line(tmp_path_factory):
     return TrajectoryStore.open(path)
 
 
-@pytest.mark.parametrize("kind", VALUE_KINDS)
+QUICK = ("td3_bc", "iql")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in QUICK)) for k in VALUE_KINDS])
 def test_it_learns_from_random_actions(line, kind):
     """Imitation of this data would be paid as much as standing still: 0.5 a step. The best is 0.94."""
     prefers = {"td3_bc": {"alpha": 10.0}, "iql": {"temperature": 20.0}}
@@ -295,7 +298,7 @@ def losses(folder):
     ]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "cql")) for k in VALUE_KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "td3")) for k in VALUE_KINDS])
 def test_it_is_trained_resumed_and_evaluated_like_any_other(store, kind):
     whole = losses(train(made(kind, store=store), progress=False))
     assert len(whole) == 6

@@ -31,6 +31,7 @@ def test_learning(capsys, tmp_path):
     assert "| rlring, fused | 4 | 2 | " in printed.out
 
 
+@pytest.mark.slow
 def test_acting(capsys, tmp_path):
     assert bench.main(["acting", "--rounds", "1", "--devices", "2", "--json", str(tmp_path / "acting.json")]) == 0
     rows = json.loads((tmp_path / "acting.json").read_text())["rows"]

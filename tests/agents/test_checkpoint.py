@@ -74,6 +74,7 @@ def damages(whole: bytes, random: np.random.Generator):
         yield whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :]
 
 
+@pytest.mark.slow
 def test_any_damage_is_found_and_named(run):
     newest, random = run / "checkpoints/12", np.random.default_rng(0)
     files = [path for path in newest.rglob("*") if path.is_file() and path.name != "commit_success.txt"]

@@ -66,7 +66,9 @@ def test_acting_step_by_step_equals_one_full_pass(trained, dataset, now_at, toke
         np.testing.assert_allclose(action, jnp.clip(full[:, m], -1, 1), atol=1e-5)
 
 
-@pytest.mark.parametrize(("settings", "moves"), [((), False), (("agent.tokens=rsar",), True)], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "moves"), [((), False), pytest.param(("agent.tokens=rsar",), True, marks=pytest.mark.slow)], ids=str
+)
 def test_fused_tokens_stand_anywhere(trained, dataset, settings, moves):
     """Without positions an action is the same however far from the start of the context it is taken."""
     _, agent, params, *_ = load_agent(trained(*settings))

@@ -89,6 +89,7 @@ def test_texts_grow_at_equal_bytes_an_update(path):
     ]
 
 
+@pytest.mark.slow
 def test_longer_texts_are_tested_after_the_training_as_well(path, capsys):
     assert main([str(path)]) == 0
     assert main([str(path), "evaluate.lines=[4,8,300]"]) == 0

@@ -88,7 +88,7 @@ def test_the_same_episodes_whatever_the_workers_and_the_interruptions(tmp_path, 
     assert len(list_episodes(tmp_path / "three")) == 8
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("signal_", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_interrupted_it_ends_at_once_and_leaves_whole_files(tmp_path, signal_):
     """At once: not after the episodes that a worker was given, which would take minutes here."""
     out = tmp_path / "episodes"

@@ -115,7 +115,8 @@ def test_a_window_bounds_the_cache():
 @pytest.mark.parametrize(
     "remat", ["none", *(pytest.param(remat, marks=pytest.mark.slow) for remat in ("attention", "all"))]
 )
-@pytest.mark.parametrize("log_scaling", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("log_scaling", [True, False])
 def test_any_order_of_tokens_on_any_ring_gives_the_same_loss_and_gradients(remat, log_scaling):
     x, position = tokens()
     reference = make(log_scaling=log_scaling, qk_norm=log_scaling)
@@ -172,7 +173,7 @@ def test_queries_and_keys_of_one_length(rope_fraction):
             np.testing.assert_allclose(one, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("ring", "window"), [(1, 3), (4, None), slow(4, (5, 2)), slow(1, None)])
+@pytest.mark.parametrize(("ring", "window"), [(1, 3), slow(4, None), slow(4, (5, 2)), slow(1, None)])
 def test_layers_with_a_window_of_their_own(ring, window):
     """As the blocks one by one, each with its mask written out; and prefill and decode as one full pass."""
     mesh = make_mesh(ring=ring) if ring > 1 else None

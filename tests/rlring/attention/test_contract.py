@@ -106,9 +106,7 @@ def check(scheme, mesh, inputs, masks, tolerance=1e-5):
     ("scheme", "mesh", "kind"),
     [
         ("blockwise", {}, "causal"),
-        ("blockwise", {}, "window"),
-        ("blockwise", {}, "full"),
-        slow("blockwise", {}, "full, window"),
+        *(slow("blockwise", {}, kind) for kind in ("window", "full", "full, window")),
         ("ring", {"ring": 4}, "causal"),
         *(slow("ring", {"ring": 4}, kind) for kind in AGENTS if kind != "causal"),
         *(slow(*case, kind) for case in ONE_OF_EACH[2:] for kind in AGENTS),

@@ -162,7 +162,8 @@ def test_dropout_is_the_same_on_every_mesh(scheme, mesh):
     assert (one != kept_by(jax.random.key(4), scheme="blockwise")).any()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_as_good_as_dense(dtype):
     """Sinks and a soft cap, keys with a component in common: 2x of what dense attention itself is off."""
     arrays = {name: jnp.asarray(normal(ROWS, LENGTH, n, SIZE), dtype) for name, n in zip("qkv", (4, 2, 2), strict=True)}

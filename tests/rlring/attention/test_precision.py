@@ -165,6 +165,7 @@ def test_scores_beyond_the_whole_numbers_of_float32(score):
         assert max(found["out"], found["dv"]) <= 2e-6
 
 
+@pytest.mark.slow
 def test_half_precision_of_thousands():
     for dtype in (jnp.float16, jnp.bfloat16):
         _, _, v, d_out = arrays(64, dtype)
