@@ -129,7 +129,7 @@ def test_ring(order):
     shard, length = P("data", "ring"), 256
     order = np.arange(length) if order is None else order(length, 2)
     inputs = arrays(length=length)
-    mask = Mask.causal(tiled(order), tiled(order) // 190 - (tiled(order) >= 240))
+    mask = Mask.causal(tiled(order), tiled(order) // 190 - (tiled(order) >= 240).astype(jnp.int32))
     mesh = make_mesh(ring=2)
     run_ring = jax.shard_map(
         lambda q, k, v, mask: ring_attention(q, k, v, mask, "ring", KERNEL),
