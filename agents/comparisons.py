@@ -91,11 +91,14 @@ def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RES
 
 def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval | None:
     """Returns the mean return of `one` context less that of a memory that forgets nothing (`agents.prediction`), in
-    shares of known - prior, with its 95 % interval; None where prior or known was not measured for the same goals.
+    shares of known - prior, with its 95 % interval; None where prior or known was not measured for the same goals, and
+    for rare goals, of which no result says how many of its context have met them.
 
     results: all of the agent on this task, `one` among them. Prior and known are those of the very goals asked, and are
     drawn with them; and so, where the results say so, is whether the history holds what was asked.
     """
+    if any(result.met for result in one):
+        return None
     smallest = min(result.places for result in results)
     without = [r for r in results if r.context_trajectories == 0]
     whole = [r for r in results if r.places == smallest and r.context == "own" and share_known(r) >= CERTAIN]

@@ -10,6 +10,7 @@ from agents.bootstrap import RESAMPLES
 from agents.cells import FOREIGN, Cell, cells
 from agents.cli import ConfigError, run
 from agents.figure import Curve, Point, check_picture, check_suffix, compose, write_image
+from agents.prediction import ALWAYS
 from agents.results import MODES, ORACLE, Result, read_results
 from agents.statistics import STATISTICS, SummaryRow, maximum_null, summarize, summary_notes
 from rlring.cli import Parser
@@ -202,7 +203,10 @@ def describe(
         sentences.append("Oracle: a scripted controller that is told what the agents must find out.")
     if any(curve.kind == "predicted" for drawn in panels.values() for curve in drawn):
         sentences.append(
-            "Predicted: prior + (known - prior) × the chance that the goal is in the context; prior is the return "
+            "Predicted: what the agent earns with trajectories that all have met the goal, averaged over how many of a "
+            "context have; nothing is fitted."
+            if any(result.met == ALWAYS for result in results)
+            else "Predicted: prior + (known - prior) × the chance that the goal is in the context; prior is the return "
             "without context, known that where 99 of 100 contexts hold the goal; nothing is fitted."
         )
     if any(curve.kind == "null" for drawn in panels.values() for curve in drawn):

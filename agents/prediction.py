@@ -4,32 +4,45 @@ On a map each of a world's M places was visited once; having seen the last n vis
 the M. In the dark with rare goals each of the n trajectories of a context has met the goal with chance p:
 
     map    return(n) = prior + (known - prior) * n / M
-    rare   return(n) = prior + (known - prior) * (1 - (1 - p)^n)
+    rare   return(n) = sum_k C(n, k) p^k (1 - p)^(n - k) r(k)
 
-prior: measured without history. known: measured where the goal is in the history: where all of the smallest world was
-seen; where, of all chances, at least 99 of 100 contexts hold it.
+prior, r(0): measured without history. known: measured where all of the smallest world was seen. r(k): measured with k
+trajectories that all have met the goal (p = 1), and between two such k on a straight line over log(1 + k); where that
+was not measured, r is `known` from the first meeting on, measured where at least 99 of 100 contexts hold one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binom
 
 from agents.results import Result
 
 CERTAIN = 0.99
+ALWAYS = 1.0  # the chance of a meeting with which r(k) is measured
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The two numbers of an agent, measured, from which all others follow."""
+    """What was measured of an agent, from which all else follows. meetings: (k, r(k)), k rising from 0."""
 
     prior: float
     known: float
+    meetings: tuple[tuple[int, float], ...] = ()
 
     def at(self, share: float) -> float:
         """Returns the return where the goal is in the history of such a share of the episodes."""
         return self.prior + (self.known - self.prior) * share
+
+    def of(self, result: Result) -> float:
+        """Returns the return of a predicted result, on average."""
+        seen = result.context_trajectories
+        if result.places or not self.meetings:
+            return self.at(share_known(result))
+        met = np.arange(seen + 1)
+        numbers, returns = np.array(self.meetings).T
+        return float(binom.pmf(met, seen, result.met) @ np.interp(np.log1p(met), np.log1p(numbers), returns))
 
 
 def is_predicted(result: Result) -> bool:
@@ -55,4 +68,16 @@ def line(results: Sequence[Result]) -> Line | None:
     smallest = min((result.places for result in predicted), default=0)
     prior = [result.return_ for result in predicted if result.context_trajectories == 0]
     known = [result.return_ for result in predicted if result.places == smallest and share_known(result) >= CERTAIN]
-    return Line(float(np.mean(prior)), float(np.mean(known))) if prior and known else None
+    if not (prior and known):
+        return None
+    return Line(float(np.mean(prior)), float(np.mean(known)), _meetings(predicted, float(np.mean(prior))))
+
+
+def _meetings(results: Sequence[Result], prior: float) -> tuple[tuple[int, float], ...]:
+    """Returns (k, r(k)) where contexts of trajectories that all have met the goal were measured."""
+    found: dict[int, list[float]] = {}
+    for result in results:
+        if result.met == ALWAYS and result.context_trajectories:
+            found.setdefault(result.context_trajectories, []).append(result.return_)
+    measured = sorted((number, float(np.mean(returns))) for number, returns in found.items())
+    return ((0, prior), *measured) if measured else ()

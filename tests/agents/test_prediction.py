@@ -99,3 +99,18 @@ def test_rare_goals(visits, tmp_path):
     assert "by luck" not in drawn.caption.lower()
     none = plot(results, tmp_path / "rare.svg", resamples=50)
     assert "Predicted" not in none.caption
+
+
+def test_how_often_a_rare_goal_was_met_counts(visits, tmp_path):
+    """Two meetings tell more than one: r(k) = 1 + 2 log(1 + k), which is measured for k = 1, 4 and 1,024."""
+    told = [result for k in (1, 4, 1024) for result in visits(0, k, 1 + 2 * np.log(1 + k), met=1.0)]
+    met, none = 1 / 64, visits(0, 0, 1.0, met=1.0) + visits(0, 0, 1.0, met=1 / 64)
+    draws = np.random.default_rng(0).binomial(64, met, 1_000_000)
+    expected = 1 + 2 * np.log(1 + draws).mean()
+    rare = visits(0, 64, expected, met=met)
+    (row,) = (
+        r for r in summarize(told + none + rare, statistics=["mean"], resamples=50) if r.context_trajectories == 64
+    )
+    assert row.predicted == pytest.approx(expected, abs=0.01)
+    drawn = plot(told + none + rare, tmp_path / "rare.svg", aggregate="mean", resamples=50)
+    assert "Predicted: what the agent earns with trajectories that all have met the goal" in drawn.caption
