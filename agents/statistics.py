@@ -21,7 +21,7 @@ from agents.bootstrap import (
 )
 from agents.cells import Player, cells, player
 from agents.cli import ConfigError
-from agents.prediction import Line, is_predicted, line
+from agents.prediction import ALWAYS, Line, is_predicted, line
 from agents.results import ORACLE, Goal, Result
 from data.atomic_file import atomic_file
 
@@ -194,6 +194,8 @@ def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
 
 
 def _predicted(lines: dict[Player, Line | None], member: Result) -> float:
+    if member.met == ALWAYS:
+        return math.nan  # what the others are predicted from
     found = lines.get(player(member)) if is_predicted(member) else None
     return math.nan if found is None else found.of(member)
 
