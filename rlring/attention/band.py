@@ -136,6 +136,7 @@ class _Band(NamedTuple):
         return tile + self.chunk > self.tiles
 
     def _tokens_around(self, tile) -> Int32[Array, "size"]:
+        tile = jnp.asarray(tile, jnp.int32)  # where JAX counts in 64 bits
         return (tile * self.tile + jnp.arange(self.size, dtype=jnp.int32)) % self.length
 
     def schedule(self, tile, seen, whole) -> BlockSchedule:
@@ -143,6 +144,7 @@ class _Band(NamedTuple):
 
         `seen` and `whole` say which tile of the other side each of the chunk's sees, [chunk, tiles].
         """
+        tile = jnp.asarray(tile, jnp.int32)
         ahead = tile + jnp.arange(self.chunk, dtype=jnp.int32)[:, None] + jnp.arange(self.tiles, dtype=jnp.int32)[None]
         seen, whole = (jnp.take_along_axis(x, ahead % self.tiles, 1) for x in (seen, whole))
         return BlockSchedule.of(seen.any(0), whole.all(0))

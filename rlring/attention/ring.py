@@ -265,7 +265,7 @@ def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
 
     devices, rows = lax.axis_size(axis), mask.rows
     k_bounds = lax.all_gather(mask.k_bounds(size(mask.k_position.shape[1])), axis)
-    beyond = (lax.axis_index(axis) - jnp.arange(hops + 1, devices)) % devices
+    beyond = (lax.axis_index(axis) - jnp.arange(hops + 1, devices, dtype=jnp.int32)) % devices
     k_bounds = jax.tree.map(lambda x: jnp.moveaxis(x[beyond], 1, 0).reshape(rows, 1, -1), k_bounds)
     q_bounds = jax.tree.map(lambda x: x[:, :, None], mask.q_bounds(size(mask.q_position.shape[1])))
     return mask.maybe_visible(q_bounds, k_bounds).any()

@@ -60,7 +60,7 @@ def gradients(scheme: str, dtype):
     mesh = make_mesh(**SCHEMES[scheme])
     arrays = [jax.random.normal(jax.random.key(n), (2, 21, heads, 8), dtype) for n, heads in enumerate((4, 2, 2))]
     position = jnp.tile(jnp.arange(21, dtype=jnp.int32), (2, 1))
-    mask = Mask.causal(position, jnp.where(position < 3, -1, 0), None if scheme == "sparse" else 5)
+    mask = Mask.causal(position, jnp.where(position < 3, jnp.int32(-1), jnp.int32(0)), None if scheme == "sparse" else 5)
 
     def loss(q, k, v):
         out = attention(q, k, v, mask, config=config(scheme), mesh=mesh)
@@ -69,11 +69,13 @@ def gradients(scheme: str, dtype):
     return jax.grad(loss, argnums=(0, 1, 2)), arrays
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nothing_is_promoted(scheme, dtype):
-    function, arrays = gradients(scheme, dtype)
-    jax.eval_shape(function, *arrays)
+    """float64: where JAX counts in 64 bits too."""
+    with jax.enable_x64(dtype == "float64"):
+        function, arrays = gradients(scheme, dtype)
+        jax.eval_shape(function, *arrays)
 
 
 @pytest.mark.parametrize("scheme", ["blockwise", "ring"])

@@ -77,13 +77,14 @@ def test_any_program_of_layers(scheme, remat, in_scan):
     x = jax.random.normal(keys[0], (2, LENGTH, HEADS, SIZE))
     weights = jax.random.normal(keys[1], (2, SIZE, 3 * SIZE)) / SIZE**0.5
     mask, mesh = packed(), make_mesh(**SCHEMES[scheme]) if SCHEMES[scheme] else None
-    config = AttentionConfig(scheme.split()[0], 6, 5, scores=130)
-    with jax.enable_x64(True):
+    if scheme == "sparse":
+        mask = Mask.causal(mask.q_position, mask.q_segment)
+        config = AttentionConfig(scheme, 8, 8, sparse=PATTERN)
+        attend = partial(attention, mask=mask, config=config)
+    else:
+        config = AttentionConfig(scheme.split()[0], 6, 5, scores=130)
         attend = partial(softmax_attention, np.asarray(mask.visible()))
-        if scheme == "sparse":
-            mask = Mask.causal(mask.q_position, mask.q_segment)
-            config = AttentionConfig(scheme, 8, 8, sparse=PATTERN)
-            attend = partial(attention, mask=mask, config=config)
+    with jax.enable_x64(True):
         expected = value_and_gradients(attend)(*(jnp.asarray(x, jnp.float64) for x in (x, weights)))
     attend = partial(attention, mask=mask, config=config, mesh=mesh)
     got = jax.jit(value_and_gradients(attend, remat=remat, in_scan=in_scan))(x, weights)
