@@ -91,7 +91,8 @@ def test_lengths_that_a_mesh_does_not_divide(length):
 
     assert loss(make_mesh(**MESHES[-1])) == pytest.approx(loss(None), rel=1e-6)
     network = LanguageModel(model, rngs=nnx.Rngs(0))
-    one, many = (network.loss(text[:, :-1], text[:, 1:], mesh=mesh) for mesh in (None, make_mesh(ring=4)))
+    tokens = jnp.asarray(text)
+    one, many = (network.loss(tokens[:, :-1], tokens[:, 1:], mesh=mesh) for mesh in (None, make_mesh(ring=4)))
     np.testing.assert_allclose(many, one, rtol=1e-6)
 
 
