@@ -192,7 +192,7 @@ def test_a_run_whose_files_changed_is_refused(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)  # twenty minutes on a core of its own
 def test_it_learns(path):
     """On texts eight times as long as any that it learnt from as well."""
     config = load(RecallConfig, CONFIG, ["mesh.ring=1", "evaluate.lines=[224,1820]"])
