@@ -36,6 +36,9 @@ def test_the_python_of_a_page_runs(page, tmp_path):
             (tmp_path / block["file"]).write_text(block["code"])
     code = "\n".join(block["code"] for block in blocks if block["language"] == "python")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    # As a reader runs it: it may promote what ours may not, and XLA emits programs as it does by default.
+    environment |= {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
