@@ -53,7 +53,8 @@ class AttentionConfig:
     # of one device, to the last bit. That holds for one backend, its version and flags, the same block_q and block_k
     # (if left out, 256 tokens on a CPU and 512 elsewhere; they divide the share of each device), tokens in the same
     # order on all rings (not zigzag or striped, which follow the ring), as many rows of the batch and heads on a device
-    # and the same program around; with scheme "ring" or "blockwise" and kernel "jax". It does not hold for gradients of sinks and slopes, sums over devices.
+    # and the same program around; with scheme "ring" or "blockwise" and kernel "jax". It does not hold for gradients of
+    # sinks and slopes, sums over devices.
     deterministic: bool = False
 
     def __post_init__(self):

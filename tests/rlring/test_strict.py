@@ -60,7 +60,9 @@ def gradients(scheme: str, dtype):
     mesh = make_mesh(**SCHEMES[scheme])
     arrays = [jax.random.normal(jax.random.key(n), (2, 21, heads, 8), dtype) for n, heads in enumerate((4, 2, 2))]
     position = jnp.tile(jnp.arange(21, dtype=jnp.int32), (2, 1))
-    mask = Mask.causal(position, jnp.where(position < 3, jnp.int32(-1), jnp.int32(0)), None if scheme == "sparse" else 5)
+    mask = Mask.causal(
+        position, jnp.where(position < 3, jnp.int32(-1), jnp.int32(0)), None if scheme == "sparse" else 5
+    )
 
     def loss(q, k, v):
         out = attention(q, k, v, mask, config=config(scheme), mesh=mesh)
