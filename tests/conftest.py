@@ -1,5 +1,6 @@
 """One machine for every test: 8 virtual CPU devices, no rendering, no network."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -16,6 +17,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 # Tests compile the same small programs again and again, in processes of their own too: compile each once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Where in Python each operation was written is a sixth of the time to compile, and no test reads it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 # A background job of a shell ignores Ctrl-C, and so would what it starts: some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -26,6 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",  # modules of one program, each with its own costs
         *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
         os.environ.get("XLA_FLAGS", ""),
     ]
@@ -45,6 +49,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # No test compares a time: on a busy machine any example may be slow.
 hypothesis.settings.register_profile("rlring", deadline=None)
 hypothesis.settings.load_profile("rlring")
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not visit it again, many times in every compilation."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")

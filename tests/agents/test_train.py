@@ -163,7 +163,7 @@ def test_a_finished_run_has_nothing_to_resume(trained, tiny):
     assert losses(folder) == before
 
 
-@pytest.mark.parametrize(("updates", "kills"), [(120, 1), slow(300, 2)])
+@pytest.mark.parametrize(("updates", "kills"), [(60, 1), slow(300, 2)])
 def test_kill_minus_nine_at_any_moment_changes_no_bit(write_config, tmp_path, updates, kills):
     """Real processes, killed in the middle of training and then resumed to the end."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}

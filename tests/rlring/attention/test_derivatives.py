@@ -18,12 +18,13 @@ CASES = {
     "blockwise": ("blockwise", {}, {}),
     "ring": ("ring", {"ring": 4}, {}),
     "ring of a GPU": ("ring", {"ring": 4}, {"transport": Transport.of("gpu")}),
+    "short ring of a GPU": ("ring", {"ring": 2}, {"transport": Transport.of("gpu")}),
     "ring of a TPU": ("ring", {"ring": 4}, {"transport": Transport.of("tpu")}),
     "all_gather": ("all_gather", {"ring": 4}, {}),
     "hybrid": ("hybrid", {"ring": 2, "ulysses": 2}, {}),
     "sparse": ("sparse", {}, SPARSE),
 }
-QUICK = ("ring of a GPU", "blockwise")
+QUICK = ("short ring of a GPU", "blockwise")
 random = np.random.default_rng(0)
 
 
