@@ -69,6 +69,7 @@ VALUE_KINDS = ("td3", "td3_bc", "crr", "cql", "iql")
 class AgentConfig(Section):
     kind: Literal[
         "agentic_transformer",
+        "algorithm_distillation",
         "decision_transformer",
         "recurrent",
         "bc",
@@ -78,8 +79,8 @@ class AgentConfig(Section):
         "cql",
         "iql",
     ]
-    """recurrent: gated recurrent units read the chains of the agentic transformer; bc: behaviour cloning; td3 and those
-    behind it: a policy beside a value function."""
+    """algorithm_distillation: predicts what a learner does next; recurrent: gated recurrent units read the chains of
+    the agentic transformer; bc: behaviour cloning; td3 and those behind it: a policy beside a value function."""
     tokens: Literal["rsar", "fused"] = "fused"
     """rsar: return, state, action and reward are a token each (the papers'); fused: one token a step, four times the
     context."""

@@ -53,9 +53,9 @@ class ChainConfig(Section):
     learnt."""
     sort: Literal["ascending", "random", "descending", "time"] = "ascending"
     target: Literal["max", "own"] | Return = "max"
-    met: Chance | None = None
-    """Where the task hides a goal: the chance with which every trajectory but one has met it. None: 0 to 2 others have,
-    and of the rest those that happen to."""
+    met: Chance | Literal["annealed"] | None = None
+    """Where the task hides a goal: the chance with which every trajectory but one has met it. "annealed": a chance that
+    rises from 0 at the first to 1 at the last. None: 0 to 2 others have, and of the rest those that happen to."""
     grow: list[Size] = Field(default=[])
     """Trajectories of the chains of the first updates, such as [8, 16, 32], each for an equal share of them; a row then
     holds several chains side by side."""
@@ -193,6 +193,26 @@ class Config(Section):
             raise ValueError(
                 f"agent.kind '{self.agent.kind}' takes its batch whole; got train.accumulate={self.train.accumulate}; "
                 "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def histories_are_in_the_order_of_time(self) -> "Config":
+        hidden = [goal_task(task) for task in self.data.tasks if goal_task(task)]
+        if self.agent.kind != "algorithm_distillation":
+            return self
+        if any(task.sign_size for task in hidden):
+            raise ValueError(
+                f"agent.kind 'algorithm_distillation' learns from histories, and of a map "
+                f"({', '.join(self.data.tasks)}) there are none; use a task that is no map"
+            )
+        wanted = {"sort": "time"} | ({"met": "annealed"} if hidden else {})
+        got = {name: getattr(self.chain, name) for name in wanted}
+        if got != wanted:
+            raise ValueError(
+                f"agent.kind 'algorithm_distillation' learns from histories: set "
+                f"{', '.join(f'chain.{name}={value!r}' for name, value in wanted.items())}; "
+                f"got {', '.join(f'chain.{name}={value!r}' for name, value in got.items())}"
             )
         return self
 

@@ -5,13 +5,15 @@ import numpy as np
 from agents.agent import Agent
 from agents.config import Config
 from data import ChainBatch, ChainSampler, GoalSampling, TrajectoryStore
+from data.tasks import goal_task
 
 SHORTEST_PROMPT = 256  # timesteps; shorter ones are padded to it, so that small contexts share one compiled program
 
 
 def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainSampler:
-    """Returns what draws the contexts, each trajectory of which has met the goal with chance `met` (0: as it
-    happens)."""
+    """Returns what draws the contexts, each trajectory of which has met the goal with chance `met` (0: as in training
+    where that is annealed, else as it happens)."""
+    annealed = "annealed" if config.chain.met == "annealed" and goal_task(store.task) else None
     return ChainSampler(
         store,
         trajectories=1,
@@ -19,7 +21,7 @@ def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainS
         seed=config.seed,
         split="held_out",
         held_out=config.data.held_out,
-        goals=GoalSampling(met=met) if met else None,
+        goals=GoalSampling(met=met or annealed) if met or annealed else None,
     )
 
 

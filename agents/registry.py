@@ -4,6 +4,7 @@ from jax.sharding import Mesh
 
 from agents.agent import Agent, Scales
 from agents.agentic_transformer import AgenticTransformer
+from agents.algorithm_distillation import AlgorithmDistillation
 from agents.bc import BehaviourCloning
 from agents.config import Config
 from agents.cql import CQL
@@ -16,6 +17,7 @@ from agents.td3_bc import TD3BC
 
 AGENTS = {
     "agentic_transformer": AgenticTransformer,
+    "algorithm_distillation": AlgorithmDistillation,
     "decision_transformer": DecisionTransformer,
     "recurrent": RecurrentAgent,
     "bc": BehaviourCloning,

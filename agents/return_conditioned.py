@@ -83,6 +83,10 @@ class ReturnConditionedAgent:
         steps = self.config.agent.window
         return None if steps is None else steps * self.tokens_per_timestep
 
+    def known(self, timesteps: Timesteps) -> Timesteps:
+        """Returns what it is told of timesteps."""
+        return timesteps
+
     def init(self, key: Array) -> Params:
         return jax.jit(lambda key: nnx.split(self.network(key))[1])(key)
 
@@ -106,7 +110,7 @@ class ReturnConditionedAgent:
     def features(self, params: Params, batch: ChainBatch) -> Distribution:
         """Returns the action distribution at every timestep of a batch."""
         network = nnx.merge(self.graph, self._whole(params))
-        x, position, segment = network.tokenizer(Timesteps.of(batch))
+        x, position, segment = network.tokenizer(self.known(Timesteps.of(batch)))
         mask = Mask.causal(position, segment, window=self.window)
         y = network.transformer(x, mask, mesh=self.mesh)
         return network.head(network.tokenizer.acting(y))
@@ -128,7 +132,7 @@ class ReturnConditionedAgent:
         transformer, k = network.transformer, self.tokens_per_timestep
         if self.config.agent.window is not None and prompt.position.shape[1] == 0:
             steps = min(steps, self.config.agent.window + 1)  # older slots are written again: memory is bounded
-        x, position, segment = network.tokenizer(Timesteps.of(prompt))
+        x, position, segment = network.tokenizer(self.known(Timesteps.of(prompt)))
         next_position = jnp.max(jnp.where(prompt.segment >= 0, prompt.position, -1), initial=-1) + 1
         multiple = k * self.shards
         capacity = -(-(x.shape[1] + steps * k) // multiple) * multiple
@@ -141,7 +145,7 @@ class ReturnConditionedAgent:
 
     def act(self, params: Params, memory: Memory, now: Timesteps, key: Array | None) -> tuple[Array, Memory]:
         network = nnx.merge(self.graph, params)
-        x, position, segment = network.tokenizer(now.at(memory.position))
+        x, position, segment = network.tokenizer(self.known(now.at(memory.position)))
         y, cache = network.transformer.decode(
             x, position, segment, memory.cache, window=self.window, mesh=self.mesh if self.shards > 1 else None
         )

@@ -1,6 +1,7 @@
 """Training batches: chains or transitions of one store, or of several tasks in turn."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -35,7 +36,12 @@ class MixedSampler:
 
 
 def chains(
-    config: Config, stores: Sequence[TrajectoryStore], *, grow: Sequence[int] = (), met: float | None = None, **chain
+    config: Config,
+    stores: Sequence[TrajectoryStore],
+    *,
+    grow: Sequence[int] = (),
+    met: float | Literal["annealed"] | None = None,
+    **chain,
 ) -> Sampler:
     """Returns the sampler of a config's training chains; of a map they are visits to the places of a world."""
     goals = None if met is None else GoalSampling(met=met)

@@ -41,7 +41,8 @@ _TARGET_CHAINS = 512
 class ChainSampler:
     """Draws chains of `trajectories` trajectories from a store; every draw is a pure function of its arguments.
 
-    `sort`: order within a chain, by return, or "time" (order in the store) or "random". `target`: the return that a
+    `sort`: order within a chain, by return, or "time" (order in the store; of annealed goals, of the history) or
+    "random". `target`: the return that a
     trajectory is told to reach: "max" the chain's best, "own" its own, or a number. `split`: the `held_out` share of
     episodes is the same for every seed, and no training chain holds any of it. `best`: only the trajectories of highest
     return that make up this share of the split's time steps are drawn (the "%BC" of Chen et al. 2021); where the goal
@@ -163,7 +164,7 @@ class ChainSampler:
         Rewards are those under each row's `goal` [B, G] (None where the task hides none); every trajectory is told to
         reach `target`. The draw depends on neither goal (but where
         `goals.met` says how many have met it) nor target, and the episodes drawn for n trajectories are among those
-        drawn for more. With 0 trajectories, M is 0.
+        drawn for more (but where `goals.met` is "annealed"). With 0 trajectories, M is 0.
         """
         indices, met = row_indices(rows), self.goals.met
         if trajectories < 0 or (met is None and trajectories > len(self.pool)):
@@ -183,7 +184,7 @@ class ChainSampler:
         generators = [generator_of(rows_seed, PROMPT, 0, row) for row in indices]
         hindsight = self._hindsight()
         if met is not None and hindsight is not None and goal is not None:
-            episodes = hindsight.rarely(generators, self.pool, trajectories, goal, met)
+            episodes = hindsight.rarely(generators, self.pool, trajectories, goal)
         else:
             drawn = [generator.permutation(self.pool)[:trajectories] for generator in generators]
             episodes = np.asarray(drawn, np.int64).reshape(len(indices), trajectories)
@@ -275,7 +276,7 @@ class ChainSampler:
 
     def _order(self, episodes: np.ndarray, total: np.ndarray) -> np.ndarray:
         # Stable sorts, so that ties keep the order of the draw, which is random and reproducible.
-        if self.sort == "random":
+        if self.sort == "random" or (self.sort == "time" and self.goals.met == "annealed"):
             return np.broadcast_to(np.arange(episodes.shape[1]), episodes.shape)
         key = {"ascending": total, "descending": -total, "time": episodes}[self.sort]
         return np.argsort(key, axis=1, kind="stable")

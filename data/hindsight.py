@@ -5,8 +5,10 @@ of its trajectories came to rest, and every trajectory of the chain is paid for 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from data.errors import DataError
 from data.store import TrajectoryStore
@@ -24,18 +26,30 @@ class GoalSampling:
     `met_most` (uniform) others that met the goal too, found among `candidates` random ones; the rest is random.
     With `met`, a chance, every other one came to rest at the goal with that chance and otherwise never met it, each on
     its own, and may be there twice: how much a longer context can tell is then known (`agents.prediction`).
+    With met="annealed" the chance rises along the chain, i / n for the i-th of n others: the history of a learner that
+    does what an expert would ever more often (noise annealing, Zisman et al. 2023, arXiv 2312.12275).
     """
 
     stay_steps: int = 4
     met_most: int = 2
     candidates: int = 64
-    met: float | None = None
+    met: float | Literal["annealed"] | None = None
 
     def __post_init__(self) -> None:
-        if self.met is not None and not 0 <= self.met <= 1:
-            raise DataError(f"goals.met is a chance, 0 <= met <= 1; got {self.met}")
+        if isinstance(self.met, str):
+            if self.met != "annealed":
+                raise DataError(f"goals.met is a chance, 0 <= met <= 1, or 'annealed'; got {self.met!r}")
+        elif self.met is not None and not 0 <= self.met <= 1:
+            raise DataError(f"goals.met is a chance, 0 <= met <= 1, or 'annealed'; got {self.met}")
         if self.stay_steps < 1 or self.met_most < 0 or self.candidates < 0:
             raise DataError(f"goals needs stay_steps >= 1, met_most >= 0 and candidates >= 0; got {self}")
+
+    def chances(self, count: int) -> Float[np.ndarray, " count"]:
+        """Returns the chance of each of `count` trajectories to have met the goal, in their order; needs `met`."""
+        if self.met == "annealed":
+            return np.arange(count) / max(count, 1)
+        assert self.met is not None
+        return np.full(count, float(self.met))
 
 
 class HindsightGoals:
@@ -72,17 +86,17 @@ class HindsightGoals:
         return resting
 
     def rarely(
-        self, generators: list[np.random.Generator], pool: np.ndarray, count: int, goal: np.ndarray, met: float
+        self, generators: list[np.random.Generator], pool: np.ndarray, count: int, goal: np.ndarray
     ) -> np.ndarray:
-        """Returns, a row per generator, episodes [B, count] of which each has met the goal [B, G] with chance `met`.
+        """Returns, a row per generator, episodes [B, count] of which each has met the goal [B, G] with its chance.
 
         One that has met it came to rest there, so that it tells the place: what only passed by is within a radius of
         the goal for a timestep or two, and leaves open on which side. All others are never paid.
-        Drawn with replacement; the first of many are those of few. Where none of the pool came to rest at the goal,
-        those that passed by stand in; a goal that all have met (beside the start) or none leaves no choice: about one
-        in a hundred of point_mass-dark's.
+        Drawn with replacement; where all have one chance, the first of many are those of few. Where none of the pool
+        came to rest at the goal, those that passed by stand in; a goal that all have met (beside the start) or none
+        leaves no choice: about one in a hundred of point_mass-dark's.
         """
-        episodes = np.empty((len(generators), count), np.int64)
+        episodes, met = np.empty((len(generators), count), np.int64), self.sampling.chances(count)
         for row, generator in enumerate(generators):
             # Of a large pool a part is enough to find some that met, and some that did not.
             part = pool[np.sort(generator.choice(len(pool), min(_SEARCHED, len(pool)), replace=False))]
@@ -102,8 +116,8 @@ class HindsightGoals:
         resting, others = self.resting(pool), trajectories - 1
         if self.sampling.met is not None:
             anchor = np.asarray([resting[generator.integers(len(resting))] for generator in generators], np.int64)
-            met = self.rarely(generators, pool, others, self.goal[anchor], self.sampling.met)
-            return np.concatenate([met, anchor[:, None]], axis=1), self.goal[anchor]
+            rare = self.rarely(generators, pool, others, self.goal[anchor])
+            return np.concatenate([rare, anchor[:, None]], axis=1), self.goal[anchor]
         count = min(others + self.sampling.candidates, len(pool) - 1)
         anchors, wanted, candidates, shuffles = [], [], [], []
         for generator in generators:

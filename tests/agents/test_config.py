@@ -60,7 +60,7 @@ def test_a_config_written_back_is_equal(minimal, tmp_path):
         (['train.updates="3"'], r"'train.updates': Input should be a valid integer; got '3'"),
         (
             ["agent.kind=dt"],
-            r"'agent.kind': Input should be 'agentic_transformer', 'decision_transformer', 'recurrent', 'bc', .* or "
+            r"'agent.kind': Input should be 'agentic_transformer', 'algorithm_distillation', .* or "
             "'iql'; got 'dt'",
         ),
         (

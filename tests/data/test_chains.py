@@ -290,6 +290,21 @@ def test_a_goal_is_met_as_rarely_as_asked(dark, met):
     np.testing.assert_array_equal(sampler.prompt(0, 3, 8, goal, 1.0).observation, prompt.observation[:, : 8 * 16])
 
 
+def test_a_history_meets_the_goal_ever_more_often(dark):
+    goals = GoalSampling(met="annealed")
+    batch = ChainSampler(dark, trajectories=5, sort="time", seed=0, goals=goals).sample(0, 600)
+    far = np.linalg.norm(batch.observation[:, -1, :2], axis=-1) > 0.1
+    np.testing.assert_allclose((returns_of(batch)[far] > 0).mean(0), [0, 0.25, 0.5, 0.75, 1.0], atol=0.06)
+    sampler = ChainSampler(dark, trajectories=1, sort="time", seed=1, split="held_out", goals=goals)
+    goal = np.tile([[0.1, 0.0], [0.0, -0.12]], (200, 1))
+    prompt = sampler.prompt(0, 400, 4, goal, 1.0)  # what comes before the best
+    np.testing.assert_allclose((returns_of(prompt) > 0).mean(0), [0, 0.25, 0.5, 0.75], atol=0.08)
+    assert sampler.prompt(0, 2, 1, goal[:2], 1.0).reward.max() == 0
+    assert not sampler.prompt(0, 2, 0, goal[:2], 1.0).reward.size
+    with pytest.raises(DataError, match=r"goals.met is a chance, 0 <= met <= 1, or 'annealed'; got 'often'"):
+        GoalSampling(met="often")
+
+
 def test_a_rare_meeting_tells_the_place(dark):
     """Its last timesteps are paid: what only passes by leaves open on which side of it the goal lies."""
     batch = ChainSampler(dark, trajectories=2, sort="random", seed=0, goals=GoalSampling(met=1.0)).sample(0, 300)
@@ -451,7 +466,7 @@ def test_typical_target_needs_training_chains(even):
 
 
 def test_wrong_goal_sampling():
-    with pytest.raises(DataError, match=r"goals.met is a chance, 0 <= met <= 1; got 2"):
+    with pytest.raises(DataError, match=r"goals.met is a chance, 0 <= met <= 1, or 'annealed'; got 2"):
         GoalSampling(met=2)
     with pytest.raises(DataError, match="goals needs stay_steps >= 1"):
         GoalSampling(stay_steps=0)
