@@ -1,60 +1,77 @@
-"""A recurrent agent, the baseline whose memory has a fixed size: gated recurrent units in the place of attention."""
+"""A recurrent agent, the baseline whose memory has a fixed size: a recurrent cell in the place of attention."""
+
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from agents.agent import Params, Scales, Timesteps
 from agents.agentic_transformer import AgenticTransformer
 from agents.config import Config
+from agents.gated_delta import GatedDelta
 from agents.gaussian import Distribution
+from agents.gru import GRU
 from agents.mixture import action_head
 from agents.tokens import Tokenizer
 from data import ChainBatch
 
-STATE = 2  # numbers of a layer's state for each of the width: its weights are then about as many as a Transformer's
+State = tuple[Any, ...]  # of each layer, arrays [B, ...]
 
-State = tuple[Float[Array, "B H"], ...]  # of each layer
+
+class Cell(Protocol):
+    """What a layer remembers by."""
+
+    outputs: int
+    """Numbers that it tells of each token, the H of `read`."""
+
+    def empty(self, batch: int) -> Any:
+        """Returns the state of rows that have seen nothing."""
+        ...
+
+    def read(
+        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_there: Bool[Array, "B T"], state: Any
+    ) -> tuple[Float[Array, "B T H"], Any]:
+        """Returns what each token reads, and the state after them. A token that begins a chain finds an empty state;
+        one that is not there leaves it as it is."""
+        ...
 
 
 class RecurrentNetwork(nnx.Module):
-    """Tokenizer, layers of gated recurrent units (Cho et al. 2014, 1406.1078) on a residual stream, and action head."""
+    """Tokenizer, recurrent layers on a residual stream, and action head."""
 
     def __init__(self, config: Config, scales: Scales, action_size: int, episode_steps: int, *, rngs: nnx.Rngs):
         width, layers = config.model.width, range(config.model.layers)
-        self.state_size = STATE * width
         self.tokenizer = Tokenizer(
             "fused", scales, action_size=action_size, width=width, episode_steps=episode_steps, rngs=rngs
         )
         self.norms = nnx.List([nnx.RMSNorm(width, rngs=rngs) for _ in layers])
-        self.cells = nnx.List([nnx.GRUCell(width, self.state_size, rngs=rngs) for _ in layers])
-        self.outputs = nnx.List([nnx.Linear(self.state_size, width, rngs=rngs) for _ in layers])
+        self.cells = nnx.List([make_cell(config, rngs=rngs) for _ in layers])
+        self.outputs = nnx.List([nnx.Linear(cell.outputs, width, rngs=rngs) for cell in self.cells])
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.head = action_head(width, action_size, config.agent.mixture, rngs=rngs)
 
     def empty(self, batch: int) -> State:
         """Returns the state of rows that have seen nothing."""
-        return tuple(jnp.zeros((batch, self.state_size)) for _ in self.cells)
+        return tuple(cell.empty(batch) for cell in self.cells)
 
     def __call__(
         self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_there: Bool[Array, "B T"], state: State
     ) -> tuple[Distribution, State]:
-        """Returns the action distribution at every token, and the state after them. A token that begins a chain finds
-        an empty state; one that is not there leaves it as it is."""
+        """Returns the action distribution at every token, and the state after them (`Cell.read`)."""
         states = []
-        for norm, cell, output, carry in zip(self.norms, self.cells, self.outputs, state, strict=True):
-
-            def step(carry, token, cell=cell):
-                x, begins, is_there = token
-                after, y = cell(jnp.where(begins[:, None], 0.0, carry), x)
-                return jnp.where(is_there[:, None], after, carry), y
-
-            tokens = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (norm(x), begins, is_there))
-            carry, y = jax.lax.scan(step, carry, tokens)
-            x = x + output(jnp.swapaxes(y, 0, 1))
-            states.append(carry)
+        for norm, cell, output, before in zip(self.norms, self.cells, self.outputs, state, strict=True):
+            y, after = cell.read(norm(x), begins, is_there, before)
+            x = x + output(y)
+            states.append(after)
         return self.head(self.norm(x)), tuple(states)
+
+
+def make_cell(config: Config, *, rngs: nnx.Rngs) -> Cell:
+    """Returns the cell that `agent.cell` names."""
+    if config.agent.cell == "delta":
+        return GatedDelta(config.model.width, config.model.heads, rngs=rngs)
+    return GRU(config.model.width, rngs=rngs)
 
 
 class RecurrentAgent(AgenticTransformer):
