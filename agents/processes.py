@@ -1,6 +1,5 @@
 """Training in several processes, and how any of them is asked to stop."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from agents.checkpoint import Checkpoints
 from agents.cli import ConfigError
 from data import DataError
-from data.atomic_file import lock
+from data.atomic_file import held
 from data.cli import describe
 from rlring import UsageError, processes
 
@@ -72,13 +71,13 @@ def alone(folder: Path) -> Iterator[None]:
     """
     path = folder.with_name(f".{folder.name}.training")
     message = f"another process trains {folder} right now; wait for it, or choose another name=..."
-    with ExitStack() as held:
+    with ExitStack() as locks:
 
         def hold() -> None:
             for parent in [parent for parent in path.parents if not parent.exists()][::-1]:
                 parent.mkdir(exist_ok=True)
-                held.callback(_remove_empty, parent)
-            held.enter_context(_held(path, message))
+                locks.callback(_remove_empty, parent)
+            locks.enter_context(held(path, message))
 
         if processes() == 1:  # JAX, asked how many, would start its devices
             hold()
@@ -90,26 +89,13 @@ def alone(folder: Path) -> Iterator[None]:
 @contextmanager
 def evaluating(folder: Path) -> Iterator[None]:
     """Holds the results of a run; DataError when another command evaluates it: both would play the same episodes."""
-    with _held(folder / ".evaluating", f"another process evaluates {folder} right now; wait for it to end"):
+    with held(folder / ".evaluating", f"another process evaluates {folder} right now; wait for it to end"):
         yield
 
 
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):  # not empty: the run is in it
         folder.rmdir()
-
-
-@contextmanager
-def _held(path: Path, message: str) -> Iterator[None]:
-    """Holds a lock file while the body runs; DataError with `message` when another process has it."""
-    with path.open("ab") as file:
-        lock(file, message)
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise DataError(message)  # the other one ended between our opening and our locking
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 @contextmanager

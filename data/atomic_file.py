@@ -1,9 +1,10 @@
-"""Files that exist whole or not at all, also when the disk is full or the writer is killed."""
+"""Files and folders that exist whole or not at all, also when the disk is full or the writer is killed."""
 
 import errno
 import fcntl
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,38 @@ def write_text(path: Path, text: str) -> None:
         file.write(memoryview(text.encode()))
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder that becomes `path` if the body succeeds, and vanishes if it does not; what a killed writer left
+    is cleared away.
+
+    DataError when there is something at `path`, and when another process writes to it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with held(Path(f"{temporary}.lock"), f"another process is writing {path} right now; wait for it"):
+            refuse_existing(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                yield temporary
+                refuse_existing(path)
+                temporary.rename(path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if str(error.filename or temporary).startswith(str(temporary)):
+            error.filename = str(path)
+        raise
+
+
+def refuse_existing(path: Path) -> None:
+    """DataError when there is something at `path`."""
+    if os.path.lexists(path):
+        raise DataError(f"{path} exists already; choose another --out, or delete it")
+
+
 def temporary_name(path: Path) -> Path:
     """Returns the name that a file has until it is whole: hidden, in the same folder, and plainly ours."""
     return path.with_name(f".{path.name}.rlring-partial")
@@ -107,6 +140,19 @@ def lock(file: BinaryIO, message: str, *, shared: bool = False) -> None:
         # Some network file systems have no locks; there, two writers at once are the user's to avoid.
         if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
             raise
+
+
+@contextmanager
+def held(path: Path, message: str) -> Iterator[None]:
+    """Holds a lock file while the body runs; DataError with `message` when another process has it. It is gone then."""
+    with path.open("ab") as file:
+        lock(file, message)
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise DataError(message)  # the other one ended between our opening and our locking
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _lock(file: io.FileIO, temporary: Path, path: Path) -> None:

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from data import cli
 from data.actions import clipped_actions
+from data.atomic_file import atomic_folder, refuse_existing
 from data.dmc import make
 from data.errors import DataError
 from data.exorl import write_episode
 from data.formats import flat, metamotivo, minari
-from data.formats.hdf5 import refuse_existing
 from data.formats.source import EpisodeFolder, Source, open_source
 from data.relabel import Control, relabel
 from data.selection import Selection
@@ -139,8 +139,9 @@ def _write(to: Format, out: Path, episodes: Iterable[Trajectory], notes: Mapping
     if to == "store":
         write_store(out, episodes, task=notes["task"], source=notes["source"], control=notes["control"] or None)
     elif to == "episodes":
-        for index, episode in enumerate(episodes):
-            write_episode(out, index, episode)
+        with atomic_folder(out) as folder:  # a part of them would pass for all
+            for index, episode in enumerate(episodes):
+                write_episode(folder, index, episode)
     else:
         {"flat": flat, "minari": minari, "metamotivo": metamotivo}[to].write(out, episodes, notes)
 

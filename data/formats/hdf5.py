@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data.atomic_file import atomic_file
+from data.atomic_file import atomic_file, refuse_existing
 from data.errors import DataError
 from data.store_file import HEAD, head_of
 
@@ -50,25 +50,22 @@ class Rows:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[h5py.File]:
-    """Yields an HDF5 file that becomes `path` if the body succeeds, with a checksum in its head.
+def new_file(path: Path, *, has_head: bool = True, track_order: bool = False) -> Iterator[h5py.File]:
+    """Yields an HDF5 file that becomes `path` if the body succeeds, with a checksum in its head if it has one.
 
-    DataError when there is something at `path`.
+    The HDF5 library writes through a `Sink`: after a write that failed it would crash. DataError when there is
+    something at `path`; OSError when the disk is full.
     """
     with atomic_file(path, check_old=refuse_existing) as sink:
-        with h5py.File(sink, "w", userblock_size=HEAD) as file:
+        with h5py.File(sink, "w", userblock_size=HEAD if has_head else None, track_order=track_order) as file:
             yield file
         sink.check()
+        if not has_head:
+            return
         sink.flush()
         head = head_of(sink, _TITLE)
         sink.seek(0)
         sink.write(memoryview(head))
-
-
-def refuse_existing(path: Path) -> None:
-    """DataError when there is something at `path`."""
-    if path.exists():
-        raise DataError(f"{path} exists already; choose another --out, or delete it")
 
 
 def opened(path: Path) -> h5py.File:

@@ -7,17 +7,14 @@ A row is a transition, and every dataset has two dimensions. "-" stands for a ne
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from data.atomic_file import temporary_name
+from data.atomic_file import atomic_folder
 from data.errors import DataError
-from data.formats.hdf5 import Rows, refuse_existing
+from data.formats.hdf5 import Rows, new_file
 from data.trajectory import Trajectory
 
 
@@ -26,12 +23,8 @@ def write(folder: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]
 
     DataError when something is there, or an episode has no physics, from which metamotivo computes rewards.
     """
-    refuse_existing(folder)
-    temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        with h5py.File(temporary / "buffer.hdf5", "w") as file:
+    with atomic_folder(folder) as temporary:
+        with new_file(temporary / "buffer.hdf5", has_head=False) as file:
             file.attrs.update(notes)
             rows = Rows(file)
             for episode in episodes:
@@ -40,10 +33,6 @@ def write(folder: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]
         config = {"capacity": rows.count, "device": "cpu", "nested_key_separator": "-", "_idx": 0, "_is_full": True}
         config["__target__"] = "metamotivo.buffers.transition.DictBuffer"
         (temporary / "config.json").write_text(json.dumps(config, indent=4))
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _transitions(episode: Trajectory) -> dict[str, np.ndarray]:

@@ -9,9 +9,7 @@ as it was. The library is not needed; `minari.MinariDataset("walker-walk-v0/data
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data.atomic_file import temporary_name
+from data.atomic_file import atomic_folder, refuse_existing
 from data.errors import DataError
-from data.formats.hdf5 import damage_named, numbers, opened, refuse_existing
+from data.formats.hdf5 import damage_named, new_file, numbers, opened
 from data.store_file import checksum_of
 from data.trajectory import Trajectory
 
@@ -37,20 +35,13 @@ def write(folder: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]
     refuse_existing(folder)
     if not re.fullmatch(r"[-\w]+-v\d+", folder.name):
         raise DataError(f"a Minari dataset is named NAME-vN, such as walker-walk-v0; got --out {folder}")
-    temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "data").mkdir(parents=True)
-    try:
+    with atomic_folder(folder) as temporary:
         metadata = _write_episodes(temporary / "data" / _DATA, episodes)
         metadata["rlring_checksum"] = _checksum(temporary / "data" / _DATA)
         size = (temporary / "data" / _DATA).stat().st_size / 1e6
         metadata |= {"dataset_id": folder.name, "minari_version": VERSION, "dataset_size": round(size, 1)}
         metadata |= {f"rlring_{name}": note for name, note in notes.items()}
         (temporary / "data" / _META).write_text(json.dumps(metadata, indent=2) + "\n")
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def is_dataset(folder: Path) -> bool:
@@ -123,7 +114,7 @@ class Dataset:
 
 def _write_episodes(path: Path, episodes: Iterable[Trajectory]) -> dict[str, Any]:
     count, steps, first = 0, 0, None
-    with h5py.File(path, "w", track_order=True) as file:
+    with new_file(path, has_head=False, track_order=True) as file:
         for count, episode in enumerate(episodes, start=1):
             first = first or episode
             group = file.create_group(f"episode_{count - 1}")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from data.build import build
 from data.collect import collect
 from data.convert import convert, main
 from data.exorl import list_episodes, read_episode, write_episode
-from data.formats.source import open_source
+from data.formats.source import EpisodeFolder, open_source
 from data.relabel import relabel
 from tests.data.test_exorl import assert_same
 
@@ -395,6 +396,47 @@ def test_wrong_arguments(folder, tmp_path, capsys):
         assert said[-1].startswith("error: ")
         assert not [path for path in tmp_path.iterdir() if "new" in path.name], "nothing is left behind"
     assert (tmp_path / "text").read_text() == "precious"
+
+
+FORMATS = {"flat": "f.hdf5", "minari": "m-v0", "metamotivo": "buffer", "episodes": "again"}
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_full_disk_is_one_message_and_leaves_nothing(folder, tmp_path, capsys, to):
+    """Of the HDF5 library it was a segmentation fault, when it closed a file that it could not write."""
+    out, limit = tmp_path / FORMATS[to], resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+    try:
+        assert main([str(folder), "--to", to, "--out", str(out)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: the disk is full: could not write {out} (")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["minari", "metamotivo", "episodes"])
+def test_a_folder_is_there_when_it_is_whole(folder, tmp_path, monkeypatch, to):
+    """A part of the episodes would pass for all of them, and the same command would find its folder taken."""
+    out, read = tmp_path / FORMATS[to], EpisodeFolder.read
+
+    def interrupted(source, episode):
+        if episode == 3:
+            with pytest.raises(DataError, match=rf"another process is writing {out} right now; wait for it"):
+                written(folder, to, out, limit_steps=STEPS)
+            raise KeyboardInterrupt
+        return read(source, episode)
+
+    left = tmp_path / f".{out.name}.rlring-partial"  # of a writer that was killed
+    left.mkdir()
+    (left / "episode_000009_20.npz").write_text("PK")
+    monkeypatch.setattr(EpisodeFolder, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written(folder, to, out)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    if to != "metamotivo":  # which nothing here reads
+        assert len(open_source(written(folder, to, out)).lengths) == 5
 
 
 def test_command_line(folder, tmp_path, capsys):
