@@ -23,7 +23,7 @@ import numpy as np
 from data import cli
 from data.errors import DataError
 from data.exorl import collected, episode_length, list_episodes
-from data.origin import Origin, digest
+from data.origin import Origin, digest, whole_of
 from data.relabel import Control
 from data.relabelled import relabelled_episodes, unlabelled_episodes
 from data.reward_log import RewardLog
@@ -71,6 +71,7 @@ def build(
     there = list_episodes(exorl)
     paths = [there[index] for index in selection.choose([episode_length(path) for path in there], exorl)]
     source = f"{exorl}: {selection.describe(len(paths), len(there))}"
+    whole = "" if part is None else whole_of(paths)
     if part is not None:
         paths, source = part.choose(paths), f"{source}; shard {part}"
     hides_goal = goal_task(task) is not None
@@ -80,7 +81,7 @@ def build(
     settings = json.dumps({**computed, **asdict(selection), "skip_bad": skip_bad}, sort_keys=True)
     digests = [digest(path) for path in paths]
     origin = Origin(
-        settings, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), "" if part is None else str(part)
+        settings, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), "" if part is None else str(part), whole
     )
     if _is_up_to_date(out, origin):
         store = TrajectoryStore.open(out, task)

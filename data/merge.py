@@ -93,6 +93,11 @@ def _joined(shards: Sequence[Path]) -> Origin:
                 f"{path} was built with other settings or versions than {shards[0].name}; build it again: "
                 f"they say {origin.settings or 'nothing'} and {origins[0].settings or 'nothing'}"
             )
+        if origin.whole != origins[0].whole:
+            raise DataError(
+                f"{path} is a part of other episodes than {shards[0].name}: the folder was another one, or has changed "
+                "in between. Run the `--shard` builds again: what is up to date stays"
+            )
     return Origin(origins[0].settings, np.concatenate([origin.digests for origin in origins]))
 
 

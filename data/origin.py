@@ -1,6 +1,7 @@
 """Origin: what a store was made from, so that a builder knows its work again and shards become one store."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,17 +22,21 @@ class Origin:
     digests: UInt8[np.ndarray, "F 32"] = field(default_factory=lambda: np.empty((0, 32), np.uint8))
     shard: str = ""
     """Which part of a store it is, `I/N`; empty: all of it."""
+    whole: str = ""
+    """Of a shard: the hash of names and sizes of all the episodes that are shared out, 64 hex digits."""
 
     @property
     def made_from(self) -> str:
         """The hash of all of it, 64 hex digits; empty where nothing is known."""
         if not self.settings:
             return ""
-        return hashlib.sha256(f"{self.settings}\n{self.shard}\n".encode() + self.digests.tobytes()).hexdigest()
+        return hashlib.sha256(
+            f"{self.settings}\n{self.shard}\n{self.whole}".encode() + self.digests.tobytes()
+        ).hexdigest()
 
     def write(self, file: h5py.File) -> None:
         """Writes it into a store that is being made."""
-        file.attrs.update(made_from=self.made_from, settings=self.settings, shard=self.shard)
+        file.attrs.update(made_from=self.made_from, settings=self.settings, shard=self.shard, whole=self.whole)
         if len(self.digests):
             file[_DIGESTS] = self.digests
 
@@ -41,7 +46,13 @@ class Origin:
         file, _ = open_store(path)
         with file:
             digests = file[_DIGESTS][:] if _DIGESTS in file else np.empty((0, 32), np.uint8)
-            return cls(str(file.attrs.get("settings", "")), digests, str(file.attrs.get("shard", "")))
+            settings, shard, whole = (str(file.attrs.get(name, "")) for name in ("settings", "shard", "whole"))
+            return cls(settings, digests, shard, whole)
+
+
+def whole_of(paths: Iterable[Path]) -> str:
+    """Returns the hash of names and sizes of episodes, which every machine that builds a shard of them sees alike."""
+    return hashlib.sha256("".join(f"{path.name}\n{path.stat().st_size}\n" for path in paths).encode()).hexdigest()
 
 
 def digest(path: Path) -> bytes:

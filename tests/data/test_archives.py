@@ -117,7 +117,16 @@ def test_shards_that_do_not_belong_together(cartpole, tmp_path, capsys):
     build(cartpole, "cartpole-balance", out, shard="1/2", **QUIET)
     with pytest.raises(DataError, match=r"s.shard-1-of-2.h5 was built with other settings or versions"):
         merge(out)
-    build(cartpole, TASK, out, shard="1/2", **QUIET)
+    grown = linked(tmp_path / "grown", cartpole, 8)
+    build(grown, TASK, out, shard="1/2", **QUIET)
+    with pytest.raises(DataError, match=r"s.shard-1-of-2.h5 is a part of other episodes than s.shard-0-of-2.h5"):
+        merge(out)
+    assert not out.exists()
+    assert build(grown, TASK, out, shard="0/2", **QUIET)
+    assert merge(out, progress=False).episodes == 8
+    out.unlink()
+    for index in range(2):
+        build(cartpole, TASK, out, shard=f"{index}/2", **QUIET)
     last = Shard(1, 2).path(out)
     last.write_bytes(last.read_bytes()[:-9])
     assert main([str(out)]) == 2
