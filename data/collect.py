@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -59,10 +59,11 @@ def collect(
     POLICIES[policy](environment, np.random.default_rng(seed))
 
     _claim(out, _description(task, policy, seed, environment.episode_steps))
-    with _alone(out):
+    with ExitStack() as locks:
+        locks.enter_context(_alone(out))
         missing = _missing(out, episodes)
-        if missing:
-            _note_versions(out)
+        if missing and _note_versions(out):
+            locks.enter_context(_alone(out))  # the note is another file now, which others would find free
         if workers == 1:
             written = (_write_chunk(environment, policy, seed, out, [index]) for index in missing)
         else:
@@ -151,19 +152,20 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("dm_control", "mujoco", "numpy")}
 
 
-def _note_versions(out: Path) -> None:
+def _note_versions(out: Path) -> bool:
     """Adds to collect.json the versions that make the missing episodes, and tells where they are others than before:
-    that is no reason not to go on."""
+    that is no reason not to go on. Returns whether the file was replaced."""
     path = out / "collect.json"
     present = json.loads(path.read_text())
     before, now = present.get("versions") or {}, _versions()
     other = {name: before.get(name) for name in now if now[name] not in str(before.get(name)).split(", ")}
     if not other:
-        return
+        return False
     told = ", ".join(f"{name} {was} ({now[name]} now)" for name, was in other.items())
     print(f"note: the episodes in {out} so far were made with {told}; collect.json keeps both", file=sys.stderr)
     both = {name: f"{was}, {now[name]}" if was else now[name] for name, was in other.items()}
     write_text(path, json.dumps({**present, "versions": {**before, **both}}, indent=2) + "\n")
+    return True
 
 
 def _claim(out: Path, description: dict[str, object]) -> None:
@@ -181,7 +183,7 @@ def _claim(out: Path, description: dict[str, object]) -> None:
         present = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged ({error}); choose another --out, or delete that folder") from None
-    if not isinstance(present, dict):
+    if not isinstance(present, dict) or not isinstance(present.get("versions") or {}, dict):
         raise DataError(f"{path} is not what data.collect writes; choose another --out, or delete that folder")
     for key, value in description.items():
         if key != "versions" and present.get(key) != value:

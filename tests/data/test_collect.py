@@ -129,6 +129,24 @@ def test_two_do_not_collect_into_one_folder(tmp_path):
     collect("point_mass-dark", "uniform", 2, 0, tmp_path, progress=False)
 
 
+def test_two_do_not_collect_into_one_folder_whose_note_is_written_anew(tmp_path, monkeypatch):
+    note = tmp_path / "collect.json"
+    collect("point_mass-dark", "uniform", 1, 0, tmp_path, progress=False)
+    note.write_text(json.dumps({**json.loads(note.read_text()), "versions": {"numpy": "1.0"}}))
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(command, "roll_out", roll_out)
+        with pytest.raises(DataError, match=r"another process collects into"):
+            collect("point_mass-dark", "uniform", 2, 0, tmp_path, progress=False)
+        return roll_out(*arguments)
+
+    monkeypatch.setattr(command, "roll_out", meanwhile)
+    collect("point_mass-dark", "uniform", 2, 0, tmp_path, progress=False)
+    note.write_text(json.dumps({**json.loads(note.read_text()), "versions": "1.0"}))
+    with pytest.raises(DataError, match=r"collect.json is not what data.collect writes"):
+        collect("point_mass-dark", "uniform", 3, 0, tmp_path, progress=False)
+
+
 def test_foreign_files_in_the_folder_stay(tmp_path):
     collect("point_mass-dark", "uniform", 1, 0, tmp_path, progress=False)
     foreign = ["episode_x_16.npz", "episode_000001.npz", "notes.txt", ".episode_000001_16.npz.tmp", "episode_1_2.npz"]
