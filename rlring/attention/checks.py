@@ -9,6 +9,7 @@ from rlring.attention.axes import DEFAULT, MeshAxes, size_of
 from rlring.attention.mask import Mask, checked
 from rlring.attention.schemes import SCHEMES, AttentionConfig
 from rlring.attention.score_mod import ScoreMod
+from rlring.attention.softmax import accumulator_type
 from rlring.errors import UsageError, shown
 
 
@@ -114,8 +115,9 @@ def seeds(dropout, batch: int, heads: int):
 def of_nothing(q, v, mod: ScoreMod, return_lse: bool):
     """Returns attention where there are no queries, keys or values."""
     out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
-    lse = jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-    lse = lse if mod.sinks is None else jnp.broadcast_to(mod.sinks.astype(jnp.float32), lse.shape)
+    dtype = accumulator_type(q.dtype)
+    lse = jnp.full(q.shape[:3], -jnp.inf, dtype)
+    lse = lse if mod.sinks is None else jnp.broadcast_to(mod.sinks.astype(dtype), lse.shape)
     return (out, lse) if return_lse else out
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from jax import lax
 from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Shaped, UInt32
 
 from rlring.attention.mask import Mask
 from rlring.attention.softmax import accumulator_type, zeros
+from rlring.attention.window import apart
 
 LOG2_E = float(1.0 / np.log(2))
 
@@ -159,7 +160,7 @@ class Tile(NamedTuple):
     visible: Bool[Array, "R Q S"] | None  # None: every query sees every key
     bias: Float[Array, "R Q S"] | None = None
     keep: Bool[Array, "R Q S"] | None = None  # what dropout leaves
-    distance: Float32[Array, "R G size S"] | None = None  # of the positions
+    distance: Float[Array, "R G size S"] | None = None  # of the positions
 
     @classmethod
     def of(
@@ -188,9 +189,8 @@ class Tile(NamedTuple):
         dtype = accumulator_type(q.dtype)
         bias, distance, keep = terms.bias, None, None
         if terms.slopes is not None:
-            apart = jnp.abs(mask.q_position[:, :, None] - mask.k_position[:, None, :])
-            distance = per_row(apart).astype(jnp.float32)
-            linear = -terms.slopes[:, :, None, None].astype(dtype) * distance.astype(dtype)
+            distance = per_row(apart(mask.q_position[:, :, None], mask.k_position[:, None, :])).astype(dtype)
+            linear = -terms.slopes[:, :, None, None].astype(dtype) * distance
             bias = linear if bias is None else linear + bias.astype(dtype)
         if terms.seeds is not None:
             places = jnp.broadcast_arrays(mask.q_place[:, :, None], mask.k_place[:, None, :])
@@ -213,7 +213,7 @@ class Tile(NamedTuple):
         slopes = bias = None
         if terms.slopes is not None:
             each = d_logits.reshape(*terms.slopes.shape, -1, d_logits.shape[2])
-            slopes = (each * -self.distance.astype(each.dtype)).sum((2, 3))
+            slopes = (each * -self.distance).sum((2, 3))
         if terms.bias is not None:
             bias = d_logits.reshape(terms.bias.shape)
         return RowTerms(slopes, None, bias)

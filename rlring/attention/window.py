@@ -5,7 +5,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Int32, UInt32
 
 from rlring.errors import UsageError, shown
 
@@ -17,8 +17,17 @@ AnyArray = Array | np.ndarray  # positions may be NumPy's: a program takes them 
 
 def is_within(later: Int32[AnyArray, "..."], earlier: Int32[AnyArray, "..."], reach: int) -> Bool[AnyArray, "..."]:
     """Returns whether later - earlier < reach, also where it is negative; the two broadcast."""
-    # The distance of two int32 may be none, but it is a uint32.
-    return (earlier > later) | ((later - earlier).astype(jnp.uint32) < reach)
+    return (earlier > later) | (_distance(later, earlier) < reach)
+
+
+def apart(one: Int32[AnyArray, "..."], other: Int32[AnyArray, "..."]) -> UInt32[Array, "..."]:
+    """Returns |one - other|; the two broadcast."""
+    return _distance(jnp.maximum(one, other), jnp.minimum(one, other))
+
+
+def _distance(later: Int32[AnyArray, "..."], earlier: Int32[AnyArray, "..."]) -> UInt32[Array, "..."]:
+    """Returns later - earlier, at least 0: of two int32 it may be none, but it is a uint32."""
+    return (later - earlier).astype(jnp.uint32)
 
 
 def narrowed(window: Window | None, back: int) -> Window:

@@ -262,3 +262,33 @@ def test_a_bias_does_not_go_with_a_pattern():
     q, config = jnp.zeros((1, LENGTH, HEADS, SIZE)), AttentionConfig("sparse", sparse=SparsePattern())
     with pytest.raises(UsageError, match=r"'sparse' takes no bias \[N, T, S\]"):
         attention(q, q, q, Mask.causal(positions(1)), config=config, bias=jnp.asarray(BIAS))
+
+
+@pytest.mark.parametrize("scheme", ["dense", "blockwise"])
+def test_slopes_of_positions_that_are_far_apart(scheme):
+    """Farther than float32 counts one by one, and than int32 does: a query and a key whose logit is the bias alone."""
+    distance = np.array([2**24 + 1, 2**32 - 1])
+    q_position, k_position = np.array([[2**24 + 1], [2**31 - 1]], np.int32), np.array([[0], [-(2**31)]], np.int32)
+    segment = np.zeros_like(q_position)
+    mask = Mask(q_position, k_position, segment, segment)
+
+    def lse(slopes):
+        nothing = jnp.zeros((2, 1, 1, 2))
+        return attention(nothing, nothing, nothing, mask, config=AttentionConfig(scheme), bias=slopes, return_lse=True)[
+            1
+        ]
+
+    with jax.enable_x64(True):
+        found, back = jax.vjp(lse, jnp.array([0.25]))
+        np.testing.assert_allclose(found[:, 0, 0], -0.25 * distance, rtol=1e-15)
+        np.testing.assert_allclose(back(jnp.ones_like(found))[0], -distance.sum(), rtol=1e-15)
+
+
+def test_the_lse_of_no_keys_has_the_type_of_any_other():
+    with jax.enable_x64(True):
+        for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
+            for keys in (0, 1):
+                q, k = jnp.zeros((1, 2, 1, 2), dtype), jnp.zeros((1, keys, 1, 2), dtype)
+                mask = Mask(*(jnp.zeros((1, length), jnp.int32) for length in (2, keys, 2, keys)))
+                _, lse = attention(q, k, k, mask, config=AttentionConfig("dense"), return_lse=True)
+                assert lse.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
