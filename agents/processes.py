@@ -105,6 +105,14 @@ def stop_requests(checkpoints: Checkpoints):
     if jax.process_count() > 1:
         yield checkpoints.is_asked_to_end  # JAX watches for SIGTERM
         return
+    with asked_to_stop() as asked:
+        yield lambda update: asked()
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether this process was asked to stop (Ctrl-C, SIGTERM); asked twice, it ends at
+    once."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -118,7 +126,7 @@ def stop_requests(checkpoints: Checkpoints):
     except ValueError:  # not the main thread: signals are somebody else's
         before = {}
     try:
-        yield lambda update: asked
+        yield lambda: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,20 +7,19 @@ however often the work was interrupted: the same command again keeps the whole e
 other versions too, which collect.json then names.
 """
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from data.atomic_file import lock, write_text
 from data.cli import Parser, named_path, run
+from data.collection import alone, claim, describe, note_versions
 from data.dmc import Environment, make
 from data.errors import DataError
 from data.exorl import episode_index, is_whole, write_episode
@@ -58,12 +57,12 @@ def collect(
     environment.reset(seed=seed)
     POLICIES[policy](environment, np.random.default_rng(seed))
 
-    _claim(out, _description(task, policy, seed, environment.episode_steps))
+    claim(out, describe(task, policy, seed, environment.episode_steps))
     with ExitStack() as locks:
-        locks.enter_context(_alone(out))
+        locks.enter_context(alone(out))
         missing = _missing(out, episodes)
-        if missing and _note_versions(out):
-            locks.enter_context(_alone(out))  # the note is another file now, which others would find free
+        if missing:
+            note_versions(out, locks)
         if workers == 1:
             written = (_write_chunk(environment, policy, seed, out, [index]) for index in missing)
         else:
@@ -78,7 +77,7 @@ def collect(
 
 def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Trajectory:
     """Returns episode `index` of a policy, physics states and the environment's extras included."""
-    observation, info = environment.reset(seed=(_STREAM, seed, index, 1))
+    observation, info = start(environment, seed, index)
     act = POLICIES[policy](environment, np.random.default_rng((_STREAM, seed, index, 2)))
     source = f"{environment.task_name}, policy {policy}, seed {seed}, episode {index}"
     if isinstance(act, Planned) and can_play(environment.task_name):
@@ -92,11 +91,28 @@ def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Tr
             extras=_extras(environment, len(act.actions) + 1),
             source=source,
         )
+    return step_through(environment, observation, info, lambda step, _, physics: act(step, physics), source)
+
+
+def start(environment: Environment, seed: int, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns the first observation and info of episode `index` of a dataset with this seed."""
+    return environment.reset(seed=(_STREAM, seed, index, 1))
+
+
+def step_through(
+    environment: Environment,
+    observation: np.ndarray,
+    info: Mapping[str, Any],
+    act: Callable[[int, np.ndarray, np.ndarray], np.ndarray],
+    source: str,
+) -> Trajectory:
+    """Returns an episode from its first observation and info on, to its end. act: takes the step, the observation and
+    the physics state."""
     observations, physics = [observation], [info["physics"]]
     actions, rewards, discounts = [], [], []
     is_over = False
     while not is_over:
-        actions.append(act(len(actions), physics[-1]))
+        actions.append(act(len(actions), observations[-1], physics[-1]))
         observation, reward, terminated, truncated, info = environment.step(actions[-1])
         observations.append(observation)
         physics.append(info["physics"])
@@ -142,63 +158,6 @@ def _check(task: str, policy: str, episodes: int, seed: int, workers: int, episo
     for name, (value, least, most) in limits.items():
         if value is not None and not least <= value <= most:
             raise DataError(f"{name} must be {least} to {most}; got {value}")
-
-
-def _description(task: str, policy: str, seed: int, episode_steps: int) -> dict[str, object]:
-    return {"task": task, "policy": policy, "seed": seed, "episode_steps": episode_steps, "versions": _versions()}
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in ("dm_control", "mujoco", "numpy")}
-
-
-def _note_versions(out: Path) -> bool:
-    """Adds to collect.json the versions that make the missing episodes, and tells where they are others than before:
-    that is no reason not to go on. Returns whether the file was replaced."""
-    path = out / "collect.json"
-    present = json.loads(path.read_text())
-    before, now = present.get("versions") or {}, _versions()
-    other = {name: before.get(name) for name in now if now[name] not in str(before.get(name)).split(", ")}
-    if not other:
-        return False
-    told = ", ".join(f"{name} {was} ({now[name]} now)" for name, was in other.items())
-    print(f"note: the episodes in {out} so far were made with {told}; collect.json keeps both", file=sys.stderr)
-    both = {name: f"{was}, {now[name]}" if was else now[name] for name, was in other.items()}
-    write_text(path, json.dumps({**present, "versions": {**before, **both}}, indent=2) + "\n")
-    return True
-
-
-def _claim(out: Path, description: dict[str, object]) -> None:
-    """Writes collect.json, or checks that the folder's own says the same."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; --out names a folder. Choose another")
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "collect.json"
-    if not path.exists():
-        if any(out.glob("*.npz")):
-            raise DataError(f"{out} holds episodes but no collect.json that says of what. Choose another --out")
-        write_text(path, json.dumps(description, indent=2) + "\n")
-        return
-    try:
-        present = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is damaged ({error}); choose another --out, or delete that folder") from None
-    if not isinstance(present, dict) or not isinstance(present.get("versions") or {}, dict):
-        raise DataError(f"{path} is not what data.collect writes; choose another --out, or delete that folder")
-    for key, value in description.items():
-        if key != "versions" and present.get(key) != value:
-            raise DataError(
-                f"{out} holds episodes of {key} {present.get(key)!r}, and this run is of {key} {value!r}. "
-                "Choose another --out, or delete that folder"
-            )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """DataError when another process collects into the same folder: the two would write the same files."""
-    with open(out / "collect.json", "rb") as note:
-        lock(note, f"another process collects into {out} right now; wait for it, or choose another --out")
-        yield
 
 
 def _missing(out: Path, episodes: int) -> list[int]:

@@ -1,0 +1,67 @@
+"""Collects ExoRL's kind of data: episodes of an agent that explores without a reward.
+
+python -m agents.explore --task walker --algorithm rnd --steps 1000000 --out datasets/walker/rnd
+"""
+
+import sys
+from collections.abc import Sequence
+
+from agents.cli import ConfigError, run
+from agents.explore.config import ALGORITHMS, PRESETS, made
+from agents.explore.exploration import explore
+from data.cli import Parser, named_path
+from data.tasks.catalogue import check_task, task_names
+from rlring.cli import count
+
+# The task whose rewards are written beside, of the bodies that ExoRL and URLB explore: URLB's own where it has one.
+PRIMAL = {
+    "walker": "walker-stand",
+    "quadruped": "quadruped-walk",
+    "jaco": "jaco-reach_top_left",
+    "cheetah": "cheetah-run",
+    "hopper": "hopper-hop",
+    "cartpole": "cartpole-swingup",
+    "point_mass": "point_mass-easy",
+    "point_mass_maze": "point_mass_maze-reach_top_left",
+    "reacher": "reacher-easy",
+}
+
+
+def full_task(name: str) -> str:
+    """Returns the task that a body, or a task, names. ConfigError for a body of which none is the first."""
+    tasks = [task for task in task_names() if task.split("-")[0] == name]
+    if name not in PRIMAL and tasks:
+        raise ConfigError(f"--task {name} names a body only. Choose one of its tasks: {', '.join(tasks)}.")
+    task = PRIMAL.get(name, name)
+    check_task(task)
+    return task
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m agents.explore", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", required=True, help="a body, such as walker, or a task, such as walker-walk")
+    parser.add_argument("--algorithm", required=True, help=", ".join(ALGORITHMS))
+    parser.add_argument("--steps", required=True, type=count, help="steps in all, of whole episodes")
+    parser.add_argument("--out", required=True, help="folder of the episodes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--episode-steps", type=count, default=None, help="length instead of the task's own")
+    parser.add_argument("--preset", default="urlb", help=f"{', '.join(PRESETS)} (default urlb)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args(argv)
+
+    def body() -> None:
+        settings = {
+            "task": full_task(options.task),
+            "algorithm": options.algorithm,
+            "seed": options.seed,
+            "episode_steps": options.episode_steps,
+        }
+        config = made(settings, options.preset, options.overrides)
+        explore(config, options.steps, named_path("--out", options.out), resume=options.resume)
+
+    return run(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""The settings of a collector: URLB's numbers, and a small preset for two CPU cores."""
+
+import copy
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import model_validator
+
+from agents.cli import ConfigError
+from agents.config_file import merge, parse_override, validate
+from agents.explore.bonus import Bonus, NoSettings
+from agents.explore.icm_apt import ICMAPT, ICMAPTSettings
+from agents.explore.rnd import RND, RNDSettings
+from agents.explore.td3 import TaskReward
+from agents.section import Chance, Count, Fraction, Positive, Section, Seed, Size, Text, Whole
+
+BONUSES: dict[str, type[Bonus]] = {"rnd": RND, "icm_apt": ICMAPT, "td3": TaskReward}
+"""By algorithm, what it pays itself."""
+ALGORITHMS = ("random", *BONUSES)
+"""All; "random" pays nothing and learns nothing."""
+
+
+class LearnerConfig(Section):
+    """DDPG as URLB has it."""
+
+    width: Size = 1024
+    """Units in a hidden layer, of all networks."""
+    batch: Size = 1024
+    learning_rate: Positive = 1e-4
+    target_rate: Chance = 0.01
+    """Share of the way that the target network goes to the critic in an update."""
+    discount: Fraction = 0.99
+    nstep: Size = 3
+    """Steps of a transition."""
+    noise: Positive = 0.2
+    """Standard deviation of the noise on actions."""
+    noise_clip: Positive = 0.3
+    """Of the noise on actions that are learnt from."""
+    update_every: Size = 2
+    """Steps of the environment for an update."""
+    updates_per_call: Size = 8
+    """Updates made in one call of the device; URLB: 1. The policy acts unchanged meanwhile."""
+    seed_steps: Whole = 4000
+    """Uniform actions before the first update."""
+    replay: Count = 1_000_000
+    """Steps that are remembered, in whole episodes."""
+
+
+class ExploreConfig(Section):
+    """One collector."""
+
+    task: Text
+    algorithm: Text
+    seed: Seed = 0
+    episode_steps: Count | None = None
+    """Steps of an episode. None: the task's own."""
+    checkpoint_every: Count = 10
+    """Episodes between two checkpoints."""
+    learner: LearnerConfig = LearnerConfig()
+    rnd: RNDSettings = RNDSettings()
+    icm_apt: ICMAPTSettings = ICMAPTSettings()
+
+    @property
+    def algorithm_settings(self) -> Section:
+        return getattr(self, self.algorithm, NoSettings())
+
+    @model_validator(mode="after")
+    def algorithm_is_there(self) -> "ExploreConfig":
+        if self.algorithm not in ALGORITHMS:
+            near = difflib.get_close_matches(self.algorithm, ALGORITHMS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}"
+            raise ValueError(f"algorithm {self.algorithm!r} does not exist; {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def neighbours_are_in_the_batch(self) -> "ExploreConfig":
+        wanted = getattr(self.algorithm_settings, "neighbours", 1)
+        if wanted > self.learner.batch:
+            raise ValueError(
+                f"{self.algorithm}.neighbours={wanted} of a batch of learner.batch={self.learner.batch}; lower the "
+                "first, or raise the second"
+            )
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "urlb": {},
+    "cpu": {
+        "learner": {"width": 128, "batch": 128, "learning_rate": 1e-3, "update_every": 4},
+        "rnd": {"representation": 32},
+        "icm_apt": {"representation": 32},
+    },
+}
+"""Settings that differ from the defaults, by name."""
+
+
+def made(settings: dict[str, Any], preset: str, overrides: Sequence[str] = ()) -> ExploreConfig:
+    """Returns the config of a preset with these settings, then these `section.key=value`, laid over it. ConfigError for
+    what no setting can be."""
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} does not exist. Choose one of {', '.join(PRESETS)}.")
+    whole = merge(copy.deepcopy(PRESETS[preset]), settings)
+    for override in overrides:
+        merge(whole, parse_override(override))
+    return validate(ExploreConfig, whole, source="agents.explore")
