@@ -87,9 +87,7 @@ class Checkpoints:
         OSError when the disk has no room for it: asked before, because a write that fails half-way leaves the threads
         of the storage library in disorder.
         """
-        needed = sum(_bytes_here(leaf) for leaf in jax.tree.leaves(state)) * 11 // 10 + 2**20
-        if shutil.disk_usage(self.folder).free < needed:
-            raise OSError(errno.ENOSPC, f"a checkpoint needs {needed / 2**20:.1f} MiB", str(self.folder))
+        check_room(self.folder, sum(_bytes_here(leaf) for leaf in jax.tree.leaves(state)))
         saved = meta._replace(
             scales={name: np.asarray(value).tolist() for name, value in meta.scales._asdict().items()}
         )
@@ -183,6 +181,13 @@ def _loss(metrics: dict[str, float]) -> float:
 def _bytes_here(x: jax.Array) -> int:
     """Returns how much of an array this process writes, at most."""
     return sum(shard.data.nbytes for shard in x.addressable_shards if shard.replica_id == 0)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """OSError when the disk has no room for a checkpoint of so many bytes."""
+    needed = size * 11 // 10 + 2**20
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, f"a checkpoint needs {needed / 2**20:.1f} MiB", str(folder))
 
 
 def by_name(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ python -m agents.explore --task walker --algorithm rnd --steps 1000000 --out dat
 import sys
 from collections.abc import Sequence
 
+from agents.checkpoint import read_metrics
 from agents.cli import ConfigError, run
 from agents.explore.config import ALGORITHMS, PRESETS, made
 from agents.explore.exploration import explore
@@ -58,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "episode_steps": options.episode_steps,
         }
         config = made(settings, options.preset, options.overrides)
-        explore(config, options.steps, named_path("--out", options.out), resume=options.resume)
+        out = named_path("--out", options.out)
+        explore(config, options.steps, out, resume=options.resume)
+        last = read_metrics(out / "explore/metrics.jsonl")[-1]
+        print(f"{out}: {last['episode'] + 1:,} episodes, {last['step']:,} steps, coverage {last['coverage']:.1%}")
 
     return run(body)
 

@@ -3,19 +3,35 @@
 import copy
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from agents.cli import ConfigError
 from agents.config_file import merge, parse_override, validate
+from agents.explore.aps import APS, APSSettings
 from agents.explore.bonus import Bonus, NoSettings
+from agents.explore.diayn import DIAYN, DIAYNSettings
+from agents.explore.disagreement import Disagreement, DisagreementSettings
+from agents.explore.icm import ICM, ICMSettings
 from agents.explore.icm_apt import ICMAPT, ICMAPTSettings
+from agents.explore.proto import Proto, ProtoSettings
 from agents.explore.rnd import RND, RNDSettings
+from agents.explore.smm import SMM, SMMSettings
 from agents.explore.td3 import TaskReward
 from agents.section import Chance, Count, Fraction, Positive, Section, Seed, Size, Text, Whole
 
-BONUSES: dict[str, type[Bonus]] = {"rnd": RND, "icm_apt": ICMAPT, "td3": TaskReward}
+BONUSES: dict[str, type[Bonus]] = {
+    "rnd": RND,
+    "icm": ICM,
+    "disagreement": Disagreement,
+    "icm_apt": ICMAPT,
+    "proto": Proto,
+    "diayn": DIAYN,
+    "smm": SMM,
+    "aps": APS,
+    "td3": TaskReward,
+}
 """By algorithm, what it pays itself."""
 ALGORITHMS = ("random", *BONUSES)
 """All; "random" pays nothing and learns nothing."""
@@ -26,7 +42,7 @@ class LearnerConfig(Section):
 
     width: Size = 1024
     """Units in a hidden layer, of all networks."""
-    batch: Size = 1024
+    batch: Annotated[int, Field(ge=2, le=2**20)] = 1024
     learning_rate: Positive = 1e-4
     target_rate: Chance = 0.01
     """Share of the way that the target network goes to the critic in an update."""
@@ -59,7 +75,13 @@ class ExploreConfig(Section):
     """Episodes between two checkpoints."""
     learner: LearnerConfig = LearnerConfig()
     rnd: RNDSettings = RNDSettings()
+    icm: ICMSettings = ICMSettings()
+    disagreement: DisagreementSettings = DisagreementSettings()
     icm_apt: ICMAPTSettings = ICMAPTSettings()
+    proto: ProtoSettings = ProtoSettings()
+    diayn: DIAYNSettings = DIAYNSettings()
+    smm: SMMSettings = SMMSettings()
+    aps: APSSettings = APSSettings()
 
     @property
     def algorithm_settings(self) -> Section:
@@ -90,6 +112,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learner": {"width": 128, "batch": 128, "learning_rate": 1e-3, "update_every": 4},
         "rnd": {"representation": 32},
         "icm_apt": {"representation": 32},
+        "proto": {"representation": 32, "projection": 128, "prototypes": 128, "queue": 512},
+        "smm": {"code": 16, "units": 64},
     },
 }
 """Settings that differ from the defaults, by name."""

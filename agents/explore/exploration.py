@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from agents import damage
-from agents.checkpoint import by_name, read_metrics
+from agents.checkpoint import by_name, check_room, read_metrics
 from agents.cli import ConfigError
 from agents.config_file import dump, load
 from agents.explore.config import ExploreConfig
@@ -105,6 +105,7 @@ class _Collection:
 
     def _save(self, checkpoints: ocp.CheckpointManager, index: int, done: int) -> None:
         arrays = by_name({"explorer": self.explorer.state, "visited": self.coverage.visited})
+        check_room(self.folder, sum(array.nbytes for array in arrays.values()))
         kept = {"steps": done, "checksums": damage.checksums(arrays)}
         checkpoints.save(index, args=ocp.args.StandardSave(arrays), custom_metadata=kept)
 

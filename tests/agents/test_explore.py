@@ -40,7 +40,7 @@ TINY = (
 )
 
 
-def tiny(algorithm: str = "rnd", task: str = TASK, *overrides: str):
+def tiny(algorithm: str = "aps", task: str = TASK, *overrides: str):
     settings = {"task": task, "algorithm": algorithm, "seed": 3, "episode_steps": 20}
     return made(settings, "urlb", [*TINY, *overrides])
 
@@ -202,6 +202,33 @@ def test_interrupted_and_resumed_it_writes_what_one_run_writes(tmp_path, monkeyp
     assert metrics(tmp_path / "two") == lines
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "size", "every"),
+    [("aps", 10, 5), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("diayn", 16, 3), ("smm", 4, 20)))],
+)
+def test_skills_are_in_the_files(tmp_path, algorithm, size, every):
+    explore(tiny(algorithm, TASK, "diayn.every=3"), 60, tmp_path / "one", progress=False)
+    for path in list_episodes(tmp_path / "one"):
+        (skill,) = (values for name, values in read_episode(path).extras.items() if name in ("task", "skill", "z"))
+        assert skill.shape == (21, size)
+        np.testing.assert_array_equal(skill[0], skill[1])  # row 0 of an action is a dummy
+        changes = np.flatnonzero((skill[2:] != skill[1:-1]).any(1)) + 1
+        assert set(changes) <= set(range(every, 20, every))  # one of few may be drawn again
+        assert len(changes) or every == 20
+    build(tmp_path / "one", TASK, tmp_path / "s.h5", workers=1, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [name for name in BONUSES if name != "aps"])
+def test_every_algorithm_goes_on_where_it_was(tmp_path, algorithm):
+    config = tiny(algorithm, "cartpole-swingup", "proto.prototypes=8", "proto.queue=16")
+    explore(config, 100, tmp_path / "one", progress=False)
+    explore(config, 60, tmp_path / "two", progress=False)
+    explore(config, 100, tmp_path / "two", resume=True, progress=False)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL])
 def test_the_command_killed_and_resumed(tmp_path, signal_):
@@ -221,15 +248,15 @@ def test_the_command_killed_and_resumed(tmp_path, signal_):
         assert error.splitlines()[-1].startswith("interrupted; ")
     assert len(list_episodes(out)) < 20
     assert subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True).returncode == 0
-    explore(tiny(task="walker-stand"), 400, tmp_path / "one", progress=False)
+    explore(tiny("rnd", "walker-stand"), 400, tmp_path / "one", progress=False)
     assert content(out) == content(tmp_path / "one")
 
 
 def test_the_data_commands_read_it(tmp_path):
-    explore(tiny(), 60, tmp_path / "rnd", progress=False)
-    assert f"a folder of episodes of {TASK}, 3 episodes" in describe(tmp_path / "rnd")
-    assert "policy    rnd, seed 3" in describe(tmp_path / "rnd")
-    build(tmp_path / "rnd", "point_mass_maze-reach_bottom_right", tmp_path / "s.h5", workers=1, progress=False)
+    explore(tiny(), 60, tmp_path / "aps", progress=False)
+    assert f"a folder of episodes of {TASK}, 3 episodes" in describe(tmp_path / "aps")
+    assert "policy    aps, seed 3" in describe(tmp_path / "aps")
+    build(tmp_path / "aps", "point_mass_maze-reach_bottom_right", tmp_path / "s.h5", workers=1, progress=False)
     assert TrajectoryStore.open(tmp_path / "s.h5").steps == 60
 
 
@@ -244,13 +271,18 @@ def test_the_data_commands_read_it(tmp_path):
         ("--task walker --algorithm rnb", r"algorithm 'rnb' does not exist; did you mean 'rnd'\?"),
         ("--task walker --algorithm rnd --preset gpu", r"preset 'gpu' does not exist. Choose one of urlb, cpu"),
         ("--task walker --algorithm rnd rnd.scal=3", r"unknown key 'rnd.scal'; did you mean 'scale'\?"),
-        ("--task walker --algorithm rnd learner.batch=0", r"'learner.batch': Input should be greater than 0; got 0"),
+        ("--task walker --algorithm rnd learner.width=0", r"'learner.width': Input should be greater than 0; got 0"),
+        (
+            "--task walker --algorithm rnd learner.batch=1",
+            r"'learner.batch': Input should be greater than or equal",
+        ),
         ("--task walker --algorithm icm_apt learner.batch=8", r"icm_apt.neighbours=12 of a batch of learner.batch=8;"),
         ("--task walker --algorithm rnd --seed -1", r"'seed': Input should be greater than or equal to 0; got -1"),
         (
             "--task walker --algorithm rnd --episode-steps 2",
             r"an episode of walker-stand has 2 steps, and a transition",
         ),
+        ("--task walker --algorithm proto proto.queue=100", r"multiple of the prototypes, .*queue=100, prototypes=512"),
         ("--task walker --algorithm rnd rnd", r"'rnd' is no override; write it as section.key=value"),
     ],
 )
@@ -271,7 +303,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
     other = config.model_copy(update={"learner": config.learner.model_copy(update={"width": 9})})
     with pytest.raises(ConfigError, match=r"collected with other settings: learner.width=8 \(now 9\). Resume with the"):
         explore(other, 40, tmp_path / "a", resume=True, progress=False)
-    with pytest.raises(DataError, match=r"holds episodes of policy 'random', and this run is of policy 'rnd'"):
+    with pytest.raises(DataError, match=r"holds episodes of policy 'random', and this run is of policy 'aps'"):
         explore(tiny(), 40, tmp_path / "a", progress=False)
     collect(TASK, "uniform", 1, 3, tmp_path / "b", progress=False, episode_steps=20)
     with pytest.raises(DataError, match=r"holds episodes of policy 'uniform', and this run is of policy 'random'"):
@@ -298,5 +330,5 @@ def test_numbers_that_end_are_told():
     explorer.episode(1, 20)
     broken = jax.tree.map(lambda x: x * np.float32(np.nan), explorer.state.actor.weights)
     explorer.state = explorer.state._replace(actor=explorer.state.actor._replace(weights=broken))
-    with pytest.raises(Diverged, match=r"an action is not a number in .*rnd, seed 3, episode 2. Lower learner"):
+    with pytest.raises(Diverged, match=r"an action is not a number in .*aps, seed 3, episode 2. Lower learner"):
         explorer.episode(2, 40)
