@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from agents.section import Count, Fraction, Section, Size, Whole
 from rlring import AttentionConfig, SparsePattern, TransformerConfig, make_mesh
+from rlring.attention.kernels import KERNELS
 from rlring.attention.schemes import SCHEMES
 from rlring.remat import Remat
 
@@ -57,8 +58,8 @@ class SparseSection(Section):
 
 
 class AttentionSection(Section):
-    scheme: Literal["auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid", "sparse"] = "ring"
-    kernel: Literal["auto", "jax", "cudnn", "splash"] = "jax"
+    scheme: Literal["auto", *SCHEMES] = "ring"  # pyrefly: ignore[invalid-literal]
+    kernel: Literal[*KERNELS] = "jax"  # pyrefly: ignore[invalid-literal]
     block_q: Size | None = AttentionConfig.block_q
     block_k: Size | None = AttentionConfig.block_k
     sparse: SparseSection | None = None
@@ -105,10 +106,10 @@ def check_network(model: ModelConfig, attention: AttentionSection, mesh: MeshCon
     model.made(rope_fraction=0.0, attention=attention.made(sharded=mesh.devices > 1))
     split = [axis for axis in ("ring", "ulysses") if getattr(mesh, axis) > 1]
     if attention.scheme in SCHEMES and not set(split) <= set(SCHEMES[attention.scheme].splits):
+        fitting = ["auto", *(name for name, scheme in SCHEMES.items() if set(split) <= set(scheme.splits))]
         raise ValueError(
             f"attention.scheme '{attention.scheme}' does not fit mesh.ring={mesh.ring}, mesh.ulysses={mesh.ulysses}; "
-            "'ring' wants ulysses=1, 'ulysses' and 'sparse' want ring=1, 'dense' and 'blockwise' both; 'auto', "
-            "'all_gather' and 'hybrid' take any"
+            f"use one of {', '.join(map(repr, fitting))}, or another mesh"
         )
 
 

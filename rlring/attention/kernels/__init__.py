@@ -1,7 +1,8 @@
-"""Kernels of the hardware behind the two functions of rlring.attention.kernel.Kernel, and the choice among them."""
+"""The kernels: one table that says how each is made, what it lacks and where it runs; and the choice among them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,6 @@ from rlring.attention.kernels.splash import DTYPES, SplashKernel
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
 from rlring.errors import UsageError
-
-KERNELS = ("auto", "jax", "cudnn", "splash")
-KINDS = ("mask of a function", "block mask")  # Mask.kind
-LACKS = {  # of what features() returns
-    "splash": (*KINDS, "bias", "slopes", "dropout", "size of values"),
-    "cudnn": (*KINDS, "window", "soft_cap", "bias", "slopes", "dropout", "sinks and log-sum-exp", "size of values"),
-}
 
 
 def platform_of(device: jax.Device) -> str:
@@ -48,6 +42,61 @@ def features(q, v, mask: Mask, mod: ScoreMod, *, needs_lse: bool) -> dict[str, o
         name: value if isinstance(value, int | float | tuple | str) else "an array" for name, value in wanted.items()
     }
     return {name: shown[name] for name, value in wanted.items() if value is not None}
+
+
+class Device(NamedTuple):
+    """What a kernel is asked to run on, and the arrays."""
+
+    platform: str  # platform_of()
+    dtype: jnp.dtype
+    head_size: int
+
+
+class Row(NamedTuple):
+    """A kernel of the table."""
+
+    make: Callable[[Blocks, Kernel], Kernel]  # the second kernel computes the masks that the first one lacks
+    lacks: tuple[str, ...] = ()  # of what features() returns
+    cannot_run: Callable[[Device], str | None] = lambda device: None  # returns the reason
+
+    def reason(self, device: Device, wanted: Mapping[str, object]) -> str | None:
+        """Returns why the kernel cannot compute this, or None."""
+        missing = next((feature for feature in self.lacks if feature in wanted), None)
+        if (reason := self.cannot_run(device)) or missing is None:
+            return reason
+        return f"it knows no {missing}; got {missing}={wanted[missing]}. Leave it out"
+
+
+def _no_splash(device: Device) -> str | None:
+    if device.platform != "tpu":
+        return f"it needs a TPU from v4 on, and the mesh has {device.platform} devices; run it on one"
+    if device.dtype not in DTYPES:
+        return f"it computes in float32 and bfloat16; got {device.dtype.name}. Cast q, k and v"
+    return None
+
+
+def _no_cudnn(device: Device) -> str | None:
+    if device.platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, and the mesh has {device.platform} devices; run it on such a GPU"
+    return unavailable(device.dtype, device.head_size)
+
+
+KINDS = ("mask of a function", "block mask")  # Mask.kind
+TABLE = {
+    "jax": Row(lambda blocks, other: BlockwiseKernel(blocks)),
+    "cudnn": Row(
+        lambda blocks, other: RectangleKernel(CudnnTile(), other),
+        (*KINDS, "window", "soft_cap", "bias", "slopes", "dropout", "sinks and log-sum-exp", "size of values"),
+        _no_cudnn,
+    ),
+    "splash": Row(
+        lambda blocks, other: SplashKernel(blocks),
+        (*KINDS, "bias", "slopes", "dropout", "size of values"),
+        _no_splash,
+    ),
+}
+KERNELS = ("auto", *TABLE)
+BEST_FIRST = ("splash", "cudnn", "jax")  # what "auto" considers
 
 
 def make_kernel(
@@ -77,33 +126,12 @@ def make_kernel(
     """
     if name not in KERNELS:
         raise UsageError(f"there is no attention kernel {name!r}. Choose one of {', '.join(KERNELS)}.")
-    plain = BlockwiseKernel(blocks)
-    if name == "jax":
-        return plain
-    other = plain if name == "auto" else Refusal()
-    kernels = {"splash": SplashKernel(blocks), "cudnn": RectangleKernel(CudnnTile(), other)}
-    reasons = {"splash": _no_splash(platform, dtype), "cudnn": _no_cudnn(platform, dtype, head_size)}
-    for kernel, lacking in LACKS.items():
-        # A window of its own is no reason for "auto": what cuDNN lacks of the hops is computed in plain JAX.
-        missing = [one for one in lacking if one in wanted and not (one == "window" and name == "auto")]
-        if missing and not reasons[kernel]:
-            reasons[kernel] = f"it knows no {missing[0]}; got {missing[0]}={wanted[missing[0]]}. Leave it out"
+    device = Device(platform, jnp.dtype(dtype), head_size)
     if name == "auto":
-        return next((kernels[kernel] for kernel, reason in reasons.items() if reason is None), plain)
-    if reasons[name]:
-        raise UsageError(f"attention kernel {name!r} cannot run: {reasons[name]}. Or use kernel 'auto' or 'jax'.")
-    return kernels[name]
-
-
-def _no_splash(platform: str, dtype: jnp.dtype) -> str | None:
-    if platform != "tpu":
-        return f"it needs a TPU from v4 on, and the mesh has {platform} devices; run it on one"
-    if dtype not in DTYPES:
-        return f"it computes in float32 and bfloat16; got {jnp.dtype(dtype).name}. Cast q, k and v"
-    return None
-
-
-def _no_cudnn(platform: str, dtype: jnp.dtype, head_size: int) -> str | None:
-    if platform not in ("gpu", "cuda"):
-        return f"it needs an NVIDIA GPU, and the mesh has {platform} devices; run it on such a GPU"
-    return unavailable(dtype, head_size)
+        # A window is no reason against cuDNN here: "jax" computes the hops that need it.
+        needed = {feature: value for feature, value in wanted.items() if feature != "window"}
+        best = next(row for row in map(TABLE.get, BEST_FIRST) if not row.reason(device, needed))
+        return best.make(blocks, BlockwiseKernel(blocks))
+    if reason := TABLE[name].reason(device, wanted):
+        raise UsageError(f"attention kernel {name!r} cannot run: {reason}. Or use kernel 'auto' or 'jax'.")
+    return TABLE[name].make(blocks, Refusal())

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from rlring.attention import AttentionConfig, Mask, attention, online_softmax, striped_order, zigzag_order
+from rlring.attention.kernels import KERNELS
 from rlring.attention.ring_transport import Transport
+from rlring.attention.schemes import SCHEMES
+from rlring.errors import UsageError
 from rlring.mesh import make_mesh
 
 CASES = [
@@ -26,12 +29,16 @@ CASES = [
     ("hybrid", {"ring": 2, "ulysses": 2}),
     ("hybrid", {"ring": 2, "ulysses": 4}),
 ]
+# A scheme that is new in the table is tested from then on. dense is the reference; test_sparse.py tests sparse.
+LISTED = {"dense", "sparse", *(scheme for scheme, _ in CASES)}
+UNLISTED = {name: dict.fromkeys(row.splits, 2) for name, row in SCHEMES.items() if name not in LISTED}
 POWERS = (1, 2, 4, 8)
 EVERY_MESH = [{"ring": r, "ulysses": u} for r in POWERS for u in POWERS if r * u <= 8]
 EVERY_CASE = [("blockwise", {}), ("ring", {"data": 2, "ring": 4}), ("hybrid", {"data": 2, "ring": 2, "ulysses": 2})]
 EVERY_CASE += [("ring", {"ring": r}) for r in POWERS] + [("ulysses", {"ulysses": u}) for u in POWERS]
 EVERY_CASE += [(scheme, mesh) for scheme in ("all_gather", "hybrid") for mesh in EVERY_MESH]
-ONE_OF_EACH = [CASES[n] for n in (0, 2, 5, 8, 9)]
+EVERY_CASE += UNLISTED.items()
+ONE_OF_EACH = [*(CASES[n] for n in (0, 2, 5, 8, 9)), *UNLISTED.items()]
 HEADS, SIZE = 4, 8
 BLOCKS = {"block_q": 6, "block_k": 5, "scores": 130}  # divide no length; two sequences do not fit at once
 LENGTH = 48
@@ -175,6 +182,20 @@ def test_bfloat16_is_as_good_as_dense_bfloat16(scheme, mesh):
     for part, a, b, c in zip(("out", "dq", "dk", "dv"), got, dense, exact, strict=True):
         assert a.dtype == jnp.bfloat16
         assert relative_error(a, c) <= 2 * relative_error(b, c), part
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name not in ("auto", "jax")])
+def test_a_kernel_is_exact_here_or_refuses(kernel):
+    """A kernel that is new in the table and runs on a CPU is tested from then on; for the others see kernels/."""
+    blockwise, ring = (AttentionConfig(scheme, **BLOCKS, kernel=kernel) for scheme in ("blockwise", "ring"))
+    inputs, masks = arrays(kv_heads=2), masks_of("causal")
+    try:
+        jax.eval_shape(partial(run, config=blockwise), inputs, masks["plain"])
+    except UsageError as refusal:
+        assert f"attention kernel '{kernel}' cannot run: it needs a" in str(refusal)  # noqa: PT017
+        return
+    check(blockwise, {}, inputs, masks | {f"full, {name}": mask for name, mask in masks_of("full").items()})
+    check(ring, {"ring": 4}, inputs, masks)
 
 
 @pytest.mark.parametrize("order", ["plain", "zigzag"])

@@ -10,6 +10,7 @@ import pytest
 from rlring.attention import AttentionConfig, Mask, SparsePattern, attention, decode_attention
 from rlring.errors import UsageError
 from rlring.mesh import make_mesh
+from tests.rlring.attention.test_contract import UNLISTED
 
 ROWS, LENGTH, HEADS, KV_HEADS, SIZE = 2, 48, 4, 2, 8
 BLOCKS = {"block_q": 6, "block_k": 5, "scores": 130}  # divide no length; two sequences do not fit at once
@@ -46,6 +47,7 @@ SCHEMES = {
     "hybrid": ("hybrid", {"data": 2, "ring": 2, "ulysses": 2}),
     "sparse": ("sparse", {}),
     "sparse, ulysses": ("sparse", {"ulysses": 2}),
+    **{name: (name, mesh) for name, mesh in UNLISTED.items()},
 }
 QUICK = [("all, bias", "blockwise"), ("all, bias", "data and ring")]
 QUICK += [("all, slopes", "blockwise"), ("negative scale", "blockwise"), ("no scale", "blockwise")]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlring import AttentionConfig, Mask, SparsePattern, attention, make_mesh
+from tests.rlring.attention.test_contract import UNLISTED
 
 SCHEMES = {
     "dense": {},
@@ -21,6 +22,7 @@ SCHEMES = {
     "all_gather": {"ring": 4},
     "ulysses": {"ulysses": 4},
     "hybrid": {"ring": 2, "ulysses": 2},
+    **UNLISTED,
 }
 KEPT = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
 REMAT = {"none": lambda layer: layer, "all": jax.checkpoint, "attention": partial(jax.checkpoint, policy=KEPT)}
