@@ -1,6 +1,6 @@
 """KVCache: the keys and values that new tokens may still see, as a value.
 
-Every layer has arrays of its own, of rows as attention works on them: a step reads each once and copies none.
+Every layer has its own arrays, in the layout that attention computes in: a step reads each once and copies none.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +30,11 @@ Slots = DenseSlots | SparseSlots
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """The keys and values of every layer, and which tokens they are of.
+    """The keys and values of every layer, with the positions and segments of their tokens.
 
-    Dense layers hold the last `capacity` tokens (DenseSlots), sparse layers what their heads can still see
-    (SparseSlots). A token that would see what they no longer hold becomes NaN. Writing returns a new cache (XLA reuses
-    the memory when the old one is donated).
+    Dense layers hold the last `capacity` tokens (DenseSlots), sparse layers the tokens that their heads can still see
+    (SparseSlots). If a token would see one that the cache no longer holds, its output is NaN. Writing returns a new
+    cache; XLA reuses the memory of the old one if it is donated.
     """
 
     key: tuple[Float[Array, "B K S H"], ...]  # of each layer
@@ -56,10 +56,12 @@ class KVCache:
         dtype: str,
         mesh: Mesh | None,
     ) -> "KVCache":
-        """Returns a cache that holds nothing; each layer is dense (None) or has the pattern, the same in all.
+        """Returns an empty cache.
+
+        patterns: for each layer None if it is dense, else its SparsePattern, the same in all sparse layers.
 
         Raises:
-            UsageError: no capacity, or a batch or capacity that cannot be split over the mesh.
+            UsageError: capacity below 1, or a batch or capacity that cannot be split over the mesh.
         """
         if capacity < 1:
             raise UsageError(
@@ -143,15 +145,15 @@ class KVCache:
         return replace(self, key=key, value=value, dense=dense, sparse=sparse)
 
     def rolled_back(self, tokens: Int[Array, "B"], *, mesh: Mesh | None = None) -> "KVCache":
-        """Returns the cache without the last tokens of each row, so many of each: as if they had never been written.
+        """Returns the cache without the last `tokens[b]` tokens of each row b, as if they had never been written.
 
-        Speculative decoding (2211.17192): write all that were proposed, take back those that were not accepted. What
-        they took the place of does not come back: a token that sees it becomes NaN. With a window, capacity window +
-        T - 1 is enough for steps of T tokens, each taken back before the next. Only tokens that are there count; of
-        more than there are, all are taken back. `tokens` may be traced.
+        For speculative decoding (2211.17192): write all proposed tokens, then roll back those that are not accepted.
+        Tokens that were overwritten do not come back: if a query sees one, its output is NaN. With a window, a capacity
+        of window + T - 1 is enough for steps of T tokens, if each step is rolled back before the next. Padding does not
+        count as a token. If a row has fewer tokens, all are removed. `tokens` may be traced.
 
         Raises:
-            UsageError: a cache with sparse layers; or what is no number of tokens for each row.
+            UsageError: a cache with sparse layers, or `tokens` is not an array of B whole numbers from 0 on.
         """
         if self.dense is None or self.sparse is not None:
             raise UsageError(
@@ -177,7 +179,7 @@ class KVCache:
         return replace(self, key=key, value=value, dense=self.dense.without(freed))._laid_out(mesh)
 
     def check(self, tokens: int) -> None:
-        """Raises UsageError if so many tokens cannot be written at a time."""
+        """Raises UsageError if this number of tokens cannot be written in one step."""
         for slots in (self.dense, self.sparse):
             if slots is not None:
                 slots.check(tokens)

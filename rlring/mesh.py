@@ -34,7 +34,7 @@ _CPU_FLAGS = {
 def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh ("data", "ring", "ulysses") over the first data * ring * ulysses devices.
 
-    devices: those of another cluster (rlring.plan.topology), to compile for it. None: this process' own.
+    devices: None takes jax.devices(). Devices of another cluster (rlring.plan.topology) are for compiling only.
 
     Raises:
         UsageError: an axis is smaller than 1, or there are too few devices.
@@ -107,15 +107,17 @@ def _around(x: int, y: int) -> list[int]:
 def join_cluster(
     address: str | None = None, *, processes: int | None = None, process: int | None = None, patience_s: int = 100
 ) -> None:
-    """Makes this process one of several that compute together: jax.devices() are then those of all. Call it first.
+    """Joins this process to a multi-process run: jax.devices() then returns the devices of all processes.
 
-    address: HOST:PORT of process 0, with the number of processes and which of them this one is. None: asked of Slurm,
-    Kubernetes, Open MPI or Cloud TPU, whichever started this process. patience_s: seconds without a sign of life
-    after which a process counts as dead, and the others end too.
+    Call it before anything else of JAX.
+
+    address, processes, process: HOST:PORT of process 0, the number of processes, and the index of this one. Leave out
+        all three if Slurm, Kubernetes, Open MPI or Cloud TPU started this process: then they are detected.
+    patience_s: seconds without a heartbeat after which a process counts as dead, and the others end too.
 
     Raises:
-        UsageError: only some of the three were given, the address is no HOST:PORT, or nothing that is known started
-            this process.
+        UsageError: only some of the three were given, the address is not HOST:PORT, or no known launcher started this
+            process.
     """
     given = (address, processes, process)
     if None in given and given != (None, None, None):
@@ -140,18 +142,19 @@ def join_cluster(
 
 
 def processes() -> int:
-    """Returns how many processes compute together; unlike jax.process_count() it starts no backend."""
+    """Returns the number of processes of the run; unlike jax.process_count() it starts no backend."""
     return distributed.global_state.num_processes or 1
 
 
 def request_cpu_devices(count: int) -> None:
-    """Makes this process see `count` virtual CPU devices, with patient collectives. Call it before any computation.
+    """Gives this process `count` virtual CPU devices. Call it before the first JAX computation.
 
-    Of several calls the largest count holds. Only the CPU backend is told: where JAX picks a GPU or a TPU it changes
-    nothing. What the user put into XLA_FLAGS stays. A no-op once JAX is up with enough devices.
+    Also raises the timeouts of collectives on these devices. Of several calls the largest count holds. Only the CPU
+    backend is affected: on a GPU or a TPU nothing changes. The user's own XLA_FLAGS are kept. Does nothing if JAX has
+    already started with enough devices.
 
     Raises:
-        UsageError: JAX is up already and sees fewer devices, or no process could start so many.
+        UsageError: JAX has already started with fewer devices, or count is above 4,096.
     """
     if count > MOST_CPU_DEVICES:
         raise UsageError(

@@ -79,14 +79,14 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Maps embedded tokens [B, T, D] to features [B, T, D]; token `i` sees what the mask lets it see.
+    """Maps embedded tokens [B, T, D] to features [B, T, D]; each token attends to the tokens that the mask shows it.
 
-    The sequence may stand in any order (zigzag for a balanced ring): positions and segments travel in the mask. On a
-    mesh the batch is split over "data" and the sequence over ("ring", "ulysses"); lengths that do not divide are padded
-    inside.
+    The tokens may be in any order (zigzag for a balanced ring), because positions and segments are in the mask. On a
+    mesh the batch is split over "data" and the sequence over ("ring", "ulysses"); if the devices do not divide the
+    length, it is padded inside.
 
     Raises:
-        UsageError: a mask that does not fit x, or a batch that does not divide by mesh.data.
+        UsageError: a mask that does not fit x, or a batch that mesh.data does not divide.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -108,14 +108,14 @@ class Transformer(nnx.Module):
     def prefill(
         self, x: Float[Array, "B T D"], mask: Mask, *, capacity: int, mesh: Mesh | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Returns the features of a prompt and a cache of `capacity` slots that begins with it."""
+        """Returns the features of a prompt, and a cache of `capacity` slots that holds it."""
         mask = checked(mask, x.shape[:2], x.shape[:2])
         cache = self.empty_cache(x.shape[0], capacity=capacity, mesh=mesh)
         x, kept = self._scan(x, mask, mesh, keep=True)
         return x, cache.with_prompt(kept, mask, mesh=mesh)
 
     def empty_cache(self, batch: int, *, capacity: int, mesh: Mesh | None = None) -> KVCache:
-        """Returns a cache of `capacity` slots for `batch` rows that have seen nothing yet."""
+        """Returns an empty cache of `capacity` slots for `batch` rows."""
         _, _, K, H, _ = self.config.sizes
         patterns = [layer.attention.sparse for layer in self.config.layer_group()]
         return KVCache.empty(
@@ -139,12 +139,13 @@ class Transformer(nnx.Module):
         mask: Mask | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Returns the features of a few new tokens that see the cache and each other, and the cache with them.
+        """Returns the features of a few new tokens, which see the cache and each other, and the cache with them in it.
 
-        mask: one whose rule they follow, that of the prompt say; without it they are causal, with the window.
+        mask: its rule holds for the new tokens, for instance the mask of the prompt. None: causal, with `window`.
 
         Raises:
-            UsageError: more tokens than the cache takes at a time, a window beside a mask, or what fits no mask.
+            UsageError: more tokens than the cache takes in one step, both a window and a mask, or positions and
+                segments that do not fit x.
         """
         cache.check(position.shape[1])
         if mask is not None and window is not None:

@@ -37,30 +37,30 @@ class TransformerConfig:
     feed_forward: int | None = None
     """Inner width of the feed-forward layer. None: 4 * width."""
     feed_forward_tile: int = 4096
-    """Tokens a device feeds forward at a time (blockwise feed-forward, Liu and Abbeel 2023)."""
+    """Tokens per tile of the blockwise feed-forward (Liu and Abbeel 2023), on each device."""
     rope_base: float = 10_000.0
     rope_fraction: float = 1.0
-    """Share of each head that is rotated; the rest looks things up by what they are, however far back they stand."""
+    """Share of each head that is rotated. The rest of the head does not depend on positions."""
     log_scaling: bool = False
-    """Queries are multiplied by s * log(keys that they may see), s learnt for each head: attention to one of many keys
-    stays as sharp on contexts longer than those of training (scalable softmax, 2501.19399, equation 3)."""
+    """Multiplies queries by s * log(number of keys that they may see), with s learnt for each head: attention to one of
+    many keys stays sharp on contexts longer than in training (scalable softmax, 2501.19399, equation 3)."""
     qk_norm: bool = False
-    """Queries and keys are scaled to unit root mean square, times gains that are learnt, before they are rotated
-    (2302.05442, section 2.1): how well a query fits its key then depends on their directions alone."""
+    """Scales queries and keys to unit root mean square, times learnt gains, before the rotation (2302.05442,
+    section 2.1): scores then depend only on the directions of queries and keys."""
     compute_type: Literal["float32", "bfloat16"] = "float32"
     """Type of activations; weights are kept in float32."""
     remat: Remat = "none"
-    """What the backward pass computes again: nothing; all but the attention (so the ring runs once); everything but a
-    block's input; as before, with the input in the memory of the host (offload)."""
+    """What the backward pass recomputes: "none" nothing; "attention" all but the outputs of attention, so the ring runs
+    once; "all" everything but the inputs of blocks; "offload" the same, with these inputs in the memory of the host."""
     fsdp: bool = False
-    """Weights live in parts, one on each device of the mesh (rlring.sharding), and are gathered block by block."""
+    """Splits weights over all devices of the mesh (rlring.sharding), and gathers them block by block."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     dense_every: int | None = None
-    """Every so many layers one sees the whole context; of the others each sees what attention scheme "sparse" shows it
+    """Every `dense_every`-th layer sees the whole context; the others see what attention scheme "sparse" shows
     (2407.17678), or the last `local_window` tokens. None: all layers are alike."""
     local_window: int | None = None
-    """With dense_every: tokens that a query of the other layers sees back, itself included. They rotate whole heads:
-    positions within a window are none that a longer context lacks (as in Llama 4, and 2501.18795)."""
+    """With dense_every: how many tokens back the other layers see, the query included. These layers rotate whole heads,
+    because positions within a window are the same in longer contexts (as in Llama 4, and 2501.18795)."""
 
     def __post_init__(self) -> None:
         is_sparse = self.attention.scheme == "sparse"

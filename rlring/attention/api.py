@@ -53,24 +53,24 @@ def attention(
     """Returns softmax(q k^T / sqrt(H)) v over the keys that the mask shows, in q's type.
 
     Arrays are global. On a mesh B is split over axes.batch, N and K over axes.heads, and both T and S over
-    (axes.ring, axes.ulysses); lengths that do not divide are padded inside. Without a mesh everything runs on one
-    device, whatever the scheme. With N > K each key/value head serves N // K neighbouring query heads. A row that sees
-    nothing is 0, and so is its gradient; B, T and S may be 0.
+    (axes.ring, axes.ulysses); if the devices do not divide T or S, they are padded inside. Without a mesh everything
+    runs on one device. With N > K each key/value head serves N // K neighbouring query heads. A query that sees no key
+    gives 0, and its gradient is 0. B, T and S may be 0.
 
-    scale: instead of 1 / sqrt(H).
-    soft_cap: logits are cap * tanh(logits / cap) (Gemma 2, 2408.00118).
+    scale: replaces 1 / sqrt(H).
+    soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118).
     sinks: the logit of one more key for each head, whose value is 0 (gpt-oss); counted once on any mesh.
-    bias: [N, T, S] added to the logits, the same for all sequences; or [N], slopes of ALiBi (2108.12409): the logits
-        lose slope * |q_position - k_position|.
-    dropout: (rate, key of jax.random): that share of the weights becomes 0 and the others grow by 1 / (1 - rate). The
-        same on any mesh.
-    return_lse: returns (out, lse) with lse[B, T, N], the log-sum-exps of the logits, sinks included, in float32; -inf
-        for a row that sees nothing. Of float64 arrays it is float64.
+    bias: [N, T, S] is added to the logits, the same for all sequences. [N] are slopes of ALiBi (2108.12409):
+        slope * |q_position - k_position| is subtracted from the logits.
+    dropout: (rate, key of jax.random). This share of the weights becomes 0, and the others are multiplied by
+        1 / (1 - rate). The same weights are dropped on any mesh.
+    return_lse: returns (out, lse) with lse[B, T, N], the log-sum-exps of the logits, sinks included, in float32 (in
+        float64 for float64 arrays); -inf for a query that sees no key.
 
     Raises:
         UsageError: arguments that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel
-            that cannot run on these devices or lacks something that was asked for, blocks of a deterministic attention
-            that do not divide the share of each device.
+            that cannot run on these devices or lacks a feature, or blocks that do not divide the share of each device
+            with deterministic=True.
     """
     check_kinds(config=config, axes=axes, mesh=mesh)
     mask = check_arrays(q, k, v, mask)
@@ -110,11 +110,11 @@ def sharded_attention(
     dropout: Dropout | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """Returns what attention() does, of this device's shards, inside the caller's own jax.shard_map.
+    """Returns attention() for this device's shards, inside the caller's own jax.shard_map.
 
-    All arrays are this device's shards, split as attention() says; sinks and slopes by heads; of a bias [N, T, S] all
-    keys are here, S those of the whole sequence. The key of a dropout is the same on all devices. A default name of
-    MeshAxes that this shard_map does not map is an axis of one device.
+    All arrays are this device's shards, split as in attention(). Sinks and slopes are split by heads; a bias [N, T, S]
+    is split by heads and queries and has all S keys of the whole sequence. The key of a dropout is the same on all
+    devices. A default name of MeshAxes that this shard_map does not map is an axis of size 1.
 
     Raises:
         UsageError: as attention() does.

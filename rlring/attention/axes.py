@@ -16,11 +16,11 @@ from rlring.errors import UsageError
 
 @dataclass(frozen=True)
 class MeshAxes:
-    """Names of mesh axes. A default name that the mesh lacks is an axis of one device; None is no axis.
+    """Names of the mesh axes that attention is split over. None is no axis.
 
-    The sequence is split over the pair (ring, ulysses), ulysses innermost; the ulysses axis wants the fastest links.
-    heads is an axis over which the heads are split and stay so (tensor parallelism). Axes of the mesh that are not
-    named here are left alone: attention is computed alike on all their devices.
+    A default name that the mesh lacks is an axis of size 1. The sequence is split over the pair (ring, ulysses),
+    ulysses innermost: give ulysses the fastest links. heads is the axis of tensor parallelism: the heads are split over
+    it outside of attention as well. Over axes of the mesh that are not named here, attention is replicated.
     """
 
     batch: tuple[str, ...] = ("data",)

@@ -1,4 +1,4 @@
-"""BlockMask: a mask of which only those blocks of positions are seen that a table names."""
+"""BlockMask: a mask that hides the blocks of positions that a table leaves out."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -18,12 +18,12 @@ Places = Int32[Array | np.ndarray, "B ..."]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockMask(Mask):
-    """A causal, full or windowed mask, of which a table shows some blocks.
+    """A causal, full or windowed mask, limited to the blocks that a table shows.
 
-    A query at position p sees a key at position r if the mask shows it and so does
-    `table[p // block_size, r // block_size]`. What stands outside of the table sees nothing and is not seen. Blocks are
-    counted in positions, not in places: the order of the tokens may be any. The table may be traced; memory is
-    quadratic in its blocks, on every device.
+    A query at position p sees a key at position r if the mask shows it and `table[p // block_size, r // block_size]` is
+    true. Tokens at positions outside the table see nothing and are not seen. Blocks are blocks of positions, so the
+    tokens may be in any order. The table may be traced. Its memory is quadratic in the number of blocks, on every
+    device.
     """
 
     table: Bool[Array, "B Q K"] = field(kw_only=True)
@@ -35,11 +35,11 @@ class BlockMask(Mask):
 
     @classmethod
     def of(cls, mask: Mask, table: Bool[Array, "B Q K"] | Bool[Array, "Q K"], *, block_size: int) -> "BlockMask":
-        """Returns the mask where the table shows it; a table [Q, K] is that of all sequences.
+        """Returns the mask limited to the blocks of the table; a table [Q, K] is used for all sequences.
 
         Raises:
-            UsageError: a mask that is of another kind, a table that is no array of booleans with these dimensions, or a
-                block without positions.
+            UsageError: the mask is not a plain Mask, the table is not an array of booleans with these dimensions, or
+                block_size is below 1.
         """
         if type(mask) is not Mask:
             got = mask.kind if isinstance(mask, Mask) else shown(mask)

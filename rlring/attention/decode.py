@@ -39,10 +39,11 @@ def decode_attention(
     bias: Float[Array, "N"] | Float[Array, "N T S"] | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """Returns attention of a few new queries over a cache k, v, in q's type; arguments as those of attention().
+    """Returns attention of a few new queries over a cache k, v, in q's type; the arguments are those of attention().
 
-    Memory is T * S: for a whole prompt use attention(). On a mesh B is split over axes.batch, N and K over axes.heads,
-    and S over (axes.ring, axes.ulysses); every device gets all T queries. Unwritten places have segment -1.
+    Memory is proportional to T * S, so use attention() for a whole prompt. On a mesh B is split over axes.batch, N and
+    K over axes.heads, and S over (axes.ring, axes.ulysses); every device gets all T queries. Unwritten slots of the
+    cache have segment -1.
 
     Raises:
         UsageError: arguments that do not fit each other, or the mesh.

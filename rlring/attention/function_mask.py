@@ -1,4 +1,4 @@
-"""FunctionMask: which query sees which key, by a function of the caller's."""
+"""FunctionMask: which query sees which key, by a function that the caller writes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,25 +18,26 @@ from rlring.errors import UsageError, shown
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FunctionMask(Mask):
-    """Which query sees which key: those for which a function of positions and segments is true.
+    """Which query sees which key, by a function of positions and segments.
 
-    The function is called for one sequence, or a block of one, and broadcasts:
+    The function is called for one sequence, or for blocks of one sequence, with arguments that broadcast:
 
         function(q_position[T, 1], k_position[1, S], q_segment[T, 1], k_segment[1, S], *operands) -> bool[T, S]
 
-    It alone decides, also between segments, and a window if there is one (Mask.within); only segment -1 is nowhere
-    whatever it says. It must not close over traced arrays: operands are for these, each with what belongs to a
-    sequence, [B, ...], of which the function gets its part.
-    A mask has no gradient. Each call of a kernel evaluates the function once for all pairs of its tokens, block by
-    block: blocks that nobody sees are skipped, and fully visible ones need no mask. It is static for jax.jit: define it
-    once, not at every call.
+    A query sees a key if the function returns True, also across segments, and if the key is in the window, if there is
+    one (Mask.within). Segment -1 is always padding. The function must not close over traced arrays. Pass them as
+    operands, arrays [B, ...] of which the function gets the row of its sequence. A mask has no gradient.
 
-    A prefix of 16 tokens that all see, and one of a length of its own for each sequence:
+    Each call of a kernel evaluates the function once for all pairs of its tokens, block by block: blocks that nobody
+    sees are skipped, and fully visible blocks need no mask. The function is static for jax.jit, so define it once and
+    not at every call.
+
+    A prefix of 16 tokens that all tokens see, and a prefix whose length differs between sequences:
 
         FunctionMask.of(lambda q, k, q_segment, k_segment: (k <= q) | (k < 16), position)
         FunctionMask.of(lambda q, k, q_segment, k_segment, n: (k <= q) | (k < n), position, operands=(length,))
 
-    Of other keys than queries: dataclasses.replace(mask, k_position=..., k_segment=...).
+    If keys are other tokens than queries: dataclasses.replace(mask, k_position=..., k_segment=...).
     """
 
     function: Callable[..., Array] = field(kw_only=True, metadata={"static": True})
@@ -55,8 +56,8 @@ class FunctionMask(Mask):
         """Returns the mask of self-attention; without `segment` every token is in segment 0.
 
         Raises:
-            UsageError: what is no function, or does not return booleans that broadcast to [T, S], or closes over a
-                traced array; operands that are not a tuple of arrays with a row for each sequence.
+            UsageError: `function` is not a function, does not return booleans that broadcast to [T, S], or closes over
+                a traced array; or operands is not a tuple of arrays with a row for each sequence.
         """
         _check(function, operands, rows=position.shape[0])
         every = Mask.full(position, segment)

@@ -1,4 +1,4 @@
-"""Layouts: orders of the tokens in which all devices have the same work under a causal mask."""
+"""Layouts: orders of the tokens that give all devices the same work under a causal mask."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ from rlring.errors import UsageError
 
 
 def zigzag_order(length: int, ring: int) -> np.ndarray:
-    """Returns order[length]: which token stands at place i so that ring shard r holds chunks r and 2 * ring - 1 - r.
+    """Returns order[length], the token at each place, with which ring shard r holds chunks r and 2 * ring - 1 - r.
 
-    Under a causal mask every shard then has the same work. length 8, ring 2: [0 1 6 7 | 2 3 4 5].
+    All shards then have the same work under a causal mask. Example, length 8, ring 2: [0 1 6 7 | 2 3 4 5].
 
     Raises:
         UsageError: 2 * ring does not divide length.
@@ -23,10 +23,10 @@ def zigzag_order(length: int, ring: int) -> np.ndarray:
 
 
 def striped_order(length: int, ring: int) -> np.ndarray:
-    """Returns order[length]: which token stands at place i so that ring shard r holds tokens r, r + ring, and so on.
+    """Returns order[length], the token at each place, with which ring shard r holds tokens r, r + ring, and so on.
 
-    Striped Attention (2311.09431): under a causal mask every pair of shards then has the same work, a triangle of each
-    hop. The zigzag order balances as well, but in whole rectangles. length 8, ring 2: [0 2 4 6 | 1 3 5 7].
+    Striped Attention (2311.09431). All shards then have the same work under a causal mask: each hop computes a
+    triangle. With the zigzag order each hop computes whole rectangles. Example, length 8, ring 2: [0 2 4 6 | 1 3 5 7].
 
     Raises:
         UsageError: ring does not divide length.

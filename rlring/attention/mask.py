@@ -21,11 +21,12 @@ PADDING = -1  # the segment of a token that is not there
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
-    """Which query sees which key: those of its own segment, if asked only those not later, or not too far back.
+    """Which query sees which key, from the positions and segments of the tokens.
 
-    Segment -1 is nowhere: such a token sees nothing and is not seen. Positions need not be sorted, contiguous or
-    unique: any permutation of the tokens is exact, and tokens that share a position see each other (block-causal).
-    Example, causal, window 2, `#` visible:
+    A query sees the keys of its own segment. If the mask is causal, it sees only keys at its own position or earlier;
+    with a window, only keys that are not too far away. Segment -1 is padding: such a token sees nothing and is not
+    seen. Positions need not be sorted, contiguous or unique: the mask is exact for any permutation of the tokens, and
+    tokens that share a position see each other (block-causal). Example, causal, window 2, `#` visible:
 
         segment    0 0 0 1 1 -1          key   0 0 0 1 1 -1
         position   0 1 2 0 1  2                0 1 2 0 1  2
@@ -75,7 +76,7 @@ class Mask:
     def full(
         cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"] | None = None, window: Window | None = None
     ) -> "Mask":
-        """Returns the mask of self-attention that also looks ahead; an integer window limits only how far back.
+        """Returns the mask of bidirectional self-attention; an integer window limits only how far back a query sees.
 
         Raises:
             UsageError: no such window.
@@ -83,7 +84,7 @@ class Mask:
         return replace(cls.causal(position, segment, window), is_causal=False)
 
     def at(self, position: Int[AnyArray, "B T"], segment: Int[AnyArray, "B T"] | None = None) -> "Mask":
-        """Returns the mask of self-attention of other tokens, by the same rule."""
+        """Returns the mask of self-attention with the same rule, for other tokens."""
         segment = jnp.zeros_like(position) if segment is None else segment
         tokens = {"q_position": position, "k_position": position, "q_segment": segment, "k_segment": segment}
         return replace(self, **tokens, q_place=None, k_place=None)
@@ -93,7 +94,7 @@ class Mask:
         return replace(self, window=narrowed(self.window, back))
 
     def visible(self) -> Bool[AnyArray, "B T S"]:
-        """Returns the whole mask: quadratic, so only for blocks and tests."""
+        """Returns the whole mask, whose memory is quadratic: for blocks and tests."""
         q_position, k_position = self.q_position[:, :, None], self.k_position[:, None, :]
         q_segment, k_segment = self.q_segment[:, :, None], self.k_segment[:, None, :]
         seen = (q_segment == k_segment) & (q_segment >= 0)
@@ -145,8 +146,11 @@ class Mask:
         return queries.map_keys(lambda x: lax.dynamic_slice_in_dim(x, k_start, k_size, 1))
 
     def specs(self, tokens: P, *, queries: P | None = None) -> "Mask":
-        """Returns how jax.shard_map splits the mask: keys as `tokens` says of [B, S], queries as it, or as `queries`
-        says; what belongs to a whole sequence only as the batch is."""
+        """Returns the in_specs of jax.shard_map for this mask.
+
+        tokens: the spec of [B, S], for keys, and for queries unless `queries` is given. Arrays with one row per
+        sequence are split as the batch is.
+        """
         by_row = jax.tree.map(lambda _: P(*tokens[:1]), self)
         return by_row.map_queries(lambda _: tokens if queries is None else queries).map_keys(lambda _: tokens)
 

@@ -32,30 +32,36 @@ Attend = Callable[[Array, Array, Array, Mask, ScoreMod], tuple[Array, Array]]  #
 class AttentionConfig:
     """How attention is computed. Only `sparse` changes the result; the rest changes speed and memory.
 
-    scheme "auto" goes by the rule of choose.choose_scheme.
-
     Raises:
-        UsageError: an unknown scheme or kernel, a block without tokens, a pattern without its scheme, or a scheme or
-            kernel that is not deterministic where that is asked for.
+        UsageError: an unknown scheme or kernel, a block without tokens, a pattern without scheme "sparse" or the other
+            way round, or deterministic=True with a scheme or kernel that is not.
     """
 
     scheme: str = "ring"
-    block_q: int | None = None  # tokens; shorter sequences use shorter blocks; None: blocks.default_block()
+    """A row of SCHEMES, or "auto": a fixed rule on shapes and mesh (choose.choose_scheme)."""
+    block_q: int | None = None
+    """Tokens in a block of queries; shorter sequences use shorter blocks. None: a default for the platform."""
     block_k: int | None = None
-    scores: int = 2**20  # of one block, held at once; more falls out of a CPU's cache, accelerators like 2**24
-    kernel: str = "jax"  # what computes a block: kernels.make_kernel; sparse and dense attention are plain JAX
-    transport: Transport | None = None  # in which order a ring transfers and computes; None: what suits the platform
-    sparse: SparsePattern | None = None  # which blocks of the context each head sees; with scheme "sparse"
-    # Differentiable by jax.jvp and not by jax.grad, which is the other way round without it. A Hessian-vector product,
-    # jax.jvp of jax.grad, needs no setting.
+    """Tokens in a block of keys."""
+    scores: int = 2**20
+    """Scores that are computed at once. A CPU's cache holds no more than the default; accelerators like 2**24."""
+    kernel: str = "jax"
+    """What computes a block (kernels.make_kernel). Schemes "dense" and "sparse" are plain JAX."""
+    transport: Transport | None = None
+    """In which order a ring transfers and computes. None: a default for the platform."""
+    sparse: SparsePattern | None = None
+    """With scheme "sparse": which blocks of the context each head sees."""
     forward_mode: bool = False
-    # The same bits on a ring of any size: out, log-sum-exp and the gradients of q, k, v and a bias [N, T, S] are those
-    # of one device, to the last bit. That holds for one backend, its version and flags, the same block_q and block_k
-    # (if left out, 256 tokens on a CPU and 512 elsewhere; they divide the share of each device), tokens in the same
-    # order on all rings (not zigzag or striped, which follow the ring), as many rows of the batch and heads on a device
-    # and the same program around; with scheme "ring" or "blockwise" and kernel "jax". It does not hold for gradients of
-    # sinks and slopes, sums over devices.
+    """True: differentiable by jax.jvp, not by jax.grad. False: by jax.grad, not by jax.jvp. A Hessian-vector product,
+    jax.jvp of jax.grad, needs False."""
     deterministic: bool = False
+    """The same bits on a ring of any size: the output, the log-sum-exp and the gradients of q, k, v and of a bias
+    [N, T, S] equal those of one device bit for bit. Not the gradients of sinks and slopes, which are sums over devices.
+
+    Needs scheme "ring" or "blockwise" and kernel "jax". Backend, versions, compiler flags, blocks, batch rows and heads
+    on a device, and the program around the attention must be the same on all rings. The tokens must be in the same
+    order, so not in the zigzag or striped order, which depend on the ring. The share of each device must be a multiple
+    of the blocks: 256 tokens on a CPU and 512 elsewhere, unless block_q and block_k are set."""
 
     def __post_init__(self):
         if self.scheme not in ("auto", *SCHEMES):

@@ -11,14 +11,14 @@ from rlring.errors import UsageError
 
 @dataclass(frozen=True)
 class SparsePattern:
-    """Which blocks of keys the heads see: block j of positions is seen from block i >= j if it is near or strided.
+    """Which blocks of keys each head sees. Block i of positions sees block j <= i if j is near or strided:
 
         near      i - j < local_blocks, so always the block itself
         strided   (j + head * step + offset) % stride == 0, with step = max(1, stride // kv_heads)
 
-    `head` counts key/value heads: all query heads that share one see the same. Blocks are counted in positions, not in
-    places, so the pattern does not depend on the layout, and a key that has left the near past of the queries is either
-    kept for ever or never needed again. Example, local_blocks 2, stride 4, two key/value heads, `#` near, `+` strided:
+    `head` is the index of a key/value head: all query heads that share it see the same blocks. Blocks are blocks of
+    positions, so the pattern does not depend on the order of the tokens. A key that is no longer near is either
+    seen by all later queries or by none. Example, local_blocks 2, stride 4, two key/value heads, `#` near, `+` strided:
 
         head 0   block i   0  # . . . . . . .     head 1   0  # . . . . . . .
                            1  # # . . . . . .              1  # # . . . . . .
@@ -65,7 +65,7 @@ class SparsePattern:
         return k_position >= (q_position // self.block - (self.local_blocks - 1)) * self.block
 
     def density(self, length: int, *, kv_heads: int) -> float:
-        """Returns which share of the causal blocks is seen by positions 0 to length - 1, in the mean over the heads."""
+        """Returns the share of the causal blocks of a sequence of this length that is seen, as a mean over heads."""
         blocks = -(-length // self.block)
         strided = self.is_strided(np.arange(blocks), np.arange(kv_heads)[:, None], kv_heads=kv_heads)
         seen_from = np.maximum(blocks - self.local_blocks - np.arange(blocks), 0)  # by how many blocks, if strided
