@@ -2,7 +2,7 @@
 
 A hop's transfer is issued before the hop's compute, so that the two can overlap. Keys, values, positions and segments
 travel as one buffer, in one collective a hop; a device that sees nothing of what it holds skips the compute, never the
-collective. In the backward the gradients of keys and values follow their keys one hop late, in float32, in the parcel
+collective. In the backward the gradients of keys and values follow their keys one hop late, in float32, in the buffer
 of the next keys. A CPU hides nothing: there the backward sends array by array and goes on from what has arrived, which
 takes a quarter of the memory.
 """
@@ -27,8 +27,8 @@ from rlring.attention.softmax import Partial
 BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
 
 
-class _Parcel(NamedTuple):
-    """What goes around the ring: some keys with all that is to be known about them."""
+class _KVShard(NamedTuple):
+    """What goes around the ring: the keys and values of a device, with what the mask knows of them."""
 
     k: Float[Array, "B S K H"]  # or [B, K, S, H], if the kernel wants the heads first
     v: Float[Array, "B S K V"]
@@ -37,7 +37,7 @@ class _Parcel(NamedTuple):
     place: Int32[Array, "B S"] | None
 
     @classmethod
-    def of(cls, k: Array, v: Array, mask: Mask, kernel: Kernel) -> "_Parcel":
+    def of(cls, k: Array, v: Array, mask: Mask, kernel: Kernel) -> "_KVShard":
         return cls(_turned(k, kernel), _turned(v, kernel), mask.k_position, mask.k_segment, mask.k_place)
 
     def keys(self, kernel: Kernel) -> tuple[Array, Array]:
@@ -134,19 +134,19 @@ class _Forward(NamedTuple):
         """Returns attention over the keys that have arrived as well, and what arrives next."""
         (total, loaded), kernel = state, self.ring.parts().away
         arriving = None if is_last else self.packing.sent(loaded, self.ring.axis)
-        parcel = self.packing.unload(loaded, self.home)  # and sent on as it came
-        mask = parcel.mask(self.mask)
+        shard = self.packing.unload(loaded, self.home)  # and sent on as it came
+        mask = shard.mask(self.mask)
 
         def attend(total: Partial) -> Partial:
-            return kernel.forward(self.q, *parcel.keys(kernel), mask, self.mod, total)
+            return kernel.forward(self.q, *shard.keys(kernel), mask, self.mod, total)
 
         # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its own
         # out.
         return in_turn((lax.cond(mask.shows_any(), attend, lambda total: total, total), arriving))
 
     @property
-    def home(self) -> _Parcel:
-        return _Parcel.of(self.k, self.v, self.mask, self.ring.kernel)
+    def home(self) -> _KVShard:
+        return _KVShard.of(self.k, self.v, self.mask, self.ring.kernel)
 
 
 class _Backward(NamedTuple):
@@ -165,7 +165,7 @@ class _Backward(NamedTuple):
         _, kernel, transport = self.ring
         step, parts = (-1 if self.turns_back(hops) else 1), self.parts
         shift = partial(transport.shift, axis=self.ring.axis)
-        home = _Parcel.of(self.k, self.v, self.mask, kernel)
+        home = _KVShard.of(self.k, self.v, self.mask, kernel)
         arriving = shift(home, step=step) if hops else None
         at_home = self.q, self.k, self.v, self.mask, self.mod, self.inputs
         here = parts.begin.backward(*at_home)
@@ -194,9 +194,9 @@ class _Backward(NamedTuple):
         return self.ring.parts(rises=turns_back(self.mask))
 
     def hop(self, shift: Callable, state, is_last: bool = False):
-        at_home, behind, parcel = state  # behind: what the hops before this one found for the keys that were here then
+        at_home, behind, shard = state  # behind: what the hops before this one found for the keys that were here then
         waits = self.ring.is_in_order or not self.ring.transport.overlaps
-        onwards = None if is_last else parcel
+        onwards = None if is_last else shard
         if waits and self.ring.transport.overlaps:  # for what is behind, and then not for the keys of the next hop
             behind, onwards = in_turn((shift(behind), onwards))
             arriving = shift(onwards)
@@ -205,35 +205,35 @@ class _Backward(NamedTuple):
             arriving, behind = shift((onwards, behind))
         before = at_home._replace(dk=behind[0], dv=behind[1])
         differentiate = self.differentiate_in_place if waits else self.differentiate_beside
-        after, arriving = differentiate(before, parcel, arriving)
+        after, arriving = differentiate(before, shard, arriving)
         return _at_home(after), (after.dk, after.dv), arriving
 
-    def differentiate_beside(self, before: Gradients, parcel: _Parcel, arriving):
-        """Returns the gradients with those of the parcel's keys, which need not wait for what is behind."""
-        mask, kernel = parcel.mask(self.mask), self.ring.kernel
+    def differentiate_beside(self, before: Gradients, shard: _KVShard, arriving):
+        """Returns the gradients with those of the shard's keys, which need not wait for what is behind."""
+        mask, kernel = shard.mask(self.mask), self.ring.kernel
 
         def add(at_home: Gradients) -> Gradients:
-            here = kernel.backward(self.q, *parcel.keys(kernel), mask, self.mod, self.inputs)
+            here = kernel.backward(self.q, *shard.keys(kernel), mask, self.mod, self.inputs)
             more = jax.tree.map(jnp.add, at_home, _at_home(here))
             return _travelling(here, kernel)._replace(dq=more.dq, mod=more.mod)
 
         def skip(at_home: Gradients) -> Gradients:
-            return no_gradients(self.q, parcel.k, parcel.v)._replace(dq=at_home.dq, mod=at_home.mod)
+            return no_gradients(self.q, shard.k, shard.v)._replace(dq=at_home.dq, mod=at_home.mod)
 
         here = lax.cond(mask.shows_any(), add, skip, _at_home(before))
         here, before, arriving = in_turn((here, before, arriving))
         return here._replace(dk=before.dk + here.dk, dv=before.dv + here.dv), arriving
 
-    def differentiate_in_place(self, before: Gradients, parcel: _Parcel, arriving):
+    def differentiate_in_place(self, before: Gradients, shard: _KVShard, arriving):
         """The same, waiting for what is behind: no price where nothing is sent while it computes.
 
         The fixed order waits everywhere: each block adds to what those before it found.
         """
-        mask, kernel = parcel.mask(self.mask), self.parts.away
+        mask, kernel = shard.mask(self.mask), self.parts.away
 
         def add(before: Gradients) -> Gradients:
             before = _travelling(before, kernel)
-            found = kernel.backward(self.q, *parcel.keys(kernel), mask, self.mod, self.inputs, before)
+            found = kernel.backward(self.q, *shard.keys(kernel), mask, self.mod, self.inputs, before)
             return _travelling(found, kernel)
 
         results = lax.cond(mask.shows_any(), add, lambda same: same, before), arriving
