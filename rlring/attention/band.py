@@ -18,7 +18,7 @@ from rlring.attention.block_view import Bounds, pick
 from rlring.attention.blocks import Blocks, BlockSchedule, pad
 from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
 from rlring.attention.mask import Mask
-from rlring.attention.rows import Rows, Turns
+from rlring.attention.rows import RowGroups, Rows
 from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod, Tile
 from rlring.attention.softmax import Partial, accumulator_type, nothing, zeros
 
@@ -30,15 +30,15 @@ class _Band(NamedTuple):
     chunk: int  # tiles
     tiles: int  # of the padded sequence: a multiple of the chunk
     group: int  # query heads of a row
-    turns: Turns
+    row_groups: RowGroups
 
     @classmethod
     def of(cls, q: Array, k: Array, tile: int, scores: int) -> "_Band":
         tiles = -(-max(q.shape[1], k.shape[1]) // tile)
-        turns = Blocks(tile, tile, scores).turns(q, k)
+        row_groups = Blocks(tile, tile, scores).row_groups(q, k)
         group = q.shape[2] // k.shape[2]
-        chunk = min(tiles, max(1, scores // (turns.rows * group * tile * tile)))
-        return cls(tile, chunk, -(-tiles // chunk) * chunk, group, turns)
+        chunk = min(tiles, max(1, scores // (row_groups.rows * group * tile * tile)))
+        return cls(tile, chunk, -(-tiles // chunk) * chunk, group, row_groups)
 
     @property
     def length(self) -> int:
@@ -94,7 +94,7 @@ class _Band(NamedTuple):
 
         def per_row(x):  # rows are sequences by heads, each of all its tiles; masks may be of sequences alone
             every = x.reshape(mask.rows, 1, self.chunk, *x.shape[1:])
-            every = jnp.broadcast_to(every, (mask.rows, self.turns.rows // mask.rows, *every.shape[2:]))
+            every = jnp.broadcast_to(every, (mask.rows, self.row_groups.rows // mask.rows, *every.shape[2:]))
             return every.reshape(-1, 1, *x.shape[1:])
 
         pairs = mask.map_queries(partial(self._tiles, q_tile)).map_keys(partial(self._tiles, k_tile))
@@ -182,13 +182,13 @@ def forward(
     inputs = _Inputs.of(band, q, k, v, mask, mod)
     attend = partial(_attend_from, band, inputs, online_softmax.has_gaps(inputs.v))
     start = nothing(inputs.q, inputs.v)
-    return lax.fori_loop(0, band.turns.count * band.chunks, attend, start).cut(q.shape[1])
+    return lax.fori_loop(0, band.row_groups.count * band.chunks, attend, start).cut(q.shape[1])
 
 
 def _attend_from(band: _Band, inputs: _Inputs, shields_any: Bool[Array, ""], n, total: Partial) -> Partial:
     """Returns the total with the attention of the n-th chunk of queries in it."""
     q, k, v, mask, mod, q_bounds, k_bounds = inputs
-    rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
+    rows, first = band.row_groups[n // band.chunks], n % band.chunks * band.chunk
     mask_here, q_tiles = rows.of_masks(mask), band.take(rows, q, first)
 
     def attend_to(ahead, running, *, add=online_softmax.add, is_masked=False, shields=False):
@@ -226,14 +226,14 @@ def backward(q, k, v, mask: Mask, mod: ScoreMod, known: BackwardInputs, tile: in
     inputs = _Inputs.of(band, q, k, v, mask, mod)
     add = partial(_add_gradients_of, band, inputs, _Known.of(band, inputs, known))
     none = no_gradients(inputs.q, inputs.k, inputs.v)._replace(mod=mod.no_gradients())
-    dq, dk, dv, d_mod = lax.fori_loop(0, band.turns.count * band.chunks, add, none)
+    dq, dk, dv, d_mod = lax.fori_loop(0, band.row_groups.count * band.chunks, add, none)
     return Gradients(dq[:, :q_length], dk[:, :k_length], dv[:, :k_length], d_mod)
 
 
 def _add_gradients_of(band: _Band, inputs: _Inputs, known: _Known, n, total: Gradients) -> Gradients:
     """Returns the total with the gradients of the n-th chunk of keys, and what it adds to those of all queries."""
     q, k, v, mask, mod, q_bounds, k_bounds = inputs
-    rows, first = band.turns[n // band.chunks], n % band.chunks * band.chunk
+    rows, first = band.row_groups[n // band.chunks], n % band.chunks * band.chunk
     mask_here = rows.of_masks(mask)
     k_tiles, v_tiles = band.take(rows, k, first), band.take(rows, v, first)
 

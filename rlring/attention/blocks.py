@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from rlring.attention.mask import Mask
-from rlring.attention.rows import Rows, Turns
+from rlring.attention.rows import RowGroups, Rows
 from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod
 
 SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
@@ -29,7 +29,7 @@ class Blocks(NamedTuple):
 
     q: int  # queries
     k: int  # keys
-    scores: int  # scores held at once: rows that do not fit into it together take turns
+    scores: int  # scores held at once: rows that do not fit are computed group by group
 
     def fit(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> "Blocks":
         """Returns blocks no longer than the sequences."""
@@ -47,11 +47,11 @@ class Blocks(NamedTuple):
 
         return self._replace(q=within(self.q, q_length), k=within(self.k, k_length))
 
-    def turns(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Turns:
-        """Returns how the rows take turns."""
+    def row_groups(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> RowGroups:
+        """Returns the groups of rows that are computed at once."""
         batch, _, kv_heads, _ = k.shape
         group = q.shape[2] // kv_heads
-        return Turns.of(batch * kv_heads, kv_heads, self.scores // (group * self.q * self.k))
+        return RowGroups.of(batch * kv_heads, kv_heads, self.scores // (group * self.q * self.k))
 
     def padded(
         self, q: Array, k: Array, v: Array, mask: Mask, mod: ScoreMod

@@ -1,6 +1,6 @@
 """Blockwise attention on one device: memory linear in length (Rabe and Staats 2112.05682, FlashAttention-2 2307.08691).
 
-Two loops: over the blocks of one side, of rows that take turns; and over those blocks of the other side that the mask
+Two loops: over the blocks of one side, for each group of rows; and over those blocks of the other side that the mask
 shows. In the largest array, the scores of a block, no pass is made that can be saved.
 """
 
@@ -18,7 +18,7 @@ from rlring.attention.fixed_order import FixedOrder
 from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
 from rlring.attention.mask import Mask
 from rlring.attention.online_softmax import SoftmaxState
-from rlring.attention.rows import Rows, Turns
+from rlring.attention.rows import RowGroups, Rows
 from rlring.attention.score_mod import ScoreMod, Tile
 from rlring.attention.softmax import Partial, accumulator_type, nothing, zeros
 
@@ -57,10 +57,10 @@ def forward(
     total = nothing(call.q, v) if before is None else before.padded(call.q.shape[1])
 
     def attend_from(n, total: Partial) -> Partial:
-        rows, i = call.turns[n // call.q_blocks], n % call.q_blocks
+        rows, i = call.row_groups[n // call.q_blocks], n % call.q_blocks
         return call.attend_from(rows, i, total, shields=has_gaps, is_first=before is None)
 
-    return _each(call.turns.count * call.q_blocks, attend_from, total).cut(q.shape[1])
+    return _each(call.row_groups.count * call.q_blocks, attend_from, total).cut(q.shape[1])
 
 
 def backward(
@@ -85,11 +85,11 @@ def backward(
     total = total._replace(mod=call.mod.no_gradients() if before is None else call.mod.padded_gradients(before.mod))
 
     def add_from(n, total: Gradients) -> Gradients:
-        rows, j = call.turns[n // call.k_blocks], n % call.k_blocks
+        rows, j = call.row_groups[n // call.k_blocks], n % call.k_blocks
         j = j if order is None else order.block_of_keys(j, call.k_blocks)
         return call.gradients_of(rows, j, of_q, total, shields=has_gaps, is_first=before is None)
 
-    dq, dk, dv, d_mod = _each(call.turns.count * call.k_blocks, add_from, total)
+    dq, dk, dv, d_mod = _each(call.row_groups.count * call.k_blocks, add_from, total)
     lengths = q.shape[1], k.shape[1], k.shape[1]
     cut = (x[:, :length] for x, length in zip((dq, dk, dv), lengths, strict=True))
     return Gradients(*cut, mod.cut_gradients(d_mod))
@@ -104,16 +104,16 @@ class _Call(NamedTuple):
     mask: Mask
     mod: ScoreMod
     blocks: Blocks
-    turns: Turns
+    row_groups: RowGroups
     view: BlockView
     order: FixedOrder | None  # None: the fastest
 
     @classmethod
     def of(cls, q, k, v, mask: Mask, mod: ScoreMod, blocks: Blocks, order: FixedOrder | None = None) -> "_Call":
         blocks = blocks.fit(q, k)
-        turns = blocks.turns(q, k)
+        row_groups = blocks.row_groups(q, k)
         q, k, v, mask, mod = blocks.padded(q, k, v, mask, mod)
-        return cls(q, k, v, mask, mod, blocks, turns, mask.view(blocks.q, blocks.k), order)
+        return cls(q, k, v, mask, mod, blocks, row_groups, mask.view(blocks.q, blocks.k), order)
 
     @property
     def q_blocks(self) -> int:

@@ -140,21 +140,21 @@ def all_rows(batch: int, kv_heads: int) -> Rows:
     return Rows(0, batch, kv_heads, kv_heads, batch * kv_heads)
 
 
-class Turns(NamedTuple):
-    """How the rows take turns."""
+class RowGroups(NamedTuple):
+    """The rows in groups: those of a group are computed at once, one group after the other."""
 
     count: int
-    rows: int  # of each turn
+    rows: int  # in each group
     kv_heads: int
 
     @classmethod
-    def of(cls, rows: int, kv_heads: int, most: int) -> "Turns":
-        """Returns turns of at most so many rows, but at least of one."""
+    def of(cls, rows: int, kv_heads: int, most: int) -> "RowGroups":
+        """Returns groups of at most `most` rows, but at least one."""
         fitting = (n for n in range(max(1, min(rows, most)), 0, -1) if rows % n == 0)
         at_once = next(n for n in fitting if n % kv_heads == 0 or kv_heads % n == 0)
         return cls(rows // at_once, at_once, kv_heads)
 
-    def __getitem__(self, turn) -> Rows:
-        first = 0 if self.count == 1 else turn * self.rows
+    def __getitem__(self, index) -> Rows:
+        first = 0 if self.count == 1 else index * self.rows
         heads = min(self.rows, self.kv_heads)
         return Rows(first, self.rows // heads, heads, self.kv_heads, self.count * self.rows)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from rlring import AttentionConfig, Mask, SparsePattern, Transformer, TransformerConfig, decode_attention, make_mesh
 from rlring.attention import attention
-from rlring.attention.rows import Turns
+from rlring.attention.rows import RowGroups
 from rlring.attention.softmax import nothing
 from rlring.language_model import LanguageModelConfig, Training, laid_out
 
@@ -36,7 +36,7 @@ def strictly():
     [
         (lambda: jnp.ones(2) + jnp.ones(2, jnp.bfloat16), "no available implicit dtype promotion path"),
         (lambda: jnp.ones(2) + jnp.ones((2, 2)), "jax_numpy_rank_promotion='raise'"),
-        (lambda: Turns.of(4.0, 2, 3), "violates type hint"),
+        (lambda: RowGroups.of(4.0, 2, 3), "violates type hint"),
         (lambda: nothing(jnp.ones((1, 2, 1, 3)), jnp.ones((2, 2, 1, 3))), "violates type hint"),
     ],
     ids=["type", "rank", "annotated type", "annotated shape"],

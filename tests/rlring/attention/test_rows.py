@@ -1,11 +1,11 @@
-"""rows.py: tokens become rows and come back, whichever rows take their turn together."""
+"""rows.py: tokens become rows and come back, whichever rows are computed at once."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlring.attention.rows import Turns, rows_of_keys, rows_of_queries, tokens_of_rows
+from rlring.attention.rows import RowGroups, rows_of_keys, rows_of_queries, tokens_of_rows
 
 BATCH, LENGTH, KV_HEADS, GROUP, SIZE = 2, 7, 6, 2, 4
 
@@ -29,15 +29,15 @@ def test_rows_of_all_tokens():
 @pytest.mark.parametrize(
     ("most", "at_once"), [(1, 1), (2, 2), (3, 3), (4, 3), (5, 3), (6, 6), (11, 6), (12, 12), (99, 12)]
 )
-def test_turns(most, at_once):
-    turns = Turns.of(BATCH * KV_HEADS, KV_HEADS, most)
-    assert (turns.rows, turns.count) == (at_once, BATCH * KV_HEADS // at_once)
+def test_groups_of_rows(most, at_once):
+    groups = RowGroups.of(BATCH * KV_HEADS, KV_HEADS, most)
+    assert (groups.rows, groups.count) == (at_once, BATCH * KV_HEADS // at_once)
     q, k, numbers = arrays()
     q_rows, k_rows = rows_of_queries(q, KV_HEADS), rows_of_keys(k)
     by_sequence, by_row = jnp.arange(BATCH), jnp.arange(BATCH * KV_HEADS)
     copies = [jnp.zeros_like(x) for x in (q, k, numbers)]
-    for turn in range(turns.count):
-        rows, these = turns[turn], slice(turn * at_once, (turn + 1) * at_once)
+    for group in range(groups.count):
+        rows, these = groups[group], slice(group * at_once, (group + 1) * at_once)
         part = rows.take(q, 2, 3), rows.take(k, 2, 3), rows.take_numbers(numbers, 2, 3)
         np.testing.assert_array_equal(part[0], q_rows[these, :, 2:5].reshape(at_once, -1, SIZE))
         np.testing.assert_array_equal(part[1], k_rows[these, 2:5])
