@@ -58,7 +58,8 @@ class KVCache:
     ) -> "KVCache":
         """Returns an empty cache.
 
-        patterns: for each layer None if it is dense, else its SparsePattern, the same in all sparse layers.
+        Args:
+            patterns: for each layer None if it is dense, else its SparsePattern, the same in all sparse layers.
 
         Raises:
             UsageError: capacity below 1, or a batch or capacity that cannot be split over the mesh.

@@ -34,7 +34,8 @@ _CPU_FLAGS = {
 def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh ("data", "ring", "ulysses") over the first data * ring * ulysses devices.
 
-    devices: None takes jax.devices(). Devices of another cluster (rlring.plan.topology) are for compiling only.
+    Args:
+        devices: None takes jax.devices(). Devices of another cluster (rlring.plan.topology) are for compiling only.
 
     Raises:
         UsageError: an axis is smaller than 1, or there are too few devices.
@@ -111,9 +112,14 @@ def join_cluster(
 
     Call it before anything else of JAX.
 
-    address, processes, process: HOST:PORT of process 0, the number of processes, and the index of this one. Leave out
-        all three if Slurm, Kubernetes, Open MPI or Cloud TPU started this process: then they are detected.
-    patience_s: seconds without a heartbeat after which a process counts as dead, and the others end too.
+    Leave out address, processes and process if Slurm, Kubernetes, Open MPI or Cloud TPU started this process: then they
+    are detected.
+
+    Args:
+        address: HOST:PORT of process 0.
+        processes: the number of processes.
+        process: the index of this process.
+        patience_s: seconds without a heartbeat after which a process counts as dead, and the others end too.
 
     Raises:
         UsageError: only some of the three were given, the address is not HOST:PORT, or no known launcher started this

@@ -28,12 +28,14 @@ STACKED = "blocks"  # the attribute of a model whose weights are those of all la
 
 
 def weight_sharding(shape: tuple[int, ...], mesh: Mesh, *, is_stacked: bool = False) -> NamedSharding:
-    """Returns where a weight lives: split over as many devices of the mesh as its dimensions divide by.
+    """Returns the sharding of a weight: split over as many devices of the mesh as divide its dimensions.
 
-    Small ones that do not divide by all of them are whole everywhere: a sum over some of the devices may be more than
+    If all devices divide one dimension, only that one is split, so that one collective scatters the gradient. Small
+    weights whose dimensions not all devices divide are replicated: a sum over some of the devices may be more than
     their links can route (TPU v5e), or slower than one over all.
-    is_stacked: the first dimension is the layer, which is not split. If one dimension divides by all devices it alone
-    is split, so that gradients are scattered in one go.
+
+    Args:
+        is_stacked: the first dimension is the layer, which is not split.
     """
     factors = _prime_factors(mesh.size)
     names = tuple(f"part_{i}" for i in range(len(factors)))

@@ -141,7 +141,8 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Returns the features of a few new tokens, which see the cache and each other, and the cache with them in it.
 
-        mask: its rule holds for the new tokens, for instance the mask of the prompt. None: causal, with `window`.
+        Args:
+            mask: its rule holds for the new tokens, for instance the mask of the prompt. None: causal, with `window`.
 
         Raises:
             UsageError: more tokens than the cache takes in one step, both a window and a mask, or positions and

@@ -57,15 +57,16 @@ def attention(
     runs on one device. With N > K each key/value head serves N // K neighbouring query heads. A query that sees no key
     gives 0, and its gradient is 0. B, T and S may be 0.
 
-    scale: replaces 1 / sqrt(H).
-    soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118).
-    sinks: the logit of one more key for each head, whose value is 0 (gpt-oss); counted once on any mesh.
-    bias: [N, T, S] is added to the logits, the same for all sequences. [N] are slopes of ALiBi (2108.12409):
-        slope * |q_position - k_position| is subtracted from the logits.
-    dropout: (rate, key of jax.random). This share of the weights becomes 0, and the others are multiplied by
-        1 / (1 - rate). The same weights are dropped on any mesh.
-    return_lse: returns (out, lse) with lse[B, T, N], the log-sum-exps of the logits, sinks included, in float32 (in
-        float64 for float64 arrays); -inf for a query that sees no key.
+    Args:
+        scale: replaces 1 / sqrt(H).
+        soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118).
+        sinks: the logit of one more key for each head, whose value is 0 (gpt-oss); counted once on any mesh.
+        bias: [N, T, S] is added to the logits, the same for all sequences. [N] are slopes of ALiBi (2108.12409):
+            slope * |q_position - k_position| is subtracted from the logits.
+        dropout: (rate, key of jax.random). This share of the weights becomes 0, and the others are multiplied by
+            1 / (1 - rate). The same weights are dropped on any mesh.
+        return_lse: returns (out, lse) with lse[B, T, N], the log-sum-exps of the logits, sinks included, in float32 (in
+            float64 for float64 arrays); -inf for a query that sees no key.
 
     Raises:
         UsageError: arguments that do not fit each other, a scheme that does not fit the mesh or the heads, a kernel

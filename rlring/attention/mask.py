@@ -148,8 +148,11 @@ class Mask:
     def specs(self, tokens: P, *, queries: P | None = None) -> "Mask":
         """Returns the in_specs of jax.shard_map for this mask.
 
-        tokens: the spec of [B, S], for keys, and for queries unless `queries` is given. Arrays with one row per
-        sequence are split as the batch is.
+        Arrays with one row per sequence are split as the batch is.
+
+        Args:
+            tokens: the spec of [B, S], for keys, and for queries unless `queries` is given.
+            queries: the spec of [B, T], for queries.
         """
         by_row = jax.tree.map(lambda _: P(*tokens[:1]), self)
         return by_row.map_queries(lambda _: tokens if queries is None else queries).map_keys(lambda _: tokens)
