@@ -1,19 +1,15 @@
 """The drawing of curves with intervals, labelled where they end. Knows no results: `plot` decides what is drawn."""
 
-import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from agents.cli import ConfigError
-from data import DataError
-from data.atomic_file import atomic_file
+from agents.image import text_width, title_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +69,7 @@ def compose(
 
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    margin = max(_text_width(line) for drawn in panels.values() for curve in drawn for line in _wrap(curve.label)) + 0.3
+    margin = max(text_width(line) for drawn in panels.values() for curve in drawn for line in _wrap(curve.label)) + 0.3
     cell_width, cell_height = LEFT + PANEL_WIDTH + margin, BETWEEN + PANEL_HEIGHT + TICKS
     width = columns * cell_width + RIGHT
     below = textwrap.wrap(caption, int(width * 17))
@@ -83,7 +79,7 @@ def compose(
     def write(x: float, y: float, text: str, **style) -> None:
         figure.text(x / width, y / height, text, ha="left", va="top", **style)
 
-    write(0.25, height - 0.2, title, fontsize=12.5, fontweight="bold", color=INK)
+    write(0.25, height - 0.2, title, fontsize=title_size(title, width - 0.5), fontweight="bold", color=INK)
     write(0.25, height - 0.47, subtitle, fontsize=9, color=FAINT)
     write(0.25, CAPTION_LINE * (len(below) + 0.5), "\n".join(below), fontsize=7.5, color=FAINT, linespacing=1.35)
     for index, (task, drawn) in enumerate(panels.items()):
@@ -95,27 +91,6 @@ def compose(
             axes.set_title(task, loc="left", fontsize=9.5, fontweight="bold", color=INK)
         _draw(axes, drawn, x_name=x_name, logarithmic=logarithmic)
     return figure
-
-
-def check_suffix(path: Path) -> None:
-    """ConfigError for a name that is none of a picture."""
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"a plot is a .png, .svg or .pdf file; got {path}")
-
-
-def check_picture(path: Path) -> None:
-    """DataError when `path` is a file that Matplotlib, which signs its pictures, did not make: a plot would replace
-    it."""
-    if path.is_file() and b"atplotlib" not in path.read_bytes():
-        raise DataError(f"{path} exists and is no plot; choose another --out, or move it")
-
-
-def write_image(figure: "Figure", path: Path) -> None:
-    """Writes the file that shows a figure, whole or not at all; DataError as for `check_picture`."""
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=200)
-    with atomic_file(path, check_old=check_picture) as file:
-        file.write(content.getvalue())
 
 
 def _draw(axes: "Axes", drawn: Sequence[Curve], *, x_name: str, logarithmic: bool) -> None:
@@ -290,11 +265,3 @@ def spread(
 
 def _wrap(label: str) -> list[str]:
     return textwrap.wrap(label, 22, break_long_words=False)
-
-
-def _text_width(line: str) -> float:
-    """Returns the width in inches of a line of a label."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-
-    return TextPath((0, 0), line, size=9, prop=FontProperties(weight="bold")).get_extents().width / 72

@@ -12,7 +12,8 @@ import numpy as np
 from agents.cli import ConfigError
 from agents.config import Config
 from agents.episodes import conditions
-from agents.figure import FAINT, INK, write_image
+from agents.figure import FAINT, INK
+from agents.image import write_image
 from agents.plot import PlotResult
 from agents.scenes import Scene, Take
 from data.atomic_file import atomic_file

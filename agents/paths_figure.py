@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.figure import FAINT, INK, write_image
+from agents.figure import FAINT, INK
+from agents.image import write_image
 from agents.plot import COLOURS, GREY, PlotResult
 from agents.scenes import Scene, Take
 from data.dmc import Environment, make

@@ -9,7 +9,8 @@ from pathlib import Path
 from agents.bootstrap import RESAMPLES
 from agents.cells import FOREIGN, Cell, cells
 from agents.cli import ConfigError, run
-from agents.figure import Curve, Point, check_picture, check_suffix, compose, write_image
+from agents.figure import Curve, Point, compose
+from agents.image import check_picture, check_suffix, write_image
 from agents.prediction import ALWAYS
 from agents.results import MODES, ORACLE, Result, read_results
 from agents.statistics import STATISTICS, SummaryRow, maximum_null, summarize, summary_notes

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from agents.checkpoint import read_metrics
-from agents.figure import FAINT, GRID, INK, write_image
+from agents.figure import FAINT, GRID, INK
+from agents.image import write_image
 from agents.plot import COLOURS, PlotResult
 
 _LOSS = "loss/action"

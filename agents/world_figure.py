@@ -11,7 +11,8 @@ import numpy as np
 from agents.bootstrap import RESAMPLES
 from agents.cells import named
 from agents.cli import ConfigError
-from agents.figure import FAINT, GRID, INK, check_suffix, short_number, write_image
+from agents.figure import FAINT, GRID, INK, short_number
+from agents.image import check_suffix, title_size, write_image
 from agents.plot import GREY, PlotResult
 from agents.prediction import line
 from agents.results import ORACLE, Result
@@ -56,7 +57,8 @@ def plot_worlds(
     width = columns * (WIDTH + MARGIN) + 0.7
     height = math.ceil(len(agents) / columns) * (HEIGHT + BETWEEN) - BETWEEN + HEAD + 1.35
     figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.2 / width, 1 - 0.15 / height, title, fontsize=12.5, fontweight="bold", color=INK, va="top")
+    size = title_size(title, width - 0.4)
+    figure.text(0.2 / width, 1 - 0.15 / height, title, fontsize=size, fontweight="bold", color=INK, va="top")
     subtitle = "mean return at a random place of a world, having seen the last tokens of it; dashed: a perfect memory"
     figure.text(0.2 / width, 1 - 0.42 / height, subtitle, fontsize=9, color=FAINT, va="top")
     figure.text(0.2 / width, 0.1 / height, _wrapped(caption, int(width * 15)), fontsize=7.5, color=FAINT, va="bottom")

@@ -173,8 +173,9 @@ def test_no_two_texts_of_a_figure_overlap_and_all_are_inside(case: str):
         results = evaluation(agents=("at", *(f"an_ablation_with_a_very_long_name_{i}" for i in range(6))))
     rows = summarize(results, statistics=[statistic], resamples=50)
     panels = curves(results, rows, resamples=50)
+    title = "point_mass-dark: return where each trajectory has met the goal with chance p"
     figure = compose(
-        panels, title="Title", subtitle="Subtitle", caption="A caption. " * 60, x_name="trajectories", logarithmic=True
+        panels, title=title, subtitle="Subtitle", caption="A caption. " * 60, x_name="trajectories", logarithmic=True
     )
     found = boxes(figure)
     assert len(found) > 5
