@@ -81,8 +81,8 @@ class AgentConfig(Section):
     ]
     """algorithm_distillation: predicts what a learner does next; recurrent: a recurrent cell reads the chains of the
     agentic transformer; bc: behaviour cloning; td3 and those behind it: a policy beside a value function."""
-    cell: Literal["gru", "delta"] = "gru"
-    """recurrent: what a layer remembers by. gru: gated recurrent units, 2 numbers for each of the width; delta: the
+    cell: Literal["delta"] | None = None
+    """recurrent: what a layer remembers by. None: gated recurrent units, 2 numbers for each of the width; delta: the
     gated delta rule, in each head a matrix of twice the width squared."""
     tokens: Literal["rsar", "fused"] = "fused"
     """rsar: return, state, action and reward are a token each (the papers'); fused: one token a step, four times the
@@ -123,7 +123,7 @@ class AgentConfig(Section):
             raise ValueError(
                 f"mixture={self.mixture} goes with agents that predict actions; got kind '{self.kind}'; leave it out"
             )
-        if self.kind != "recurrent" and self.cell != "gru":
+        if self.kind != "recurrent" and self.cell is not None:
             raise ValueError(f"cell '{self.cell}' goes with kind 'recurrent'; got kind '{self.kind}'; leave it out")
         return self
 

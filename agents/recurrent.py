@@ -68,7 +68,7 @@ class RecurrentNetwork(nnx.Module):
 
 
 def make_cell(config: Config, *, rngs: nnx.Rngs) -> Cell:
-    """Returns the cell that `agent.cell` names."""
+    """Returns a new cell of the kind that `agent.cell` names; None: a GRU."""
     if config.agent.cell == "delta":
         return GatedDelta(config.model.width, config.model.heads, rngs=rngs)
     return GRU(config.model.width, rngs=rngs)
