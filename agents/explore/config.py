@@ -109,7 +109,7 @@ class ExploreConfig(Section):
 PRESETS: dict[str, dict[str, Any]] = {
     "urlb": {},
     "cpu": {
-        "learner": {"width": 128, "batch": 128, "learning_rate": 1e-3, "update_every": 4},
+        "learner": {"width": 128, "batch": 128, "update_every": 4},
         "rnd": {"representation": 32},
         "icm_apt": {"representation": 32},
         "proto": {"representation": 32, "projection": 128, "prototypes": 128, "queue": 512},

@@ -75,9 +75,7 @@ class Learning:
         shape = self.environment.episode_steps, self.bonus.sizes.action
         self._noise = self.config.learner.noise * self._rng.standard_normal(shape, np.float32)
         self._uniform = self._rng.uniform(-1, 1, shape).astype(np.float32)
-        self._source = (
-            f"{self.environment.task_name}, {self.config.algorithm}, seed {self.config.seed}, episode {index}"
-        )
+        self._source = f"{self._name}, episode {index}"
         observation, info = start(self.environment, self.config.seed, index)
         trajectory = step_through(self.environment, observation, info, self._act, self._source)
         if self.bonus.skill_name:
