@@ -25,7 +25,7 @@ def apart(one: Int32[AnyArray, "..."], other: Int32[AnyArray, "..."]) -> UInt32[
     return _distance(jnp.maximum(one, other), jnp.minimum(one, other))
 
 
-def _distance(later: Int32[AnyArray, "..."], earlier: Int32[AnyArray, "..."]) -> UInt32[Array, "..."]:
+def _distance(later: Int32[AnyArray, "..."], earlier: Int32[AnyArray, "..."]) -> UInt32[AnyArray, "..."]:
     """Returns later - earlier, at least 0: of two int32 it may be none, but it is a uint32."""
     return (later - earlier).astype(jnp.uint32)
 
