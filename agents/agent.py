@@ -106,3 +106,8 @@ class Agent(Protocol):
         """Returns actions in [-1, 1] for one timestep of each row, sampled with `key` or the distribution's mean
         without, and the memory after them."""
         ...
+
+
+def real(batch: ChainBatch) -> Float[Array, "B M"]:
+    """Returns 1 at every timestep that is there, and 0 at padding."""
+    return (batch.segment >= 0).astype(jnp.float32)

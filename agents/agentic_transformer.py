@@ -15,7 +15,7 @@ agent.window what a token is and how far it sees. The paper's completion flag is
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agents.agent import Metrics, Params, Sampler
+from agents.agent import Metrics, Params, Sampler, real
 from agents.gaussian import action_loss
 from agents.return_conditioned import ReturnConditionedAgent
 from agents.samplers import chains
@@ -39,6 +39,6 @@ class AgenticTransformer(ReturnConditionedAgent):
 
     def weight(self, batch: ChainBatch) -> Float[Array, "B M"]:
         """Returns how much each action counts."""
-        real = (batch.segment >= 0).astype(jnp.float32)
-        last = jnp.maximum(batch.last, self.config.agent.loss_elsewhere * real)
-        return {"last": last, "all": real, "all+last": real + batch.last}[self.config.agent.loss_on]
+        every = real(batch)
+        last = jnp.maximum(batch.last, self.config.agent.loss_elsewhere * every)
+        return {"last": last, "all": every, "all+last": every + batch.last}[self.config.agent.loss_on]

@@ -15,7 +15,7 @@ order. Where the task hides a goal chain.met is "annealed": ever more trajectori
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from agents.agent import Timesteps
+from agents.agent import Timesteps, real
 from agents.agentic_transformer import AgenticTransformer
 from data import ChainBatch
 
@@ -27,4 +27,4 @@ class AlgorithmDistillation(AgenticTransformer):
         return timesteps._replace(return_to_go=jnp.zeros_like(timesteps.return_to_go))
 
     def weight(self, batch: ChainBatch) -> Float[Array, "B M"]:
-        return (batch.segment >= 0).astype(jnp.float32)
+        return real(batch)

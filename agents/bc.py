@@ -3,13 +3,12 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from agents.agent import Metrics, Params, Sampler, Scales, Timesteps
+from agents.agent import Metrics, Params, Sampler, Scales, Timesteps, real
 from agents.config import Config
 from agents.gaussian import action_loss
 from agents.mixture import action_head
@@ -68,8 +67,7 @@ class BehaviourCloning:
 
     def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
         policy = nnx.merge(self.graph, params)(batch.observation)
-        own, all_ = ((x.segment >= 0).astype(jnp.float32) for x in (batch, whole or batch))
-        return action_loss(policy, batch.action, own, all_)
+        return action_loss(policy, batch.action, real(batch), real(whole or batch))
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> None:
         return None

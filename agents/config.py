@@ -12,7 +12,7 @@ from agents.config_file import parse_override as parse_override
 from agents.config_file import validate as validate
 from agents.model_config import AttentionSection, MeshConfig, ModelConfig, check_batch, check_network
 from agents.section import Chance, Count, Fraction, Positive, Return, RunName, Section, Seed, Share, Size, Text, Whole
-from data.tasks import goal_task
+from data.tasks import GoalTask, goal_task
 
 
 class CollectConfig(Section):
@@ -150,6 +150,11 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     wandb: WandbConfig = WandbConfig()
 
+    @property
+    def hidden_goals(self) -> list[GoalTask]:
+        """Those of its tasks that hide a goal."""
+        return [goal for goal in map(goal_task, self.data.tasks) if goal is not None]
+
     @model_validator(mode="after")
     def network_can_be_made_and_split(self) -> "Config":
         check_batch(self.train.batch, self.train.accumulate, self.mesh)
@@ -183,10 +188,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def values_are_of_rewards_that_are_there(self) -> "Config":
-        hidden = [task for task in self.data.tasks if goal_task(task)]
+        hidden = ", ".join(goal.name for goal in self.hidden_goals)
         if self.agent.kind in VALUE_KINDS and hidden:
             raise ValueError(
-                f"agent.kind '{self.agent.kind}' learns what observations are worth, and {', '.join(hidden)} hides the "
+                f"agent.kind '{self.agent.kind}' learns what observations are worth, and {hidden} hides the "
                 "goal that is paid for; use a task whose observation tells all"
             )
         if self.agent.kind in VALUE_KINDS and self.train.accumulate > 1:
@@ -198,15 +203,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def histories_are_in_the_order_of_time(self) -> "Config":
-        hidden = [goal_task(task) for task in self.data.tasks if goal_task(task)]
         if self.agent.kind != "algorithm_distillation":
             return self
-        if any(task.sign_size for task in hidden):
+        if any(goal.sign_size for goal in self.hidden_goals):
             raise ValueError(
                 f"agent.kind 'algorithm_distillation' learns from histories, and of a map "
                 f"({', '.join(self.data.tasks)}) there are none; use a task that is no map"
             )
-        wanted = {"sort": "time"} | ({"met": "annealed"} if hidden else {})
+        wanted = {"sort": "time"} | ({"met": "annealed"} if self.hidden_goals else {})
         got = {name: getattr(self.chain, name) for name in wanted}
         if got != wanted:
             raise ValueError(
@@ -218,7 +222,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def foreign_needs_a_goal(self) -> "Config":
-        if self.evaluate.foreign and not any(goal_task(task) for task in self.data.tasks):
+        if self.evaluate.foreign and not self.hidden_goals:
             raise ValueError(
                 f"evaluate.foreign takes contexts of another goal, and {', '.join(self.data.tasks)} hides none; "
                 "leave it out"

@@ -8,10 +8,9 @@ The mean of p is the paper's prediction, whose squared error is the loss of a Ga
 Settings: agent.window is the paper's K, steps that a token sees; agent.tokens what a token is. [chain] is not used.
 """
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from agents.agent import Metrics, Params, Sampler
+from agents.agent import Metrics, Params, Sampler, real
 from agents.gaussian import action_loss
 from agents.return_conditioned import ReturnConditionedAgent
 from agents.samplers import chains
@@ -27,6 +26,6 @@ class DecisionTransformer(ReturnConditionedAgent):
         return chains(self.config, stores, trajectories=1, sort="time", target="own")
 
     def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
-        real, of_whole = ((x.segment >= 0).astype(jnp.float32) for x in (batch, batch if whole is None else whole))
-        loss, metrics = action_loss(self.features(params, batch), batch.action, real, of_whole)
+        whole = batch if whole is None else whole
+        loss, metrics = action_loss(self.features(params, batch), batch.action, real(batch), real(whole))
         return loss, metrics | {"loss/last_trajectory": loss}  # there is no other one

@@ -13,7 +13,7 @@ SHORTEST_PROMPT = 256  # timesteps; shorter ones are padded to it, so that small
 def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainSampler:
     """Returns what draws the contexts, each trajectory of which has met the goal with chance `met` (0: as in training
     where that is annealed, else as it happens)."""
-    annealed = "annealed" if config.chain.met == "annealed" and goal_task(store.task) else None
+    chance = "annealed" if not met and config.chain.met == "annealed" and goal_task(store.task) else met
     return ChainSampler(
         store,
         trajectories=1,
@@ -21,7 +21,7 @@ def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainS
         seed=config.seed,
         split="held_out",
         held_out=config.data.held_out,
-        goals=GoalSampling(met=met or annealed) if met or annealed else None,
+        goals=GoalSampling(met=chance) if chance else None,
     )
 
 

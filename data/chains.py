@@ -42,14 +42,13 @@ class ChainSampler:
     """Draws chains of `trajectories` trajectories from a store; every draw is a pure function of its arguments.
 
     `sort`: order within a chain, by return, or "time" (order in the store; of annealed goals, of the history) or
-    "random". `target`: the return that a
-    trajectory is told to reach: "max" the chain's best, "own" its own, or a number. `split`: the `held_out` share of
-    episodes is the same for every seed, and no training chain holds any of it. `best`: only the trajectories of highest
-    return that make up this share of the split's time steps are drawn (the "%BC" of Chen et al. 2021); where the goal
-    is hidden, by what each earns for the place it came to rest in. `lengths`: "full" chains of `trajectories`, or
-    "mixed" ones of 1 to `trajectories` that add up to as many; `growth` makes both shorter at first. `goals` only where
-    the store's goals are chosen in hindsight (None = the defaults). Pickle-safe: a copy reads the store again in its
-    own process.
+    "random". `target`: the return that a trajectory is told to reach: "max" the chain's best, "own" its own, or a
+    number. `split`: the `held_out` share of episodes is the same for every seed, and no training chain holds any of it.
+    `best`: only the trajectories of highest return that make up this share of the split's time steps are drawn (the
+    "%BC" of Chen et al. 2021); where the goal is hidden, by what each earns for the place it came to rest in.
+    `lengths`: "full" chains of `trajectories`, or "mixed" ones of 1 to `trajectories` that add up to as many; `growth`
+    makes both shorter at first. `goals` only where the store's goals are chosen in hindsight (None = the defaults).
+    Pickle-safe: a copy reads the store again in its own process.
     """
 
     def __init__(

@@ -36,11 +36,9 @@ class GoalSampling:
     met: float | Literal["annealed"] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.met, str):
-            if self.met != "annealed":
-                raise DataError(f"goals.met is a chance, 0 <= met <= 1, or 'annealed'; got {self.met!r}")
-        elif self.met is not None and not 0 <= self.met <= 1:
-            raise DataError(f"goals.met is a chance, 0 <= met <= 1, or 'annealed'; got {self.met}")
+        is_chance = not isinstance(self.met, str | None) and 0 <= self.met <= 1
+        if not is_chance and self.met not in (None, "annealed"):
+            raise DataError(f"goals.met is a chance, 0 <= met <= 1, or 'annealed'; got {self.met!r}")
         if self.stay_steps < 1 or self.met_most < 0 or self.candidates < 0:
             raise DataError(f"goals needs stay_steps >= 1, met_most >= 0 and candidates >= 0; got {self}")
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from agents.config_file import dump, load
 from agents.explore.config import ExploreConfig
 from agents.explore.coverage import make_coverage
 from agents.explore.explorers import Explorer, make_explorer
+from agents.identity import flat
 from agents.processes import asked_to_stop
 from data import DataError, Trajectory
 from data.atomic_file import write_text
@@ -157,8 +158,10 @@ def _check_folder(folder: Path, config: ExploreConfig, *, resume: bool) -> None:
                 "Choose another --out."
             )
         return
-    before = load(ExploreConfig, folder / "config.json")
-    changed = _differing(before.model_dump(), config.model_dump())
+    before, now = (flat(one.model_dump()) for one in (load(ExploreConfig, folder / "config.json"), config))
+    # How often there is a checkpoint changes no episode.
+    told = (name for name in before if before[name] != now[name] and name != "checkpoint_every")
+    changed = [f"{name}={before[name]} (now {now[name]})" for name in told]
     if changed:
         raise ConfigError(
             f"{folder.parent} was collected with other settings: {', '.join(changed[:4])}. Resume with the same ones, "
@@ -169,15 +172,3 @@ def _check_folder(folder: Path, config: ExploreConfig, *, resume: bool) -> None:
             f"{folder.parent} already holds this collection. Add --resume to continue it, choose another --out, or "
             "delete the folder."
         )
-
-
-def _differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Returns, in words, the settings that differ; those that change no episode may."""
-    found = []
-    for name in before:
-        was, is_ = before[name], now[name]
-        if isinstance(was, dict):
-            found += _differing(was, is_, f"{prefix}{name}.")
-        elif was != is_ and prefix + name != "checkpoint_every":
-            found.append(f"{prefix}{name}={was} (now {is_})")
-    return found
