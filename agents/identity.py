@@ -46,6 +46,8 @@ FREE = (
     "train.prefetch",
     "train.workers",
 )
+# What a result records that its config does not say: what it means where it is missing.
+UNRECORDED = {"train.updates": "one total", "data.stores": "not recorded"}
 # What an evaluation may change besides: which episodes it plays, each with the numbers that it has alone.
 FREE_OF_A_RESULT = (
     *FREE,
@@ -194,7 +196,7 @@ def differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Returns, by id, in words what tells these (notable) settings apart; nothing where there is one."""
     if len(settings) == 1:
         return dict.fromkeys(settings, "")
-    known, names = defaults(Config), {name for one in settings.values() for name in one}
+    known, names = defaults(Config) | UNRECORDED, {name for one in settings.values() for name in one}
 
     def value(one: Mapping[str, Any], name: str) -> str:
         return _written(one.get(name, known.get(name)))

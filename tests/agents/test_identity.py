@@ -188,6 +188,17 @@ def test_what_more_updates_mean():
     assert lengthened([5, 10], cosine) == [5, 10, 20]
 
 
+def test_differences_do_not_take_what_was_not_recorded_for_the_default():
+    once, twice, unknown = (result_settings(made(), *of) for of in ((STORES, [4]), (STORES, [4, 6]), ({}, [4])))
+    told = differences({key: notable(one) for key, one in zip("abc", (once, twice, unknown), strict=True)})
+    store = 'data.stores=["0123456789ab"], train.updates='
+    assert told == {
+        "a": f"{store}one total",
+        "b": f"{store}[4, 6]",
+        "c": "data.stores=not recorded, train.updates=one total",
+    }
+
+
 def test_differences_of_settings_that_say_nothing_are_their_ids():
     assert differences({"a": {}}) == {"a": ""}
     assert differences({"": {}, "a": {}}) == {"": "settings not recorded", "a": ""}
