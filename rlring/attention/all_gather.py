@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, local_attention
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import PartialAttention
 
 
 def all_gather_attention(
@@ -40,7 +40,7 @@ class GatheringKernel(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return self.kernel.residual_dtype(dtype)
 
-    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
         return self.kernel.forward(q, *self._gathered(k, v, mask), mod, before)
 
     def backward(

@@ -20,7 +20,7 @@ from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
 from rlring.attention.mask import Mask
 from rlring.attention.rows import RowGroups, Rows
 from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod, Tile
-from rlring.attention.softmax import Partial, accumulator_type, nothing, zeros
+from rlring.attention.softmax import PartialAttention, accumulator_type, nothing, zeros
 
 
 class _Band(NamedTuple):
@@ -176,7 +176,7 @@ def forward(
     mod: ScoreMod,
     tile: int,
     scores: int,
-) -> Partial:
+) -> PartialAttention:
     """Kernel.forward, without a bias; so many scores are held at once."""
     band = _Band.of(q, k, tile, scores)
     inputs = _Inputs.of(band, q, k, v, mask, mod)
@@ -185,7 +185,9 @@ def forward(
     return lax.fori_loop(0, band.row_groups.count * band.chunks, attend, start).cut(q.shape[1])
 
 
-def _attend_from(band: _Band, inputs: _Inputs, shields_any: Bool[Array, ""], n, total: Partial) -> Partial:
+def _attend_from(
+    band: _Band, inputs: _Inputs, shields_any: Bool[Array, ""], n, total: PartialAttention
+) -> PartialAttention:
     """Returns the total with the attention of the n-th chunk of queries in it."""
     q, k, v, mask, mod, q_bounds, k_bounds = inputs
     rows, first = band.row_groups[n // band.chunks], n % band.chunks * band.chunk

@@ -20,7 +20,7 @@ from rlring.attention.mask import Mask
 from rlring.attention.online_softmax import SoftmaxState
 from rlring.attention.rows import RowGroups, Rows
 from rlring.attention.score_mod import ScoreMod, Tile
-from rlring.attention.softmax import Partial, accumulator_type, nothing, zeros
+from rlring.attention.softmax import PartialAttention, accumulator_type, nothing, zeros
 
 
 class BlockwiseKernel(NamedTuple):
@@ -33,7 +33,7 @@ class BlockwiseKernel(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return accumulator_type(dtype)
 
-    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
         return forward(q, k, v, mask, mod, self.blocks, before, self.order)
 
     def backward(
@@ -49,14 +49,14 @@ def forward(
     mask: Mask,
     mod: ScoreMod,
     blocks: Blocks,
-    before: Partial | None = None,
+    before: PartialAttention | None = None,
     order: FixedOrder | None = None,
-) -> Partial:
+) -> PartialAttention:
     """Kernel.forward. The mask may also have a row for each key/value head of each sequence."""
     call, has_gaps = _Call.of(q, k, v, mask, mod, blocks, order), online_softmax.has_gaps(v)
     total = nothing(call.q, v) if before is None else before.padded(call.q.shape[1])
 
-    def attend_from(n, total: Partial) -> Partial:
+    def attend_from(n, total: PartialAttention) -> PartialAttention:
         rows, i = call.row_groups[n // call.q_blocks], n % call.q_blocks
         return call.attend_from(rows, i, total, shields=has_gaps, is_first=before is None)
 
@@ -127,7 +127,9 @@ class _Call(NamedTuple):
     def is_one_block(self) -> bool:
         return self.q_blocks == self.k_blocks == 1
 
-    def attend_from(self, rows: Rows, i, total: Partial, *, shields: Bool[Array, ""], is_first: bool) -> Partial:
+    def attend_from(
+        self, rows: Rows, i, total: PartialAttention, *, shields: Bool[Array, ""], is_first: bool
+    ) -> PartialAttention:
         """Returns the total with attention of these rows' block i of queries."""
         blocks, start, mask = self.blocks, i * self.blocks.q, rows.of_masks(self.mask)
         q = rows.take(self.q, start, blocks.q)

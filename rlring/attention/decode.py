@@ -22,7 +22,7 @@ from rlring.attention.kernel import with_sinks
 from rlring.attention.mask import Mask
 from rlring.attention.rows import all_rows, rows_of_keys, rows_of_queries, tokens_of_rows
 from rlring.attention.score_mod import ScoreMod, Tile
-from rlring.attention.softmax import Partial, finite
+from rlring.attention.softmax import PartialAttention, finite
 
 
 def decode_attention(
@@ -116,7 +116,7 @@ def attend(
         fade = power_of_two(fade_from, exponent)
         out, total = lax.psum((out * fade[..., None], total * fade), axes)
     numbers = (x.reshape(q.shape[0], q.shape[2], q.shape[1]) for x in (finite(exponent), total))
-    whole = Partial(tokens_of_rows(out.reshape(*rows.shape[:3], v.shape[2]), q.shape[0]), *numbers).whole()
+    whole = PartialAttention(tokens_of_rows(out.reshape(*rows.shape[:3], v.shape[2]), q.shape[0]), *numbers).whole()
     out, lse = whole.out, whole.lse
     if mod.sinks is not None:
         out, lse = with_sinks(out, lse, mod.sinks)

@@ -22,7 +22,7 @@ from rlring.attention.blocks import Blocks, joined, put, take
 from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, delta_of, with_sinks
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial, zeros
+from rlring.attention.softmax import PartialAttention, zeros
 
 Part = Literal["begin", "away", "end"]  # at home from the own block on; other devices'; the rest at home
 
@@ -133,7 +133,7 @@ class FixedOrderKernel(NamedTuple):
         out, lse = lax.map(lambda block: with_sinks(*block, sinks), (out, lse))
         return joined(out, 1), joined(lse, 2)
 
-    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
         total = self.part("begin").forward(q, k, v, mask, mod, before)
         return self.part("end").forward(q, k, v, mask, mod, total)
 

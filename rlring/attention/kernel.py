@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from rlring.attention.forward_mode import forward_only
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ModGradients, ScoreMod
-from rlring.attention.softmax import Partial, Whole, accumulator_type, by_token, product, zeros
+from rlring.attention.softmax import PartialAttention, Whole, accumulator_type, by_token, product, zeros
 
 
 class Gradients(NamedTuple):
@@ -87,8 +87,8 @@ class Kernel(Protocol):
         v: Float[Array, "B S K V"],
         mask: Mask,
         mod: ScoreMod,
-        before: Partial | None = None,
-    ) -> Partial:
+        before: PartialAttention | None = None,
+    ) -> PartialAttention:
         """Returns attention of q over these keys.
 
         before: attention over other keys, to go on from.
@@ -217,7 +217,7 @@ def tie_to_data(data: Array, mask: Mask) -> tuple[Array, Mask]:
     return lax.optimization_barrier((data, mask))
 
 
-def _named_for_remat(total: Partial, dtype: jnp.dtype) -> Whole:
+def _named_for_remat(total: PartialAttention, dtype: jnp.dtype) -> Whole:
     """Returns attention over all keys with out in this type, by names with which a remat policy can keep it."""
     whole = total.whole()
     numbers = (checkpoint_name(x, "attention_lse") for x in (whole.exponent, whole.total))

@@ -46,7 +46,7 @@ class SoftmaxState(NamedTuple):
         return (self.total.max() < MOST) & jnp.isfinite(jnp.abs(self.out).max())
 
     def finish(self) -> tuple[Float[Array, "R Q H"], Float[Array, "R Q"], Float[Array, "R Q"]]:
-        """Returns out, exponent and total, as softmax.Partial has them."""
+        """Returns out, exponent and total, as softmax.PartialAttention has them."""
         return self.out, finite(self.exponent), self.total
 
 

@@ -22,7 +22,7 @@ from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, local_att
 from rlring.attention.mask import Mask
 from rlring.attention.ring_transport import OVERLAPPING, PACKED, UNPACKED, Packing, Transport, in_turn
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import PartialAttention
 
 BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
 
@@ -83,7 +83,7 @@ class RingKernel(NamedTuple):
         """Returns the kernels of the keys here, of those that arrive, and at last of those here again."""
         return Parts.of(self.kernel, rises=rises)
 
-    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
         return _forward(self, q, k, v, mask, mod, before)
 
     def backward(
@@ -95,7 +95,7 @@ class RingKernel(NamedTuple):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(here: RingKernel, *arrays) -> Partial:
+def _forward(here: RingKernel, *arrays) -> PartialAttention:
     return _forward_packed_as(PACKED, here, *arrays)
 
 
@@ -104,7 +104,7 @@ def _forward_jvp(here: RingKernel, primals, tangents):
     return jax.jvp(partial(_forward_packed_as, UNPACKED, here), primals, tangents)
 
 
-def _forward_packed_as(packing: Packing, here: RingKernel, q, k, v, mask, mod, before) -> Partial:
+def _forward_packed_as(packing: Packing, here: RingKernel, q, k, v, mask, mod, before) -> PartialAttention:
     return _as_far_as_seen(_Forward(here, packing, q, k, v, mask, mod, before).around, mask, here.axis)
 
 
@@ -118,9 +118,9 @@ class _Forward(NamedTuple):
     v: Float[Array, "B S K V"]
     mask: Mask
     mod: ScoreMod
-    before: Partial | None
+    before: PartialAttention | None
 
-    def around(self, hops: int) -> Partial:
+    def around(self, hops: int) -> PartialAttention:
         """Returns attention over the keys of this device and of so many before it."""
         arriving = self.packing.sent(self.packing.load(self.home), self.ring.axis) if hops else None
         at_home, parts = (self.q, self.k, self.v, self.mask, self.mod), self.ring.parts()
@@ -137,7 +137,7 @@ class _Forward(NamedTuple):
         shard = self.packing.unload(loaded, self.home)  # and sent on as it came
         mask = shard.mask(self.mask)
 
-        def attend(total: Partial) -> Partial:
+        def attend(total: PartialAttention) -> PartialAttention:
             return kernel.forward(self.q, *shard.keys(kernel), mask, self.mod, total)
 
         # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its own

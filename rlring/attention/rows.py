@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Shaped
 
 from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import PartialAttention
 
 
 def rows_of_queries(q: Shaped[Array, "B T N H"], kv_heads: int) -> Shaped[Array, "R G T H"]:
@@ -78,11 +78,11 @@ class Rows(NamedTuple):
         numbers = part.reshape(self.sequences, self.heads * group, -1)
         return lax.dynamic_update_slice(x, numbers, (*self._start(group), start))
 
-    def put_partial(self, whole: Partial, part: tuple[Array, Array, Array], start) -> Partial:
+    def put_partial(self, whole: PartialAttention, part: tuple[Array, Array, Array], start) -> PartialAttention:
         """Returns `whole` with the out, exponent and total of these queries in it."""
         out, exponent, total = part
         numbers = (self.put_numbers(x, new, start) for x, new in ((whole.exponent, exponent), (whole.total, total)))
-        return Partial(self.put(whole.out, out, start), *numbers)
+        return PartialAttention(self.put(whole.out, out, start), *numbers)
 
     def terms(self, mod: ScoreMod, start, size: int, keys) -> RowTerms:
         """Returns what belongs to these heads; of a bias `size` queries from start, and keys = (start, size)."""

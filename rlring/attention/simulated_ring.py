@@ -15,7 +15,7 @@ from rlring.attention.blocks import joined, put, take
 from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, local_attention, no_gradients
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import PartialAttention
 
 
 def simulated_ring_attention(
@@ -40,21 +40,21 @@ class _SimulatedRingKernel(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return self.kernel.residual_dtype(dtype)
 
-    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: None = None) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: None = None) -> PartialAttention:
         cut = _Cut.of(self.ring, q, k, v, mask)
 
-        def device(r) -> Partial:
+        def device(r) -> PartialAttention:
             first = self.kernel.forward(cut.queries(q, r), *cut.keys(r), cut.pair(r, r), mod)
             return lax.fori_loop(1, self.ring, partial(self._forward_hop, cut, mod, r), first)
 
         parts = lax.map(device, jnp.arange(self.ring))
-        return Partial(joined(parts.out, 1), *(joined(x, 2) for x in (parts.exponent, parts.total)))
+        return PartialAttention(joined(parts.out, 1), *(joined(x, 2) for x in (parts.exponent, parts.total)))
 
-    def _forward_hop(self, cut: "_Cut", mod: ScoreMod, r, n, total: Partial) -> Partial:
+    def _forward_hop(self, cut: "_Cut", mod: ScoreMod, r, n, total: PartialAttention) -> PartialAttention:
         source = (r - n) % self.ring
         seen = cut.pair(r, source)
 
-        def attend(total: Partial) -> Partial:
+        def attend(total: PartialAttention) -> PartialAttention:
             return self.kernel.forward(cut.queries(cut.q, r), *cut.keys(source), seen, mod, total)
 
         return lax.cond(seen.shows_any(), attend, lambda total: total, total)

@@ -1,4 +1,4 @@
-"""Partial and merge(): softmax attention over a part of the keys, and how parts add up to the Whole."""
+"""PartialAttention and merge(): softmax attention over a part of the keys, and how parts add up to the Whole."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class Whole(NamedTuple):
         return jnp.where(self.total == 0.0, -jnp.inf, lse)
 
 
-class Partial(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention over some of the keys, in the accumulator's type: the parts of a long context are merged many times.
 
     A row that sees nothing is 0 in all three, the neutral element of merge().
@@ -43,7 +43,7 @@ class Partial(NamedTuple):
     total: Float[Array, "B N T"]
 
     @classmethod
-    def of(cls, out: Float[Array, "B T N H"], lse: Float[Array, "B N T"]) -> "Partial":
+    def of(cls, out: Float[Array, "B T N H"], lse: Float[Array, "B N T"]) -> "PartialAttention":
         """Returns what a kernel of the hardware found, which gives its log-sum-exp only."""
         log2 = lse / LOG_2
         exponent = finite(jnp.floor(log2))
@@ -54,15 +54,15 @@ class Partial(NamedTuple):
         """Returns it as attention over all keys."""
         return Whole(self.out / by_token(divisor(self.total)), self.exponent, self.total)
 
-    def padded(self, length: int) -> "Partial":
+    def padded(self, length: int) -> "PartialAttention":
         """Returns it with queries that see nothing appended up to the length."""
         more = length - self.out.shape[1]
         numbers = (jnp.pad(x, ((0, 0), (0, 0), (0, more))) for x in (self.exponent, self.total))
-        return Partial(jnp.pad(self.out, ((0, 0), (0, more), (0, 0), (0, 0))), *numbers)
+        return PartialAttention(jnp.pad(self.out, ((0, 0), (0, more), (0, 0), (0, 0))), *numbers)
 
-    def cut(self, length: int) -> "Partial":
+    def cut(self, length: int) -> "PartialAttention":
         """Returns it of the first `length` queries."""
-        return Partial(self.out[:, :length], self.exponent[:, :, :length], self.total[:, :, :length])
+        return PartialAttention(self.out[:, :length], self.exponent[:, :, :length], self.total[:, :, :length])
 
 
 def accumulator_type(dtype: DTypeLike) -> jnp.dtype:
@@ -77,12 +77,12 @@ def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."], dty
     return jnp.einsum(subscripts, a.astype(wider), b.astype(wider), preferred_element_type=dtype)
 
 
-def nothing(q: Float[Array, "B T N H"], v: Float[Array, "B S K V"]) -> Partial:
-    """Returns the Partial over no keys at all."""
+def nothing(q: Float[Array, "B T N H"], v: Float[Array, "B S K V"]) -> PartialAttention:
+    """Returns the PartialAttention over no keys at all."""
     batch, length, heads, _ = q.shape
     dtype = accumulator_type(q.dtype)
     zero = zeros((batch, heads, length), dtype, q)
-    return Partial(zeros((batch, length, heads, v.shape[3]), dtype, q), zero, zero)
+    return PartialAttention(zeros((batch, length, heads, v.shape[3]), dtype, q), zero, zero)
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, like: Array) -> Float[Array, "..."]:
@@ -90,13 +90,13 @@ def zeros(shape: tuple[int, ...], dtype: jnp.dtype, like: Array) -> Float[Array,
     return lax.pcast(jnp.zeros(shape, dtype), tuple(jax.typeof(like).manual_axis_type.varying), to="varying")
 
 
-def merge(a: Partial, b: Partial) -> Partial:
+def merge(a: PartialAttention, b: PartialAttention) -> PartialAttention:
     """Returns attention over the union of two disjoint sets of keys. No exponential can overflow."""
     exponents = exponent_or_none(a.exponent, a.total), exponent_or_none(b.exponent, b.total)
     exponent = finite(jnp.maximum(*exponents))
     fade_a, fade_b = (power_of_two(x, exponent) for x in exponents)
     out = a.out * by_token(fade_a) + b.out * by_token(fade_b)
-    return Partial(out, exponent, a.total * fade_a + b.total * fade_b)
+    return PartialAttention(out, exponent, a.total * fade_a + b.total * fade_b)
 
 
 def by_token(x: Shaped[Array, "B N T"]) -> Shaped[Array, "B T N 1"]:

@@ -27,7 +27,7 @@ from rlring.attention.blocks import Blocks
 from rlring.attention.kernel import BackwardInputs, Gradients, no_gradients
 from rlring.attention.mask import PADDING, Mask
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial, accumulator_type
+from rlring.attention.softmax import PartialAttention, accumulator_type
 from rlring.attention.sparse_pattern import SparsePattern, check_mask
 
 SMALLEST_TILE = 64  # tokens; products of less cost more than the scores they save
@@ -48,11 +48,11 @@ class SparseKernel(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return accumulator_type(dtype)
 
-    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: None = None) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: None = None) -> PartialAttention:
         near = band.forward(q, k, v, _NearMask.of(mask, self.pattern), mod, *self.near_cut())
         far, far_blocks = self._far(mask, k), self.far_blocks(k.shape[1])
 
-        def add(chunk, total: Partial) -> Partial:
+        def add(chunk, total: PartialAttention) -> PartialAttention:
             keys = far.keys(chunk)
             seen = far.mask(mask, keys, self.pattern)
             return blockwise.forward(q, keys.take(k), keys.take(v), seen, mod, far_blocks, total)

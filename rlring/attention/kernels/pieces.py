@@ -10,24 +10,24 @@ from jaxtyping import Array, Float
 from rlring.attention.blocks import joined, pad
 from rlring.attention.kernel import Gradients
 from rlring.attention.mask import Mask
-from rlring.attention.softmax import Partial, merge, nothing
+from rlring.attention.softmax import PartialAttention, merge, nothing
 
 
 def forward_by_pieces(
-    forward: Callable[[Array, Array, Mask], Partial],
+    forward: Callable[[Array, Array, Mask], PartialAttention],
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
     mask: Mask,
-    before: Partial | None,
+    before: PartialAttention | None,
     length: int,
-) -> Partial:
+) -> PartialAttention:
     """Returns forward(k, v, mask) of each `length` keys, merged, and with what was before."""
     if k.shape[1] <= length:
         here = forward(k, v, mask)
         return here if before is None else merge(before, here)
 
-    def add(total: Partial, piece) -> tuple[Partial, None]:
+    def add(total: PartialAttention, piece) -> tuple[PartialAttention, None]:
         return merge(total, forward(*piece)), None
 
     return lax.scan(add, nothing(q, v) if before is None else before, _cut(k, v, mask, length))[0]

@@ -18,7 +18,7 @@ from rlring.attention.kernel import BackwardInputs, Gradients, Kernel, no_gradie
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial, by_token, nothing
+from rlring.attention.softmax import PartialAttention, by_token, nothing
 from rlring.attention.window import MOST, is_within
 
 SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
@@ -96,8 +96,8 @@ class RectangleKernel(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so
 
-    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
-        def attend(k, v, mask: Mask) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
+        def attend(k, v, mask: Mask) -> PartialAttention:
             branches = [_forward(self.tile, mod.scale, shape) for shape in SHAPES]
             return lax.switch(shape_of(mask), [*branches, self._rest_forward(mod)], q, k, v, mask)
 
@@ -175,15 +175,15 @@ def _is_triangle(mask: Mask) -> Bool[Array, ""]:
 
 
 def _forward(tile: Tile, scale: float, shape: _Shape):
-    def attend(q, k, v, mask: Mask) -> Partial:
+    def attend(q, k, v, mask: Mask) -> PartialAttention:
         if shape == NOTHING or _is_missing(shape, q, k):
             return nothing(q, v)
         arrays = shape.of_q(q), shape.of_k(k), shape.of_k(v)
         out, lse = tile.forward(*arrays, scale=scale, is_causal=shape.is_causal)
         there = shape.of_q(_there(mask), 2)
         out = jnp.where(by_token(there), out.astype(jnp.float32), 0.0)
-        seen = Partial.of(out, jnp.where(there, lse, -jnp.inf))
-        return Partial(*(_in_place(x, d, shape.q, q.shape[1]) for x, d in zip(seen, (1, 2, 2), strict=True)))
+        seen = PartialAttention.of(out, jnp.where(there, lse, -jnp.inf))
+        return PartialAttention(*(_in_place(x, d, shape.q, q.shape[1]) for x, d in zip(seen, (1, 2, 2), strict=True)))
 
     return attend
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlring.attention.kernel import Gradients, no_gradients
-from rlring.attention.softmax import Partial, nothing
+from rlring.attention.softmax import PartialAttention, nothing
 
 
 class Refusal(NamedTuple):
@@ -17,7 +17,7 @@ class Refusal(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype
 
-    def forward(self, q, k, v, *rest) -> Partial:
+    def forward(self, q, k, v, *rest) -> PartialAttention:
         return _all_nan(nothing(q, v))
 
     def backward(self, q, k, v, *rest) -> Gradients:

@@ -23,7 +23,7 @@ from rlring.attention.kernel import BackwardInputs, Gradients
 from rlring.attention.kernels.pieces import backward_by_pieces, forward_by_pieces
 from rlring.attention.mask import Mask
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial, finite
+from rlring.attention.softmax import PartialAttention, finite
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
@@ -47,12 +47,12 @@ class SplashKernel(NamedTuple):
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
         return dtype  # the library's kernels take it so
 
-    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: Partial | None = None) -> Partial:
-        def attend(k, v, mask: Mask) -> Partial:
+    def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
+        def attend(k, v, mask: Mask) -> PartialAttention:
             keys = _Keys.in_order(k, v, mask)
             one = partial(_forward, mod=mod, tiles=_Tiles.of(self.blocks, q, k), interpret=self.interpret)
             out, lse = _by_sequence(one, (q, keys.k, keys.v), keys.seen())
-            return Partial.of(out.astype(jnp.float32), lse)
+            return PartialAttention.of(out.astype(jnp.float32), lse)
 
         return forward_by_pieces(attend, q, k, v, mask, before, LONGEST)
 

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlring.attention.exponential import power_of_two
-from rlring.attention.softmax import Partial, merge, nothing
+from rlring.attention.softmax import PartialAttention, merge, nothing
 
 
-def part(scores: np.ndarray, values: np.ndarray) -> Partial:
+def part(scores: np.ndarray, values: np.ndarray) -> PartialAttention:
     """Attention of one head over some keys in float64, by the definition."""
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     out = weights @ values / weights.sum(-1, keepdims=True)
     lse = np.log(weights.sum(-1)) + scores.max(-1)
-    return Partial.of(jnp.asarray(out, jnp.float32)[None, :, None], jnp.asarray(lse, jnp.float32)[None, None])
+    return PartialAttention.of(jnp.asarray(out, jnp.float32)[None, :, None], jnp.asarray(lse, jnp.float32)[None, None])
 
 
 @settings(max_examples=50, deadline=None)
@@ -37,7 +37,7 @@ def test_nothing_is_neutral():
     empty = nothing(jnp.ones((1, 2, 1, 3)), jnp.ones((1, 2, 1, 3)))
     np.testing.assert_array_equal(merge(empty, empty).whole().out, np.zeros((1, 2, 1, 3)))
     np.testing.assert_array_equal(merge(empty, empty).whole().lse, [[[-np.inf, -np.inf]]])
-    some = Partial.of(jnp.ones((1, 2, 1, 3)), jnp.array([[[0.5, -100.0]]]))
+    some = PartialAttention.of(jnp.ones((1, 2, 1, 3)), jnp.array([[[0.5, -100.0]]]))
     for merged in (merge(some, empty), merge(empty, some)):
         for a, b in zip(merged, some, strict=True):
             np.testing.assert_array_equal(a, b)

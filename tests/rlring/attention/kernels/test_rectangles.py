@@ -19,7 +19,7 @@ from rlring.attention.kernels import rectangles
 from rlring.attention.kernels.rectangles import RectangleKernel, shape_of
 from rlring.attention.ring import ring_attention
 from rlring.attention.score_mod import ScoreMod
-from rlring.attention.softmax import Partial
+from rlring.attention.softmax import PartialAttention
 from rlring.mesh import make_mesh
 
 SHARDS, LENGTH, KV_HEADS = 4, 256, 2
@@ -62,7 +62,7 @@ class Poison(NamedTuple):
     """A tile and a kernel that nobody is to call: all it returns is NaN."""
 
     def forward(self, q, k, v, mask=None, *rest, **settings):
-        found = Partial(*(jnp.full(shape, jnp.nan) for shape in (q.shape, _numbers(q), _numbers(q))))
+        found = PartialAttention(*(jnp.full(shape, jnp.nan) for shape in (q.shape, _numbers(q), _numbers(q))))
         return found[:2] if mask is None else found
 
     def backward(self, q, k, v, *rest, **settings):
