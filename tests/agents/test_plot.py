@@ -3,6 +3,8 @@
 import base64
 import itertools
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,11 +20,12 @@ from matplotlib.transforms import Bbox
 from agents.cli import ConfigError
 from agents.comparisons import compared
 from agents.figure import compose, short_number, spread
-from agents.plot import FOREIGN, curves, episodes_of_mode, main, plot
+from agents.plot import FOREIGN, PlotResult, curves, episodes_of_mode, main, plot
 from agents.report import write_report
 from agents.results import Result, append_results
-from agents.statistics import summarize
+from agents.statistics import SummaryRow, summarize
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 CONTEXTS = (0, 1, 2, 4, 8)
 
 
@@ -374,13 +377,12 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_report_needs_nothing_but_itself(tmp_path: Path):
+def write_a_report(path: Path) -> tuple[list[Result], list[SummaryRow], PlotResult, PlotResult]:
     results = evaluation(count=2)
     results += own_episodes([[1.0, 2.0], [2.0, 3.0]])
-    drawn = plot(results, tmp_path / "plot.png", resamples=50)
-    own = plot(results, tmp_path / "own.png", mode="self", resamples=50)
+    drawn = plot(results, path.with_name("plot.png"), resamples=50)
+    own = plot(results, path.with_name("own.png"), mode="self", resamples=50)
     rows = summarize(results, resamples=50)
-    path = tmp_path / "report.html"
     write_report(
         path,
         title="Does <it> help?",
@@ -391,6 +393,12 @@ def test_a_report_needs_nothing_but_itself(tmp_path: Path):
         commands=["make quickstart"],
         config='name = "<b>"',
     )
+    return results, rows, drawn, own
+
+
+def test_a_report_needs_nothing_but_itself(tmp_path: Path):
+    path = tmp_path / "report.html"
+    results, rows, drawn, own = write_a_report(path)
     text = path.read_text()
     page = Page(text)
     images = [base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in page.links]
@@ -407,6 +415,27 @@ def test_a_report_needs_nothing_but_itself(tmp_path: Path):
         "at (foreign context)",
     ):
         assert words in page.text
+
+
+WHAT_IS_THERE = """<script>onload = () => document.body.append(JSON.stringify({
+  images: Array.from(document.images, (one) => one.complete && one.naturalWidth > 99),
+  requests: performance.getEntriesByType("resource").map((one) => one.name).filter((name) => !name.startsWith("data:")),
+  wide: document.documentElement.scrollWidth > innerWidth,
+}))</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_the_whole_report(tmp_path: Path):
+    """Every figure, no request, no error on the console, nothing wider than the window."""
+    path = tmp_path / "report.html"
+    write_a_report(path)
+    path.write_text(path.read_text() + WHAT_IS_THERE)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--window-size=1000,900"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    shown = subprocess.run([BROWSER, *flags, path.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    assert '{"images":[true,true],"requests":[],"wide":false}' in shown.stdout
+    assert "CONSOLE" not in shown.stderr, shown.stderr
 
 
 def test_a_report_shows_no_pdf(tmp_path: Path):
