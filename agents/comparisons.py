@@ -91,8 +91,8 @@ def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RES
 
 def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval | None:
     """Returns the mean return of one context minus that of a perfect memory (`agents.prediction`), as a share of
-    known - prior, with its 95 % interval. None where prior or known was not measured for the same goals, and for rare goals,
-    where results do not say how many trajectories of the context reached the goal.
+    known - prior, with its 95 % interval. None where prior or known was not measured for the same goals, and for rare
+    goals, where results do not say how many trajectories of the context reached the goal.
 
     Args:
         results: all results of the agent on this task, those of `one` included.
