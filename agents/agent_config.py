@@ -91,8 +91,8 @@ class AgentConfig(Section):
     window: Count | None = None
     """Timesteps that a token attends to, its own included. None: all earlier ones."""
     loss_on: Literal["last", "all", "all+last"] = "all+last"
-    """Trajectories whose actions enter the loss. all+last: all, with the last one counted twice. In map tasks, the
-    queries count as "last"."""
+    """Trajectories whose actions enter the loss. all+last: all, with the last one (by default the best) counted
+    twice. In map tasks, the queries count as "last"."""
     loss_elsewhere: Fraction = 0.0
     """With loss_on "last": the loss weight of the other trajectories' actions."""
     top_fraction: Annotated[Fraction, Field(gt=0)] = 0.1

@@ -56,7 +56,7 @@ def named(results: Sequence[Result]) -> list[Result]:
 
 
 def _names(results: Sequence[Result]) -> dict[Player, str]:
-    """Returns a unique name for each player."""
+    """Returns the name of each player. Within a task, names are distinct, except that all oracles share a name."""
     series: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for result in results:
         of_agent = series.setdefault((result.task, result.agent), {})

@@ -22,7 +22,7 @@ def whole(place: Path) -> Iterator[None]:
     """Turns the errors of orbax, raised in this context by a damaged checkpoint `place`, into a ConfigError.
 
     Damage means truncated, missing or overwritten files. `place` may also be the folder of all checkpoints, of which
-    orbax reads some files: the damaged checkpoint is then searched.
+    orbax reads some files: the error then names the damaged checkpoint, if it can be found.
     """
     try:
         yield

@@ -19,7 +19,7 @@ from data import TrajectoryStore
 Settings = dict[str, Any]  # flat, by dotted name
 Stores = Mapping[str, Mapping[str, Any]]  # `records` by task: path and content of the store
 
-# Settings that a run may change when it is continued: but for train.updates, they change results by rounding at most.
+# Settings that a run may change when it is continued. Except train.updates, they change results by rounding at most.
 FREE = (
     "name",
     "series",

@@ -39,7 +39,7 @@ class Actor(nnx.Module):
 
 
 class IQL(ActorCritic):
-    """Imitates the better actions of the data, and evaluates no other actions. Settings: `agent.iql`."""
+    """Imitates the better actions of the data, and evaluates no actions outside the data. Settings: `agent.iql`."""
 
     def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         model = self.config.model

@@ -73,7 +73,8 @@ def reading_table(rows: Sequence[Reading]) -> str:
 
 
 def _history(loaded: Loaded, tokens: int) -> tuple[ChainBatch, ChainBatch]:
-    """Returns a history of at most `tokens` tokens, and the episode after it. Raises ConfigError for other agents."""
+    """Returns a history of at most `tokens` tokens, and the episode after it. Raises ConfigError for agents that do not
+    read a history by attention, and for fewer tokens than an episode."""
     agent, config = loaded.agent, loaded.config
     if not isinstance(agent, ReturnConditionedAgent) or config.agent.kind == "decision_transformer":
         raise ConfigError(

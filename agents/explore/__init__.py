@@ -1,6 +1,6 @@
 """ExoRL's unsupervised data collectors: agents that explore with intrinsic rewards, and write their episodes.
 
-All share one learner (`agents.explore.learner`). An algorithm is an intrinsic reward, in a file of its own:
+All but `random` share one learner (`agents.explore.learner`). Each algorithm is an intrinsic reward, in its own file:
 
     random          none: uniform actions
     rnd             the error of predicting a random network (Burda et al. 2018, arXiv 1810.12894)
