@@ -1,3 +1,3 @@
 """Offline reinforcement learning on rlring: return-conditioned Transformers trained on chains of whole trajectories."""
 
-import data as data  # before all that takes long to import: it answers Ctrl-C meanwhile
+import data as data  # first: it handles Ctrl-C while the slow imports run

@@ -1,13 +1,13 @@
-"""What the agents with a critic share: networks, what a loss draws at random, the update, and how they act.
+"""The base class of the actor-critic agents: networks, random numbers of losses, the update, and acting.
 
-An update is one step of every network at once, each with the others held fixed and with an optimizer of its own
-(`agents.optimizer`); then the target network follows the critic, w' of the one and w of the other:
+An update takes one step of all networks at once. Each network is updated with the others held fixed, by a separate
+optimizer (`agents.optimizer`). Then the weights w' of the target network move towards the weights w of the critic:
 
     w' <- w' + rate (w - w')
 
-Networks and settings are ExoRL's (Yarats et al. 2022, arXiv 2201.13425), so that these agents differ in their losses
-alone. They learn from transitions (s, a, r, d, s'). d is 0 only where an episode really ended: the end of a time limit
-is no end, and what would have come after counts.
+Networks and settings are ExoRL's (Yarats et al. 2022, arXiv 2201.13425), so that these agents differ only in their
+losses. They learn from transitions (s, a, r, d, s'). d is 0 only at true terminations. A time limit is not a
+termination: the value of the next state still counts there.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ from agents.samplers import transitions
 from agents.standardizer import Standardizer
 from data import ChainBatch, TrajectoryStore, TransitionBatch
 
-NOW, NEXT, ANY = range(3)  # which action a draw is for: at s, at s', anywhere
+NOW, NEXT, ANY = range(3)  # the use of a random draw: the action at s, the action at s', other actions
 EDGE = 1.0 - 1e-6
 
 
 class Layers(nnx.Module):
-    """Linear, layer norm, tanh; then `layers` - 1 times linear, ReLU; then linear. Orthogonal weights."""
+    """An MLP: linear, layer norm, tanh; then `model.layers` - 1 times linear, ReLU; then linear. Orthogonal weights."""
 
     def __init__(self, inputs: int, outputs: int, model: ModelConfig, *, rngs: nnx.Rngs):
         linear = partial(nnx.Linear, kernel_init=nnx.initializers.orthogonal(), rngs=rngs)
@@ -52,7 +52,7 @@ class Layers(nnx.Module):
 
 
 class OfObservation(nnx.Module):
-    """Layers on observations."""
+    """An MLP (`Layers`) on standardised observations."""
 
     def __init__(self, scales: Scales, outputs: int, model: ModelConfig, *, rngs: nnx.Rngs):
         self.standardized = Standardizer.of(scales)
@@ -63,7 +63,7 @@ class OfObservation(nnx.Module):
 
 
 class Critic(nnx.Module):
-    """Two estimates of the value of an action: the lesser is less often too high (Fujimoto et al. 2018)."""
+    """Two estimates Q_1, Q_2 of the value of an action. Their minimum limits overestimation (Fujimoto et al. 2018)."""
 
     def __init__(self, scales: Scales, action_size: int, model: ModelConfig, *, rngs: nnx.Rngs):
         self.standardized = Standardizer.of(scales)
@@ -76,9 +76,9 @@ class Critic(nnx.Module):
 
 
 class ActorCritic:
-    """An agent whose policy learns from a critic. Its subclasses say with which networks and losses.
+    """An agent whose policy learns from a critic. Subclasses define the networks and the losses.
 
-    It has no memory, and sees the observation alone.
+    It has no memory, and acts on the current observation alone.
     """
 
     context = False
@@ -92,20 +92,21 @@ class ActorCritic:
         self.graphs = {name: nnx.split(network)[0] for name, network in abstract.items()}
 
     def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """Returns the networks that learn, with new weights."""
+        """Returns the trained networks by name, with newly initialised weights; "actor" and "critic" are required."""
         raise NotImplementedError
 
     def losses(
         self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch
     ) -> tuple[dict[str, Array], Metrics]:
-        """Returns the losses of a batch [B], that of the policy called "action", and other metrics.
+        """Returns the losses of a batch [B] by name, the policy's loss as "action", and further metrics.
 
-        learnt, fixed: the networks by name and `target`, the critic's; through those that are `fixed` no gradient goes.
+        learnt, fixed: the networks by name, and the critic's target network as `target`. Gradients flow through
+        `learnt` only.
         """
         raise NotImplementedError
 
     def policy(self, actor: nnx.Module, observation: Float[Array, "B O"], key: Array | None) -> Float[Array, "B A"]:
-        """Returns what is done, in [-1, 1]: drawn from the policy with `key`, its mean without."""
+        """Returns actions in [-1, 1]: sampled with `key`, or the policy's mean without."""
         raise NotImplementedError
 
     def optimizer(self) -> optax.GradientTransformation:
@@ -142,22 +143,22 @@ class ActorCritic:
 
 
 def temporal_difference(value: Float[Array, "2 B"], target: Float[Array, " B"]) -> Float[Array, ""]:
-    """Returns the mean squared error of both estimates, added up."""
+    """Returns the mean squared error of `value` to `target`, summed over both estimates."""
     return jnp.square(value - target[None]).sum(axis=0).mean()
 
 
 def repeated(observation: Float[Array, "B O"], samples: int) -> Float[Array, "B samples O"]:
-    """Returns each observation so many times."""
+    """Returns each observation repeated `samples` times."""
     return jnp.broadcast_to(observation[:, None], (len(observation), samples, observation.shape[-1]))
 
 
 def normal(key: UInt32[Array, "B 2"], use: int, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
-    """Returns standard normal numbers, those of a transition functions of its own bits alone, whatever the mesh."""
+    """Returns standard normal numbers. They depend on each transition's key and `use` alone, on any mesh."""
     return _drawn(jax.random.normal, key, use, shape)
 
 
 def uniform(key: UInt32[Array, "B 2"], use: int, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
-    """Returns numbers uniform in [-1, 1], likewise."""
+    """Returns numbers uniform in [-1, 1), which depend on the same as those of `normal`."""
     return _drawn(partial(jax.random.uniform, minval=-1.0, maxval=1.0), key, use, shape)
 
 
@@ -169,5 +170,5 @@ def _drawn(draw: Any, key: Array, use: int, shape: tuple[int, ...]) -> Array:
 
 
 def inside(action: Float[Array, "*B A"]) -> Float[Array, "*B A"]:
-    """Returns actions clipped into (-1, 1); their gradient goes through as if they were not, as in ExoRL."""
+    """Returns actions clipped into (-1, 1), with the gradient of the identity, as in ExoRL."""
     return action + jax.lax.stop_gradient(jnp.clip(action, -EDGE, EDGE) - action)

@@ -1,4 +1,4 @@
-"""The settings of an agent: `[agent]`, and a table in it of the algorithms that have settings of their own."""
+"""The settings of an agent: `[agent]`, and a table for each value-based algorithm, such as `[agent.td3]`."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,62 +8,63 @@ from agents.section import Between, Chance, Count, Fraction, Positive, Section, 
 
 
 class ValueSection(Section):
-    """Of every agent that learns a value function from transitions."""
+    """Settings of all agents that learn a value function from transitions."""
 
     discount: Between = 0.99
-    """What the reward of the next step counts."""
+    """Discount factor gamma."""
     target_rate: Chance = 0.01
-    """How far the target network goes towards the critic in an update."""
+    """Rate of the target network's update towards the critic (often called tau)."""
 
 
 class TD3Section(ValueSection):
-    """ExoRL's (Yarats et al. 2022)."""
+    """Settings of TD3, with ExoRL's defaults (Yarats et al. 2022)."""
 
     noise: Positive = 0.2
-    """Standard deviation of the policy, in each entry of an action."""
+    """Standard deviation of the policy's Gaussian noise, per action dimension."""
     noise_clip: Positive = 0.3
-    """The most that noise changes an entry while learning."""
+    """Bound of the noise per action dimension, in training."""
 
 
 class TD3BCSection(TD3Section):
-    """ExoRL's, with the alpha of the paper (Fujimoto and Gu 2021)."""
+    """Settings of TD3+BC, with ExoRL's defaults and the alpha of the paper (Fujimoto and Gu 2021)."""
 
     alpha: Positive = 2.5
-    """How much the value counts beside imitation."""
+    """Weight of the value term relative to the imitation term."""
 
 
 class CRRSection(TD3Section):
-    """ExoRL's; the paper's weights (Wang et al. 2020)."""
+    """Settings of CRR, with ExoRL's defaults; the weight functions are the paper's (Wang et al. 2020)."""
 
     weight: Literal["indicator", "exp"] = "indicator"
-    """How much an action is imitated, by its advantage."""
+    """Weight of an action in the imitation loss, as a function of its advantage."""
     temperature: Positive = 1.0
-    """Of the weight "exp"."""
+    """Temperature of the weight "exp"."""
     samples: Size = 10
-    """Actions of the policy whose mean value is the value of an observation."""
+    """Number of policy actions whose mean Q value estimates the value of an observation."""
 
 
 class CQLSection(ValueSection):
-    """ExoRL's (the algorithm: Kumar et al. 2020)."""
+    """Settings of CQL (Kumar et al. 2020), with ExoRL's defaults."""
 
     alpha: Positive = 0.01
-    """How much the gap between the values of actions of the policy and of the data counts."""
+    """Weight of the conservative penalty: log-sum-exp of Q over sampled actions, less Q of the data's action."""
     samples: Size = 3
-    """Actions of each kind by which the largest values are estimated."""
+    """Sampled actions of each kind (uniform, pi(s), pi(s')) in the log-sum-exp."""
 
 
 class IQLSection(ValueSection):
-    """The paper's for locomotion (Kostrikov et al. 2021)."""
+    """Settings of IQL, with the paper's defaults for locomotion (Kostrikov et al. 2021)."""
 
     target_rate: Chance = 0.005
     expectile: Between = 0.7
-    """0.5: the mean value of the actions in the data; 1: the value of the best of them."""
+    """Expectile tau of the value regression. 0.5 gives the mean value of the actions in the data; towards 1, the value
+    of the best of them."""
     temperature: Positive = 3.0
-    """The paper's beta: how much better actions are preferred. Near 0: behaviour cloning."""
+    """The paper's beta: how strongly actions of higher advantage are preferred. Near 0: behaviour cloning."""
 
 
 VALUE_KINDS = ("td3", "td3_bc", "crr", "cql", "iql")
-"""Agents that learn a value function, each with a table of its name."""
+"""Agents that learn a value function. Each has a table of settings under its name."""
 
 
 class AgentConfig(Section):
@@ -79,28 +80,28 @@ class AgentConfig(Section):
         "cql",
         "iql",
     ]
-    """algorithm_distillation: predicts what a learner does next; recurrent: a recurrent cell reads the chains of the
-    agentic transformer; bc: behaviour cloning; td3 and those behind it: a policy beside a value function."""
+    """The algorithm. recurrent: the agentic transformer with a recurrent network in place of attention. bc: behaviour
+    cloning. td3, td3_bc, crr, cql, iql: actor-critic algorithms, trained on transitions."""
     cell: Literal["delta"] | None = None
-    """recurrent: what a layer remembers by. None: gated recurrent units, 2 numbers for each of the width; delta: the
-    gated delta rule, in each head a matrix of twice the width squared."""
+    """Cell of the recurrent agent. None: a GRU, whose state has 2 * width entries per layer. delta: the gated delta
+    rule, whose state is a matrix of 2 * width by 2 * width per head."""
     tokens: Literal["rsar", "fused"] = "fused"
-    """rsar: return, state, action and reward are a token each (the papers'); fused: one token a step, four times the
-    context."""
+    """rsar: return, state, action and reward are one token each, as in the papers. fused: one token per timestep, so
+    that the same number of tokens holds four times as many timesteps."""
     window: Count | None = None
-    """Steps that a token sees, itself included. None: all."""
+    """Timesteps that a token attends to, its own included. None: all earlier ones."""
     loss_on: Literal["last", "all", "all+last"] = "all+last"
-    """Trajectories whose actions are learnt. all+last: all, and the best one twice. Of a map, "last" are the
-    queries."""
+    """Trajectories whose actions enter the loss. all+last: all, with the last one (by default the best) counted
+    twice. In map tasks, the queries count as "last"."""
     loss_elsewhere: Fraction = 0.0
-    """With loss_on "last": how much the actions of the other trajectories count."""
+    """With loss_on "last": the loss weight of the other trajectories' actions."""
     top_fraction: Annotated[Fraction, Field(gt=0)] = 0.1
-    """bc: share of the time steps kept, from the trajectories of highest return."""
+    """bc: share of the timesteps that are imitated, from the trajectories of highest return."""
     mixture: Size | None = None
-    """Gaussians in the mixture from which an action is drawn, so that several ways to act stay apart. None: one
-    Gaussian. (Not of the kinds that learn a value.)"""
+    """Number of Gaussian components of the action distribution, for multimodal data. None: a single Gaussian. Not
+    available for agents that learn a value function."""
     td3: TD3Section | None = None
-    """Each of these tables goes with the kind of its name, and there it is never None."""
+    """Settings of the kind of the same name. Each of these tables is set for its own kind, and None for all others."""
     td3_bc: TD3BCSection | None = None
     crr: CRRSection | None = None
     cql: CQLSection | None = None
@@ -129,5 +130,5 @@ class AgentConfig(Section):
 
     @property
     def value(self) -> Any:
-        """The table of an agent that learns a value function."""
+        """The settings table of the agent's kind, for agents that learn a value function."""
         return getattr(self, self.kind)

@@ -1,4 +1,4 @@
-"""Training batches on the devices, made ahead: by a thread of this process (grain), or by processes of their own."""
+"""Training batches, prepared in advance by a thread of this process (grain) or by worker processes."""
 
 import multiprocessing
 import os
@@ -21,12 +21,12 @@ from agents.config import Config
 from rlring.sharding import BatchPart
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 5.0  # seconds between a worker's SIGTERM and its end
+GRACE = 5.0  # seconds from SIGTERM until a worker exits
 
 
 class Batches:
-    """Update -> this process' part of its batch, padded and ordered for the mesh. Picklable, so that worker processes
-    can make batches."""
+    """Makes this process' part of the batch of an update, padded and ordered for the mesh. Picklable, for worker
+    processes."""
 
     def __init__(self, sampler: Sampler, rows: np.ndarray, places: np.ndarray):
         self.sampler, self.rows, self.places = sampler, rows, places
@@ -38,10 +38,10 @@ class Batches:
 def batches(
     config: Config, agent: Agent, sampler: Sampler, first: int, mesh: Mesh | None
 ) -> Generator[tuple[int, Batch]]:
-    """Yields every update from `first` on with its batch on the devices, each process its part.
+    """Yields (update, batch) from update `first` on, with the batch on the devices. Each process makes its part.
 
-    The batches are the same for every `train.workers`. Close the generator to end the workers; they also end when this
-    process is killed. ConfigError when a worker was killed.
+    The batches do not depend on `train.workers`. Closing the generator ends the workers; they also end when this
+    process is killed. Raises ConfigError when a worker was killed.
     """
     order = agent.order(sampler.timesteps)
     order = np.arange(sampler.timesteps) if order is None else order
@@ -61,17 +61,17 @@ def batches(
 
 
 def _by_processes(make: Batches, updates: range, workers: int, prefetch: int) -> Generator[Batch]:
-    """Yields the batch of every update, in order, with up to `prefetch` more (and one a worker) under way.
+    """Yields the batch of every update in order, while up to `prefetch` + `workers` batches are being made.
 
-    Processes of our own and not grain's: those live on when this one is killed, leave shared memory behind, and need
-    the flags of an absl program.
+    Grain's worker processes are not used: they survive when this process is killed, leave shared memory behind, and
+    need the flags of an absl program.
     """
-    spawn = multiprocessing.get_context("spawn")  # a forked child of a process that runs JAX's threads can hang
+    spawn = multiprocessing.get_context("spawn")  # forking a process with JAX's threads can deadlock
     pool = ProcessPoolExecutor(max(1, min(workers, len(updates))), spawn, _begin_worker, (make,))
     ahead, under_way = iter(updates), deque()
     try:
         for _ in updates:
-            with _signals_held():  # a worker starts with them blocked, and never sees this terminal's Ctrl-C
+            with _signals_held():  # workers start with them blocked, so that Ctrl-C does not kill them
                 while len(under_way) < prefetch + workers and (update := next(ahead, None)) is not None:
                     under_way.append(pool.submit(_make, update))
             yield under_way.popleft().result()
@@ -86,7 +86,7 @@ def _by_processes(make: Batches, updates: range, workers: int, prefetch: int) ->
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Keeps Ctrl-C and SIGTERM back until the end; processes started within keep them back for good."""
+    """Blocks SIGINT and SIGTERM in this context. Processes started within it inherit the blocked signals."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -95,11 +95,11 @@ def _signals_held() -> Iterator[None]:
 
 
 def _begin_worker(make: Batches) -> None:
-    """Leaves stopping to the process that trains, and ends with it however it ends."""
+    """Initialises a worker, which ignores SIGINT, delays SIGTERM, and exits when the training process does."""
     global _make_batch
     _make_batch = make
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A cluster tells every process to end: the one that trains still writes a checkpoint, and may need a batch for it.
+    # A cluster sends SIGTERM to all processes; the training process may need another batch before its checkpoint.
     signal.signal(signal.SIGTERM, _end_later)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""BC-10%: behaviour cloning of the best tenth of the data with a perceptron, the baseline nobody may leave out."""
+"""BC-10%: behaviour cloning of the best tenth of the data with an MLP, a standard baseline."""
 
 import itertools
 
@@ -19,7 +19,7 @@ from data import ChainBatch, TrajectoryStore
 
 
 class Perceptron(nnx.Module):
-    """Observation -> distribution over actions."""
+    """An MLP from an observation to a distribution over actions."""
 
     def __init__(self, config: Config, scales: Scales, action_size: int, *, rngs: nnx.Rngs):
         self.standardized = Standardizer.of(scales)
@@ -35,8 +35,8 @@ class Perceptron(nnx.Module):
 
 
 class BehaviourCloning:
-    """Imitates, step by step, the trajectories of highest return that make up `agent.top_fraction` of the time steps
-    (the "%BC" of Chen et al. 2021). It has no memory.
+    """Imitates the trajectories of highest return, which make up `agent.top_fraction` of the timesteps (the "%BC" of
+    Chen et al. 2021). It has no memory, and acts on the current observation alone.
     """
 
     context = False

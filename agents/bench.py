@@ -1,9 +1,9 @@
 """How fast agents learn, read and act: python -m agents.bench learning | acting | reading RUN [--json F]
 
-learning: environment steps a second in training, at windows of several lengths, and beside it, in turns, Hugging Face's
-DecisionTransformerModel where torch and transformers are installed: same width, layers, heads, rows, window, precision,
-and about as many weights. acting: the time of a step against the length of what is remembered. reading: how long a
-trained agent takes to read a long history, on one device and on a ring, and whether it then acts alike.
+learning: environment steps per second in training, for several window lengths. If torch and transformers are installed,
+Hugging Face's DecisionTransformerModel is measured alternately, with the same width, layers, heads, batch, window and
+precision, and about as many weights. acting: the time of a step against the length of the context. reading: the time a
+trained agent takes to read a long history on one device and on a ring, and the difference in its actions.
 """
 
 import os
@@ -28,27 +28,27 @@ from agents.reading import measure_reading, reading_table
 from rlring import Mask, Transformer, TransformerConfig, make_mesh, request_cpu_devices
 from rlring.cli import Parser, check_json, count, version, write_json
 
-SHAPES = ((20, 64), (256, 8), (1024, 2))  # window in steps, rows of a batch
+SHAPES = ((20, 64), (256, 8), (1024, 2))  # (window in timesteps, batch size)
 HISTORIES = (1024, 16 * 1024, 128 * 1024, 512 * 1024)  # tokens
 READ = 128 * 1024  # tokens
-TRIED_SECONDS = 2.0  # of one candidate in one round
+TRIED_SECONDS = 2.0  # per learner and round
 
 
 class Learning(NamedTuple):
-    """One way to learn, at one shape."""
+    """The throughput of one learner at one shape."""
 
     name: str
     window: int
     batch: int
     weights: int
-    steps_per_second: float  # of the environment; median over the rounds
+    steps_per_second: float  # environment steps; median over the rounds
     slowest: float
     fastest: float
-    ratio: float | None  # to Hugging Face's in the same round; median
+    ratio: float | None  # to Hugging Face's throughput in the same round; median
 
 
 class Acting(NamedTuple):
-    """A step of an agent that remembers so many tokens."""
+    """The time of a step of an agent with `tokens` tokens in its cache."""
 
     tokens: int
     devices: int
@@ -58,7 +58,7 @@ class Acting(NamedTuple):
 
 
 def measure_learning(rounds: int) -> list[Learning]:
-    """Returns the throughputs, shape by shape; in every round each candidate runs for some seconds."""
+    """Returns the throughputs, shape by shape. In each of `rounds` rounds, every learner runs for TRIED_SECONDS."""
     found = []
     for window, batch in SHAPES:
         learners = [ours("fused", window, batch), ours("rsar", window, batch), *hugging_face(window, batch)]
@@ -92,9 +92,9 @@ def measure_learning(rounds: int) -> list[Learning]:
 
 
 def measure_acting(devices: int, rounds: int) -> list[Acting]:
-    """Returns the time of a step after histories of several lengths, on one device and on several.
+    """Returns the time of a step after histories of several lengths, on one device and on `devices` devices.
 
-    The histories are random keys and values: what a step costs depends on how many there are, not on what they say.
+    The histories are random keys and values: the cost of a step depends on their number, not on their content.
     """
     found = []
     for ring in sorted({1, devices}):
@@ -169,7 +169,7 @@ def acting_table(rows: Sequence[Acting]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns what the numbers hold for."""
+    """Returns the versions and the number of cores that the measurements hold for."""
     found = {"python": platform.python_version(), "cores": str(len(os.sched_getaffinity(0)))}
     for name in ("rlring", "jax", "jaxlib", "torch", "transformers"):
         if (installed := version(name)) is not None:

@@ -1,7 +1,7 @@
-"""Interquartile means, expected maxima, and bootstrap intervals around them. Knows numbers only, nothing of agents.
+"""Interquartile means and expected maxima of numbers, and bootstrap intervals around them.
 
-Every statistic here is a weighted mean of the *sorted* values (an L-statistic), so one sort of a resample serves them
-all. Interquartile mean and stratified bootstrap as in Agarwal et al. 2021 (arXiv:2108.13264).
+Every statistic here is a weighted mean of the *sorted* values (an L-statistic), so a resample is sorted once for all of
+them. Interquartile mean and stratified bootstrap follow Agarwal et al. 2021 (arXiv:2108.13264).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +11,16 @@ import numpy as np
 from jaxtyping import Float, Int
 
 RESAMPLES = 10_000
-CHUNK = 1 << 20  # values resampled at once: 8 MB
+CHUNK = 1 << 20  # values resampled at a time: 8 MB
 
 Weights = Callable[[int], Float[np.ndarray, " n"]]  # number of values -> the weight of each when sorted
 Strata = Sequence[Float[np.ndarray, "goals"] | Float[np.ndarray, "worlds queries"]]
-"""For each training seed, one value a goal. Of a map, a row a world, which is drawn whole: its queries share a history.
-NaN is no value."""
+"""One array per training seed: a value per goal, or in map tasks a row per world. Worlds are drawn as a whole, since
+their queries share a history. NaN marks a missing value."""
 
 
 class Interval(NamedTuple):
-    """A number and its 95 % percentile-bootstrap interval; low and high are NaN where there is nothing to resample."""
+    """A number and its 95 % percentile bootstrap interval. low and high are NaN where there is nothing to resample."""
 
     value: float
     low: float
@@ -28,8 +28,10 @@ class Interval(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Interquartile mean and mean of the same values, and what was resampled: "goals" or "worlds", "seeds", both, as in
-    "goals and seeds", "episodes" or "nothing". An interval says nothing about what was not resampled.
+    """Interquartile mean and mean of the same values.
+
+    over: what was resampled: "goals" or "worlds", "seeds", both (such as "goals and seeds"), "episodes" or "nothing".
+    The intervals cover no other variation.
     """
 
     iqm: Interval
@@ -38,12 +40,12 @@ class Estimate(NamedTuple):
 
 
 def mean_weights(n: int) -> Float[np.ndarray, " n"]:
-    """Returns 1/n each."""
+    """Returns the weights of the mean, 1/n each."""
     return np.full(n, 1 / n)
 
 
 def interquartile_weights(n: int) -> Float[np.ndarray, " n"]:
-    """Returns the weights of the interquartile mean: the lowest and the highest n // 4 values do not count, as in
+    """Returns the weights of the interquartile mean: the lowest and the highest n // 4 values have weight 0, as in
     scipy.stats.trim_mean(values, 0.25).
     """
     cut = n // 4
@@ -53,8 +55,9 @@ def interquartile_weights(n: int) -> Float[np.ndarray, " n"]:
 
 
 def maximum_weights(n: int, draws: int) -> Float[np.ndarray, " n"]:
-    """Returns the chance of each sorted value to be the largest of `draws` distinct ones: C(i-1, draws-1) / C(n, draws)
-    for the i-th of n. The weighted mean is the unbiased estimate of the expected maximum. Needs 1 <= draws <= n.
+    """Returns the probability of each of n sorted values to be the largest of `draws` drawn without replacement:
+    C(i-1, draws-1) / C(n, draws) for the i-th. The weighted mean is the unbiased estimate of the expected maximum.
+    Needs 1 <= draws <= n.
     """
     assert 1 <= draws <= n, (draws, n)
     rank = np.arange(n, draws, -1, dtype=np.float64)
@@ -63,7 +66,7 @@ def maximum_weights(n: int, draws: int) -> Float[np.ndarray, " n"]:
 
 
 def interquartile_maximum_weights(n: int, draws: int) -> Float[np.ndarray, " n"]:
-    """Returns the weights of the interquartile mean of the largest of `draws`: the middle half of its distribution."""
+    """Returns the weights of the interquartile mean of the maximum of `draws`: the middle half of its distribution."""
     edges = np.concatenate([[0.0], np.cumsum(maximum_weights(n, draws))])
     return np.diff(np.clip(edges, 0.25, 0.75)) / 0.5
 
@@ -73,12 +76,12 @@ def bootstrap(
 ) -> Float[np.ndarray, "statistics resamples"]:
     """Returns each statistic of every resample. Stratum s holds one value for every goal of training seed s.
 
-    Goals (of a map, worlds) are drawn with replacement within a seed, which keeps its number of them. The draw is the
-    same for all seeds of a resample: where the seeds were tested on the same goals their values move together, and
-    drawing them apart would promise too narrow an interval; where the goals differ, it changes nothing on average.
-    Seeds are drawn with replacement too, unless resample_seeds is False, which asks about these very seeds.
+    Goals (in map tasks, worlds) are drawn with replacement within each seed, as many as the seed has. All seeds of a
+    resample share the draw. Where the seeds were tested on the same goals, their values are correlated, and independent
+    draws would give too narrow an interval; where the goals differ, sharing changes nothing on average. Seeds are drawn
+    with replacement too, unless `resample_seeds` is False: the interval then holds for these seeds only.
 
-    The random numbers depend on the shape alone: equal values give equal intervals.
+    The random numbers depend on the shapes alone, so equal values give equal intervals.
     """
     draws = _draws(strata, resample_seeds, resamples)
     return np.concatenate([_weigh(_take(strata, draw), weights) for draw in draws], axis=1)
@@ -87,7 +90,7 @@ def bootstrap(
 def intervals(
     strata: Strata, weights: Sequence[Weights], *, resample_seeds: bool = True, resamples: int = RESAMPLES
 ) -> list[Interval]:
-    """Returns each statistic of all values together, with its interval."""
+    """Returns each statistic of all values together, with its interval (see `bootstrap`)."""
     values = _weigh(_whole(strata), weights)[:, 0]
     if resampled_parts(strata, resample_seeds) == "nothing":
         return [Interval(float(value), np.nan, np.nan) for value in values]
@@ -97,14 +100,14 @@ def intervals(
 
 
 def estimate(strata: Strata, *, resample_seeds: bool = True, resamples: int = RESAMPLES) -> Estimate:
-    """Returns interquartile mean and mean over all goals of all seeds, with 95 % intervals (see `bootstrap`)."""
+    """Returns the interquartile mean and the mean over all goals and seeds, with 95 % intervals (see `bootstrap`)."""
     weights = (interquartile_weights, mean_weights)
     iqm, mean = intervals(strata, weights, resample_seeds=resample_seeds, resamples=resamples)
     return Estimate(iqm, mean, resampled_parts(strata, resample_seeds))
 
 
 def resampled_parts(strata: Strata, resample_seeds: bool) -> str:
-    """Returns what a bootstrap of these strata varies: "goals" or "worlds", "seeds", both, or "nothing"."""
+    """Returns what a bootstrap of these strata resamples: "goals" or "worlds", "seeds", both, or "nothing"."""
     parts = []
     if max(len(stratum) for stratum in strata) > 1:
         parts.append("goals" if strata[0].ndim == 1 else "worlds")
@@ -115,7 +118,7 @@ def resampled_parts(strata: Strata, resample_seeds: bool) -> str:
 
 class _Draw(NamedTuple):
     seed: Int[np.ndarray, "chunk seeds"]
-    place: Float[np.ndarray, "chunk goals"]  # in [0, 1): how far along a stratum
+    place: Float[np.ndarray, "chunk goals"]  # in [0, 1): position in a stratum, as a share of its length
 
 
 def _draws(strata: Strata, resample_seeds: bool, resamples: int) -> Iterator[_Draw]:
@@ -129,8 +132,8 @@ def _draws(strata: Strata, resample_seeds: bool, resamples: int) -> Iterator[_Dr
 
 
 def _take(strata: Strata, draw: _Draw) -> Float[np.ndarray, "chunk values"]:
-    """Returns the resampled values, sorted; NaN at the end of a row where a drawn seed has fewer goals than the
-    largest.
+    """Returns the resampled values, each row sorted. Rows end with NaN where a drawn seed has fewer goals than the
+    largest stratum.
     """
     sizes = np.array([len(stratum) for stratum in strata])
     start = np.cumsum(sizes) - sizes
@@ -149,7 +152,7 @@ def _whole(strata: Strata) -> Float[np.ndarray, "1 values"]:
 def _weigh(
     values: Float[np.ndarray, "rows values"], weights: Sequence[Weights]
 ) -> Float[np.ndarray, "statistics rows"]:
-    """Returns the weighted means of the numbers in each sorted row."""
+    """Returns the weighted means of each sorted row, NaN excluded."""
     counts = np.isfinite(values).sum(axis=1)
     means = np.empty((len(weights), len(values)))
     for count in np.unique(counts):

@@ -1,4 +1,4 @@
-"""Which results may be averaged, and what they are called in summary, plot and report."""
+"""The groups of results that may be averaged, and their names in summary, plot and report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from agents.identity import differences
 from agents.results import ORACLE, Goal, Result
 
-Player = tuple[str, str, str, str, int]  # task, agent, series, settings, updates: what may be averaged
+Player = tuple[str, str, str, str, int]  # (task, agent, series, settings_id, updates)
 
-FOREIGN = " (foreign context)"  # what the summary calls the control
+FOREIGN = " (foreign context)"  # suffix of the control's name
 
 
 class Cell(NamedTuple):
-    """What a row of the summary is of. agent: as the summary calls it. control_of: the agent whose mismatched-goal
-    control this is, likewise; empty elsewhere."""
+    """The key of a summary row. agent: its name in the summary. control_of: for a control with foreign contexts, the
+    name of the agent that it controls; else empty."""
 
     task: str
     mode: str
@@ -37,26 +37,26 @@ def cells(results: Sequence[Result]) -> dict[Cell, list[Result]]:
         control_of = agent if result.context == "foreign" else ""
         called = agent + FOREIGN if control_of else agent
         cell = Cell(result.task, result.mode, called, result.context_trajectories, control_of)
-        # Keyed by episode: the oracle of two experiments on the same goals must not count twice.
+        # Keyed by episode, so that the oracle of two experiments on the same goals counts once.
         found.setdefault(cell, {})[result.goal, result.episode_index] = result
     return {key: list(episodes.values()) for key, episodes in found.items()}
 
 
 def player(result: Result) -> Player:
-    """Returns what results share that may be averaged: the updates too, unless each run shows its best checkpoint."""
+    """Returns the key of results that may be averaged. updates is 0 for the oracle and for best checkpoints."""
     is_any = result.agent == ORACLE or result.settings.get("evaluate.checkpoint") == "best"
     updates = 0 if is_any else result.checkpoint_step
     return result.task, result.agent, result.series, result.settings_id, updates
 
 
 def named(results: Sequence[Result]) -> list[Result]:
-    """Returns the results with their agents called as the summary calls them, series and settings included."""
+    """Returns the results with their agents renamed as in the summary, series and settings included."""
     names = _names(results)
     return [replace(result, agent=names[player(result)]) for result in results]
 
 
 def _names(results: Sequence[Result]) -> dict[Player, str]:
-    """Returns what each player is called, so that only what may be averaged shares a name."""
+    """Returns the name of each player. Within a task, names are distinct, except that all oracles share a name."""
     series: dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for result in results:
         of_agent = series.setdefault((result.task, result.agent), {})
@@ -80,8 +80,8 @@ def _names(results: Sequence[Result]) -> dict[Player, str]:
 
 
 def _arms(series: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """Returns {(task, series): arm} for tasks whose series are all "<sweep>/<arm>", no two of one arm. series: those of
-    each task and agent."""
+    """Returns {(task, series): arm} for the tasks whose series are all named "<sweep>/<arm>", with distinct arms.
+    series: the series of each (task, agent)."""
     of_task: dict[str, list[str]] = {}
     for (task, agent), found in series.items():
         of_task.setdefault(task, []).extend(found if agent != ORACLE else ())

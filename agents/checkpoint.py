@@ -1,5 +1,5 @@
-"""Checkpoints of a run: weights, optimizer state and what is needed to act, through orbax (asynchronous, atomic, any
-mesh)."""
+"""Checkpoints of a run: weights, optimizer state and the metadata needed to act. Orbax writes them asynchronously and
+atomically, and restores them on any mesh."""
 
 import errno
 import json
@@ -17,31 +17,33 @@ from agents.cli import ConfigError
 from agents.damage import check, checksums, custom, whole
 from rlring.language_model import TrainState
 
-WEIGHTS = "0."  # of a state, in checkpoints
+WEIGHTS = "0."  # prefix of the weights' names in checkpoints
 
 
 class Meta(NamedTuple):
-    """What a checkpoint knows beside its arrays."""
+    """The metadata of a checkpoint."""
 
     scales: Scales
     targets: dict[str, float]
-    """Typical return asked for, by task."""
+    """The typical return that the agent is asked for, by task."""
     action_size: int
     episode_steps: int
     versions: dict[str, str]
-    """What the weights were trained with."""
+    """Versions of the packages that the weights were trained with."""
     config: dict[str, Any] = {}  # noqa: RUF012 - never written to
     """The settings of the run."""
     stores: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - never written to
-    """By task, the store it learnt from (`agents.identity.records`)."""
+    """The stores that it was trained on, by task (`agents.identity.records`)."""
     updates: list[int] = []  # noqa: RUF012 - never written to
-    """The totals it was trained towards (`agents.identity.lengthened`)."""
+    """The values of `train.updates` that it was trained with (`agents.identity.lengthened`)."""
 
 
 class Checkpoints:
     """The checkpoints of one run folder.
 
-    Arrays are stored by name, so a checkpoint of another model is recognised by the names and shapes that differ.
+    Arrays are stored by name, so that a checkpoint of another model is detected by its names and shapes.
+
+    keep: number of newest checkpoints kept. keep_best: number of checkpoints of lowest loss kept as well.
     """
 
     def __init__(self, run: Path, *, keep: int = 2, keep_best: int = 0):
@@ -50,7 +52,7 @@ class Checkpoints:
         newest = policies.LatestN(keep)
         best = policies.BestN(
             get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
-        )  # reverse: it keeps the last ones
+        )  # reverse: BestN keeps the last of the sorted list
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             best_fn=_loss,
@@ -70,22 +72,23 @@ class Checkpoints:
         self.manager.close()
 
     def latest(self) -> int | None:
-        """Returns the update of the newest whole checkpoint."""
+        """Returns the update of the newest complete checkpoint, or None."""
         return self.manager.latest_step()
 
     def best(self) -> int | None:
-        """Returns the update of the whole checkpoint of lowest loss."""
+        """Returns the update of the complete checkpoint of lowest loss, or None."""
         return self.manager.best_step()
 
     def is_asked_to_end(self, step: int) -> bool:
-        """Returns whether any process of several was told to end (SIGTERM): to all of them at the same step."""
+        """Returns whether any process received SIGTERM. All processes get the same answer at the same step."""
         return self.manager.reached_preemption(step)
 
     def save(self, step: int, state: Any, meta: Meta, loss: float) -> None:
-        """Begins to write `state`; returns as soon as it has been copied off the devices. `loss` ranks it.
+        """Starts to write a checkpoint, and returns once `state` has been copied off the devices. loss: its rank for
+        `keep_best`.
 
-        OSError when the disk has no room for it: asked before, because a write that fails half-way leaves the threads
-        of the storage library in disorder.
+        Raises OSError when the disk has no room. This is checked first, because a write that fails half-way leaves the
+        threads of the storage library in an undefined state.
         """
         check_room(self.folder, sum(_bytes_here(leaf) for leaf in jax.tree.leaves(state)))
         saved = meta._replace(
@@ -97,7 +100,7 @@ class Checkpoints:
         self.manager.save(step, args=arguments, metrics={"loss": loss}, custom_metadata=sums)
 
     def meta(self, step: int | None = None) -> Meta:
-        """Returns what a checkpoint, the newest by default, knows beside its arrays."""
+        """Returns the metadata of a checkpoint, by default the newest."""
         step = self._newest() if step is None else step
         place = self._place(step)
         with whole(place):
@@ -108,15 +111,19 @@ class Checkpoints:
                 np.asarray(saved["scales"]["observation_std"], np.float32),
                 float(saved["scales"]["return_to_go"]),
             )
-            # A later version may keep more.
+            # A later version may have saved more fields.
             known = {name: value for name, value in saved.items() if name in Meta._fields}
             return Meta(**{**known, "scales": scales})
 
     def restore(self, like: Any, sharding: Any, *, part: str = "", step: int | None = None) -> Any:
-        """Returns the state of a checkpoint, the newest by default, in the shape of `like` (arrays or their shapes),
-        laid out as `sharding` (one, or a tree of them) on any mesh, whatever mesh it was saved from.
+        """Returns the state of a checkpoint, by default the newest.
 
-        `part`, such as WEIGHTS, is the name of the part of the state that `like` is, for reading that alone.
+        Args:
+            like: a tree of arrays, or of their shapes, with the structure of the state.
+            sharding: where the arrays go, on any mesh: one sharding, or a tree of them.
+            part: name prefix of the part of the state to read, such as WEIGHTS; `like` is then that part.
+
+        Raises ConfigError when the checkpoint is of another model, damaged or missing.
         """
         step = self._newest() if step is None else step
         place = self._place(step)
@@ -170,7 +177,7 @@ class Checkpoints:
 
 
 def _as_stored(state: Any) -> Any:
-    """Returns the state as checkpoints name its parts: the first and the second of a pair."""
+    """Returns the state as a pair (weights, optimizer), which checkpoints name "0" and "1"."""
     return tuple(state) if isinstance(state, TrainState) else state
 
 
@@ -179,25 +186,25 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def _bytes_here(x: jax.Array) -> int:
-    """Returns how much of an array this process writes, at most."""
+    """Returns an upper bound of the bytes of an array that this process writes."""
     return sum(shard.data.nbytes for shard in x.addressable_shards if shard.replica_id == 0)
 
 
 def check_room(folder: Path, size: int) -> None:
-    """OSError when the disk has no room for a checkpoint of so many bytes."""
+    """Raises OSError when the disk has no room for a checkpoint of `size` bytes."""
     needed = size * 11 // 10 + 2**20
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, f"a checkpoint needs {needed / 2**20:.1f} MiB", str(folder))
 
 
 def by_name(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of a tree by the path to them."""
+    """Returns the leaves of a tree by their paths, joined with dots."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {prefix + jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+    """Returns the versions of the packages that results depend on, by name."""
     import importlib.metadata
     import platform
 
@@ -206,13 +213,13 @@ def versions() -> dict[str, str]:
 
 
 def read_metrics(path: Path, up_to: int | None = None) -> list[dict]:
-    """Returns the lines of a `metrics.jsonl`, those of later updates than `up_to` and a torn last line left out."""
+    """Returns the entries of a `metrics.jsonl`, without those of updates after `up_to` and without a torn last line."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
-            break  # the write that the process died in
+            break  # the write was interrupted
         if up_to is None or entry["step"] <= up_to:
             lines.append(entry)
     return lines

@@ -1,4 +1,4 @@
-"""How every command of the stack ends: 0 when done, 2 with one message when the user must act, 130 when interrupted."""
+"""The exit status of every command: 0 on success, 2 with a message for a user error, 130 when interrupted."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from rlring.errors import UsageError
 
 
 class ConfigError(ValueError):
-    """A config, a run folder or a command line that cannot work: what is wrong, what we got, what to do."""
+    """An invalid config, run folder or command line. The message says what is wrong, what was given and what to do."""
 
 
 LESS_MEMORY = (
@@ -17,13 +17,13 @@ LESS_MEMORY = (
 )
 
 
-class Diverged(ConfigError, FloatingPointError):  # noqa: N818 - what the run has done
-    """A run whose numbers are no numbers any more."""
+class Diverged(ConfigError, FloatingPointError):  # noqa: N818 - reads as a state of the run
+    """A run whose loss, gradient, weights or actions are not finite."""
 
 
 def run(body: Callable[[], object]) -> int:
-    """Runs `body` and returns the exit status, the errors of the library and of configs printed like those of the
-    data."""
+    """Runs `body` and returns the exit status. ConfigError, UsageError and the data errors are printed as one
+    message."""
 
     def within_memory() -> None:
         with memory_errors(LESS_MEMORY):

@@ -1,7 +1,7 @@
-"""Is more history better, and as much better as it must be? Differences between contexts that were asked the same.
+"""Comparisons between contexts: whether returns rise with the history, and whether they rise as predicted.
 
-All compare returns of the same goals (of a map, of the same queries) under the same training seeds, so that what makes
-one goal easier than another drops out.
+All comparisons are paired: both sides have the same goals (in map tasks, the same queries) and training seeds, so that
+differences in difficulty between goals cancel.
 """
 
 from collections.abc import Sequence
@@ -21,30 +21,30 @@ PERMUTATIONS = 10_000
 
 
 class Trend(NamedTuple):
-    """How much the mean return rises when the history doubles, and the chance of as steep a rise by luck."""
+    """slope: rise of the mean return per doubling of the history. p_value: one-sided, from a permutation test."""
 
     slope: float
     p_value: float
 
 
 class Compared(NamedTuple):
-    """One context of an agent beside none."""
+    """One context of an agent, compared with no context."""
 
     agent: str
     task: str
     context_trajectories: int
     context_tokens: int
     more: Interval
-    """Mean return less that without history, paired by goal."""
+    """Mean return minus the mean return without history, paired by goal."""
     beyond: Interval | None
-    """Mean return less the predicted one, in shares of known - prior (`gap`)."""
+    """Mean return minus the predicted one, as a share of known - prior (`gap`)."""
     rise: Trend | None
-    """Of all contexts of the agent together."""
+    """The trend over all contexts of the agent."""
 
 
 def compared(results: Sequence[Result], *, resamples: int = RESAMPLES) -> list[Compared]:
-    """Returns every prompted context beside none, agent by agent as the summary calls them; those alone whose goals
-    were asked without history too."""
+    """Returns the comparison of every prompted context with no context, agent by agent, named as in the summary.
+    Contexts whose goals were not also evaluated without history are left out."""
     curves: dict[tuple[str, str, str], dict[int, list[Result]]] = {}
     for (task, mode, agent, seen, control_of), members in sorted(cells(results).items()):
         if mode == "prompted":
@@ -76,9 +76,9 @@ def _beside(
 
 
 def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval:
-    """Returns the mean return of `a` less that of `b`, paired by goal, with its 95 % interval.
+    """Returns the mean return of `a` minus that of `b`, paired by goal, with its 95 % interval.
 
-    ConfigError when `a` has other goals or seeds than `b`.
+    Raises ConfigError when `a` and `b` do not have the same goals and seeds.
     """
     ours, theirs = reduced(a, "mean"), reduced(b, "mean")
     if not ours or ours.keys() != theirs.keys():
@@ -90,12 +90,16 @@ def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RES
 
 
 def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval | None:
-    """Returns the mean return of `one` context less that of a memory that forgets nothing (`agents.prediction`), in
-    shares of known - prior, with its 95 % interval; None where prior or known was not measured for the same goals, and
-    for rare goals, of which no result says how many of its context have met them.
+    """Returns the mean return of one context minus that of a perfect memory (`agents.prediction`), as a share of
+    known - prior, with its 95 % interval. None where prior or known was not measured for the same goals, and for rare
+    goals, where results do not say how many trajectories of the context reached the goal.
 
-    results: all of the agent on this task, `one` among them. Prior and known are those of the very goals asked, and are
-    drawn with them; and so, where the results say so, is whether the history holds what was asked.
+    Args:
+        results: all results of the agent on this task, those of `one` included.
+        one: the results of the context.
+
+    Prior and known are measured on the same goals and resampled together with them. So is whether the history holds the
+    queried place, where the results say so.
     """
     if any(result.met for result in one):
         return None
@@ -114,10 +118,10 @@ def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RE
 
 
 def trend(results: Sequence[Result], *, permutations: int = PERMUTATIONS) -> Trend | None:
-    """Returns how the mean return of one agent rises with its history, tested by permuting the contexts of every goal
-    (of a map, of every world); None where there are not two contexts of the same goals.
+    """Returns how the mean return of one agent rises with its history, tested by permuting the contexts within every
+    goal (in map tasks, within every world). None where there are no two contexts with the same goals.
 
-    The slope is by least squares over log2(1 + trajectories), so that no history has a place on the axis.
+    The slope is a least-squares fit over log2(1 + trajectories), which is defined for an empty history too.
     """
     contexts: dict[int, list[Result]] = {}
     for result in results:
@@ -138,7 +142,7 @@ def _summed(part: Float[np.ndarray, "..."]) -> Float[np.ndarray, " units"]:
 
 
 def _p_value(units: Float[np.ndarray, "units contexts"], x: Float[np.ndarray, " contexts"], permutations: int) -> float:
-    """Returns the share of permutations of each unit's values that rise as steeply as they are, themselves counted."""
+    """Returns the share of permutations within units that rise as steeply as the data; the data count as one."""
     random, measured = np.random.default_rng(0), float((units @ x).sum())
     steep = 0
     for _ in range(permutations):

@@ -1,4 +1,4 @@
-"""Every setting of the stack (agents.config_file reads them from TOML, checks them and writes them back)."""
+"""The settings of training, evaluation and sweeps (`agents.config_file` reads, checks and writes them)."""
 
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from data.tasks import GoalTask, goal_task
 
 
 class CollectConfig(Section):
-    """How the episodes are made if they are not there (`python -m data.collect`)."""
+    """How to collect the episodes where they are missing (`python -m data.collect`)."""
 
     policy: Text
     episodes: Count
@@ -25,17 +25,17 @@ class CollectConfig(Section):
 
 
 class DataConfig(Section):
-    """Where trajectories come from."""
+    """The source of the trajectories."""
 
     tasks: list[Text] = Field(min_length=1)
-    """Tasks named `domain-task`; with several, every chain is of one of them."""
+    """Task names, each `domain-task`. With several tasks, all trajectories of a chain belong to the same task."""
     episodes: Text
-    """Folder of ExoRL episodes, shared by all tasks of the domain."""
+    """Folder of the ExoRL episodes, shared by all tasks of the domain."""
     stores: list[Text] = Field(min_length=1)
-    """The relabelled HDF5 file of each task."""
+    """Path of the relabelled HDF5 store of each task, in the order of `tasks`."""
     collect: CollectConfig | None = None
     held_out: Share = 0.1
-    """Share of episodes never trained on; the contexts of evaluation are drawn from them."""
+    """Share of the episodes held out from training. Evaluation draws its contexts from them."""
 
     @model_validator(mode="after")
     def one_store_a_task(self) -> "DataConfig":
@@ -45,30 +45,31 @@ class DataConfig(Section):
 
 
 class ChainConfig(Section):
-    """What a training sequence is (`data.ChainSampler`)."""
+    """How training chains are drawn (`data.ChainSampler`)."""
 
     trajectories: Size = 1
     lengths: Literal["full", "mixed"] = "full"
-    """mixed: a row is cut at random into chains of 1 to `trajectories`, so that acting after any number of them is
-    learnt."""
+    """full: every chain has `trajectories` trajectories. mixed: each row is cut at random into chains of 1 to
+    `trajectories`, so that the agent learns to act after any number of trajectories."""
     sort: Literal["ascending", "random", "descending", "time"] = "ascending"
     target: Literal["max", "own"] | Return = "max"
     met: Chance | Literal["annealed"] | None = None
-    """Where the task hides a goal: the chance with which every trajectory but one has met it. "annealed": a chance that
-    rises from 0 at the first to 1 at the last. None: 0 to 2 others have, and of the rest those that happen to."""
+    """For tasks with a hidden goal. One trajectory of each chain always reaches the goal; `met` is the probability that
+    each other one does. "annealed": the probability rises along the chain from 0 towards 1. None: 0 to 2 others are
+    chosen because they reached it, the rest at random."""
     grow: list[Size] = Field(default=[])
-    """Trajectories of the chains of the first updates, such as [8, 16, 32], each for an equal share of them; a row then
-    holds several chains side by side."""
+    """Curriculum of chain lengths in trajectories, such as [8, 16, 32], each used for an equal share of the first
+    `grow_until` of the updates. A row then holds several short chains side by side."""
     grow_until: Fraction = 0.47
-    """Share of the updates in which chains grow."""
+    """Share of the updates after which all chains have `trajectories` trajectories."""
 
 
 class OptimizerConfig(Section):
     learning_rate: Positive = 1e-3
     warmup: Whole = 100
-    """Updates until the learning rate is reached."""
+    """Updates over which the learning rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up. cosine: it falls to a hundredth at train.updates; constant: it stays, whatever they are."""
+    """After the warm-up. cosine: the rate decays to a hundredth by update `train.updates`. constant: it stays."""
     weight_decay: Annotated[float, Field(ge=0, le=1e30)] = 1e-2
     gradient_clip: Positive = 1.0
     beta2: Share = 0.99
@@ -77,53 +78,55 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     updates: Count = 1000
     batch: Size = 16
-    """Chains an update, all devices together."""
+    """Chains per update, over all devices; for value-based agents, transitions per update."""
     accumulate: Size = 1
-    """Parts of a batch whose gradients are added up, for batches that do not fit at once."""
+    """Micro-batches per update. Their gradients are summed, so that larger batches fit into memory."""
     log_every: Count = 10
     checkpoint_every: Count = 500
     keep_checkpoints: Count = 2
-    """The newest ones."""
+    """Number of newest checkpoints to keep."""
     keep_best: Whole = 0
-    """Those besides with the lowest mean loss since the checkpoint before them."""
+    """Number of best checkpoints to keep as well: those with the lowest mean loss since the previous checkpoint."""
     prefetch: Annotated[int, Field(gt=0, le=4096)] = 4
-    """Batches made ahead of the device."""
+    """Batches prepared in advance."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Processes that make batches; 0: threads of this one."""
+    """Processes that prepare batches. 0: a thread of the training process does."""
 
 
 class EvaluateConfig(Section):
     contexts: list[Annotated[int, Field(ge=0, le=2**20)]] = Field(default=[0, 1, 2, 4], min_length=1)
-    """Numbers of trajectories in the context."""
+    """Context lengths to evaluate, in trajectories."""
     groups: Size = 16
-    """Prompted: held-out goals (or seeds) evaluated for every context; self: agents run side by side."""
+    """prompted: held-out goals (or start seeds) evaluated with every context. self: independent agents."""
     episodes: Count = 1
-    """Episodes after each prompt, each seeing the ones before."""
+    """Episodes played after each prompt. Each episode sees the episodes before it."""
     modes: list[Literal["prompted", "self"]] = Field(default=["prompted"], min_length=1)
+    """prompted: the context is held-out trajectories. self: the context is the agent's own earlier episodes."""
     self_episodes: Count = 8
+    """Episodes that each agent plays in mode self."""
     episode_steps: Count | None = None
-    """Steps of an episode. None: the task's own."""
+    """Steps per episode. None: the task's default."""
     target: Literal["typical"] | Return = "typical"
-    """Return asked for. typical: the 90th percentile of the best returns of the training chains."""
+    """Return that the agent is asked for. typical: the 90th percentile of the training chains' best returns."""
     mesh: MeshConfig = MeshConfig()
-    """Devices that acting uses; the cache of keys and values is split over its sequence axes."""
+    """Device mesh for acting. The KV cache is sharded over its sequence axes."""
     met: list[Chance] = Field(default=[])
-    """Where the task hides a goal: chances, one after the other, with which a trajectory of a context has met it.
-    None: contexts of random trajectories."""
+    """For tasks with a hidden goal: probabilities that a trajectory of the context has reached the goal, each evaluated
+    separately. Empty: random trajectories, or annealed ones where `chain.met` is "annealed"."""
     places: list[Size] = Field(default=[16, 64], min_length=1)
-    """Of a map: places of the worlds, each visited once."""
+    """Map tasks: numbers of places per world, each evaluated separately. Every place is visited once."""
     seen: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 1.0], min_length=1)
-    """Of a map: the share of its world, the last visits, that the agent has seen; contexts are not used."""
+    """Map tasks: shares of the visits, the most recent ones, that the context holds. `contexts` is not used."""
     queries: Size = 4
-    """Of a map: queries of one world, which share its history; groups are those of all worlds."""
+    """Map tasks: queries per world, all after the same history. `groups` counts the queries of all worlds."""
     memory_gib: Positive = 2.0
-    """Of a map: memory for the keys and values of the queries that are played at a time."""
+    """Map tasks: memory in GiB for the KV caches of the queries that are played at the same time."""
     foreign: bool = False
-    """Also evaluate with contexts of another goal, which must not help."""
+    """Whether to evaluate a control too: contexts that belong to another goal, which must not help."""
     checkpoint: Literal["newest", "best"] = "newest"
-    """best: of lowest training loss, among those that train.keep_best kept."""
+    """newest: the last checkpoint. best: the one of lowest training loss among those kept (`train.keep_best`)."""
     sample: bool = True
-    """Sample actions; false: the mean of the action distribution."""
+    """Whether to sample actions. False: the agent takes the mean of the action distribution."""
     seed: Seed = 0
 
 
@@ -137,7 +140,7 @@ class Config(Section):
 
     name: RunName
     series: str = ""
-    """Runs of one series that differ in their seed alone are averaged; a sweep writes it. Empty: this run alone."""
+    """Runs of one series that differ only in their seed are averaged. Sweeps set it. Empty: the run stands alone."""
     seed: Seed = 0
     data: DataConfig
     agent: AgentConfig
@@ -152,7 +155,7 @@ class Config(Section):
 
     @property
     def hidden_goals(self) -> list[GoalTask]:
-        """Those of its tasks that hide a goal."""
+        """The tasks of the run that hide a goal."""
         return [goal for goal in map(goal_task, self.data.tasks) if goal is not None]
 
     @model_validator(mode="after")
@@ -231,17 +234,17 @@ class Config(Section):
 
 
 class SweepConfig(Section):
-    """Several agents on the same data, evaluated alike and drawn together."""
+    """Several agents, trained on the same data, evaluated in the same way and drawn in one plot."""
 
     name: RunName
     title: str = ""
     seeds: list[Seed] = Field(default=[0], min_length=1)
     shared: dict[str, Any]
-    """Settings of every run (the sections of `Config`)."""
+    """Settings that all runs share (the sections of `Config`)."""
     runs: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Settings of each agent, by the name drawn in the plot; they win over the shared ones."""
+    """Settings of each agent by its name in the plot. They take precedence over `shared`."""
     baseline: bool = True
-    """Draw the oracle, where the task has one."""
+    """Whether to draw the oracle, where the task has one."""
 
     @model_validator(mode="after")
     def names_and_seeds_are_the_sweeps_own(self) -> "SweepConfig":
@@ -259,7 +262,7 @@ class SweepConfig(Section):
         return self
 
     def arms(self) -> list[tuple[str, Config]]:
-        """Returns the training runs with the name of their agent, an agent after the other, a seed after the other."""
+        """Returns (agent name, config) of every training run, ordered by agent, then by seed."""
         arms = []
         for agent, changes in self.runs.items():
             for seed in self.seeds:
@@ -269,5 +272,5 @@ class SweepConfig(Section):
         return arms
 
     def configs(self) -> list[Config]:
-        """Returns the training runs alone."""
+        """Returns the configs of all training runs, ordered as in `arms`."""
         return [config for _, config in self.arms()]

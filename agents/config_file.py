@@ -1,4 +1,4 @@
-"""Configs in files: `load` from TOML, `dump` as JSON, and the one error format."""
+"""Config files: `load` reads TOML, `dump` writes JSON, and `validate` reports errors in one format."""
 
 import copy
 import difflib
@@ -20,8 +20,8 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 def load(kind: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
-    """Returns the config in a TOML file (or the JSON of a run), with `a.b=value` overrides, values written as in
-    TOML."""
+    """Returns the config in a TOML file (or a run's config.json), with overrides `a.b=value` whose values are written
+    as in TOML. Raises ConfigError when the file or a setting is invalid."""
     settings = read_settings(Path(path))
     for override in overrides:
         merge(settings, parse_override(override))
@@ -29,7 +29,7 @@ def load(kind: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ())
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings in a file as they are written, unchecked."""
+    """Returns the settings in a TOML or JSON file, unchecked. Raises ConfigError when it cannot be read."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -40,7 +40,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no text. Give the path of a TOML file.") from None
     try:
         settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of the parsers, or of a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # a syntax error, or a number with thousands of digits
         raise ConfigError(f"{path} cannot be read: {error}. Mend that place.") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings, but {_SHORT.repr(settings)}. Give a TOML file, or a run's own.")
@@ -48,18 +48,18 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def dump(config: Section) -> str:
-    """Returns the config as JSON that `load` reads back to an equal one."""
+    """Returns the config as JSON. `load` reads it back as an equal config."""
     return config.model_dump_json(indent=2) + "\n"
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """Returns `a.b=value` as nested settings; what is no TOML value is taken as a string."""
+    """Returns `a.b=value` as nested settings. A value that is not valid TOML is taken as a string."""
     key, equals, value = text.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"'{text}' is no override; write it as section.key=value, for example train.updates=100.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except (ValueError, RecursionError):  # no TOML, or a number with thousands of digits
+    except (ValueError, RecursionError):  # not TOML, or a number with thousands of digits
         parsed = value
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
@@ -67,7 +67,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def merge(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Returns `settings` with those of `other` laid over them, section by section."""
+    """Updates `settings` in place with those of `other`, section by section, and returns it."""
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(settings.get(key), dict):
             merge(settings[key], value)
@@ -77,13 +77,13 @@ def merge(settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(kind: type[AnyConfig], settings: dict[str, Any], *, source: str) -> AnyConfig:
-    """Returns the checked config; the first few errors become one message, each with the place and the nearest known
-    name."""
+    """Returns the validated config. Raises ConfigError with the first three errors in one message, each with its place
+    and, for unknown keys, the nearest known name."""
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
         found = []
-        # Unknown keys first: what is missing is often there under a misspelt name.
+        # Unknown keys first: a missing key is often present under a misspelt name.
         problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
         for problem in problems[:3]:
             place = ".".join(
@@ -105,7 +105,7 @@ def validate(kind: type[AnyConfig], settings: dict[str, Any], *, source: str) ->
 
 
 def _keys(kind: type[Section], path: tuple) -> list[str]:
-    """Known keys of the section at `path`."""
+    """Returns the known keys of the section at `path`."""
     for part in path:
         annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
         options = getattr(annotation, "__args__", (annotation,))

@@ -1,4 +1,4 @@
-"""Going on with a run: whether a config may, and what the run keeps from its beginning (docs/identity.md)."""
+"""Continuing a run: the checks, and the metadata that a run keeps from its start (docs/identity.md)."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from agents.identity import differing_runs, lengthened
 from agents.results import merged, say_note
 from data.atomic_file import write_text
 
-DIVERGED = "diverged.json"  # in the folder of a run whose numbers ended
+DIVERGED = "diverged.json"  # in the folder of a run that diverged
 SWEPT = ("sweep.json", "report.html")  # in the folder of a sweep
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
-    """Returns whether a run that diverged stands where this one, of other settings, starts over (`set_aside`).
+    """Returns whether the folder holds a diverged run with other settings, which must be moved away (`set_aside`).
 
-    ConfigError when another run, or a sweep, is there, which must not be written by this one.
+    Raises ConfigError when the folder holds another run or a sweep, or, without `resume`, this run already.
     """
     if any((folder / name).exists() for name in SWEPT):
         raise ConfigError(f"{folder} holds the results of a sweep. Choose another name for the run, name=...")
@@ -50,25 +50,25 @@ def check_folder(folder: Path, config: Config, *, resume: bool) -> bool:
 
 
 def check_command(folder: Path, command: str) -> None:
-    """ConfigError when the run in a folder was trained by another command."""
+    """Raises ConfigError when the run in a folder was trained by another command."""
     settings = read_settings(folder / "config.json")
     other = next((by for setting, by in _TRAINED_BY.items() if setting in settings and by != command), None)
     if other is not None:
         raise ConfigError(f"{folder} is a run of {other}, not of {command}. Choose another run, or another name.")
 
 
-_TRAINED_BY = {"lines": "agents.recall", "agent": "agents.train"}  # by a setting that only it has
+_TRAINED_BY = {"lines": "agents.recall", "agent": "agents.train"}  # by a setting that only this command has
 
 
 def check_trained_so_far(folder: Path, before: Meta | None, config: Config) -> None:
-    """ConfigError when the newest checkpoint of a run says that it was trained with other settings than `config`,
-    whatever its config.json says, or whether there is one."""
+    """Raises ConfigError when the newest checkpoint of a run (`before`) was trained with settings other than `config`,
+    whatever the run's config.json says."""
     if before is None:
         return
     if before.config:
         trained = validate(Config, before.config, source=f"the settings kept in {folder / 'checkpoints'}")
         _refuse(folder, differing_runs(trained, config))
-    elif not (folder / "config.json").exists():  # checkpoints of an older version do not say it
+    elif not (folder / "config.json").exists():  # checkpoints of older versions hold no settings
         raise ConfigError(
             f"{folder} has checkpoints, but no config.json: with which settings they were trained is not known. "
             "Put it back, or choose another name."
@@ -76,12 +76,12 @@ def check_trained_so_far(folder: Path, before: Meta | None, config: Config) -> N
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether there is a whole checkpoint of a run."""
+    """Whether the run has a complete checkpoint."""
     return any(path.name.isdigit() for path in (folder / "checkpoints").glob("*"))
 
 
 def check_free_of_runs(folder: Path) -> None:
-    """ConfigError when a sweep would write its results over those of a run of the same name."""
+    """Raises ConfigError when the folder of a sweep holds a run, whose results the sweep would overwrite."""
     if (folder / "config.json").exists() or has_checkpoints(folder):
         raise ConfigError(
             f"{folder} holds a run, whose results the sweep would write over. Choose another name for the sweep, "
@@ -90,7 +90,7 @@ def check_free_of_runs(folder: Path) -> None:
 
 
 def diverged(folder: Path, what: str, *, update: int, saved: int) -> Diverged:
-    """Marks the run as one that diverged, and returns the error that tells so."""
+    """Marks the run as diverged, and returns the error to raise. saved: update of the last checkpoint, or 0."""
     if jax.process_index() == 0:
         write_text(folder / DIVERGED, json.dumps({"update": update, "what": what}) + "\n")
     last = f"its last good checkpoint is of update {saved}" if saved else "it has no checkpoint yet"
@@ -101,7 +101,7 @@ def diverged(folder: Path, what: str, *, update: int, saved: int) -> Diverged:
 
 
 def set_aside(folder: Path) -> None:
-    """Frees the folder of a run that diverged: it is kept under another name."""
+    """Renames the folder of a diverged run, so that the run can start over."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.diverged-{number}")).exists():
         number += 1
@@ -110,12 +110,12 @@ def set_aside(folder: Path) -> None:
 
 
 def differing_settings(folder: Path, config: Config) -> list[str]:
-    """Returns, in words, the settings that belong to a run and that this config changes."""
+    """Returns a description of each setting of the run in `folder` that `config` changes (`differing_runs`)."""
     return differing_runs(load(Config, folder / "config.json"), config)
 
 
 def newest(folder: Path) -> tuple[int, Meta | None]:
-    """Returns the update of a run's newest checkpoint and what it knows; 0 and None where there is none."""
+    """Returns the update and the metadata of a run's newest checkpoint, or (0, None)."""
     if not (folder / "checkpoints").is_dir():
         return 0, None
     with Checkpoints(folder) as checkpoints:
@@ -124,8 +124,8 @@ def newest(folder: Path) -> tuple[int, Meta | None]:
 
 
 def continued(meta: Meta, before: Meta | None, config: Config) -> Meta:
-    """Returns `meta` with what a run keeps from its beginning: its scales and targets, all versions that it was trained
-    with and all totals that it was trained towards."""
+    """Returns `meta` with the fields that a run keeps when it is continued: the scales and targets of its start, all
+    package versions, and all values of `train.updates`. before: the metadata of its newest checkpoint."""
     if before is None:
         return meta._replace(updates=lengthened([], config))
     return meta._replace(
@@ -137,8 +137,8 @@ def continued(meta: Meta, before: Meta | None, config: Config) -> Meta:
 
 
 def note_changes(folder: Path, before: Meta, now: dict[str, str]) -> None:
-    """Tells with which other versions a run was begun, or that it is too old to know its stores; it goes on all the
-    same."""
+    """Prints a note when a run was started with other package versions, or is too old to have recorded its stores. The
+    run continues all the same."""
     if not before.stores:
         say_note(
             f"{folder} does not know which stores it learnt from (an older version began it): they are not checked."

@@ -1,4 +1,5 @@
-"""CQL, conservative Q-learning (Kumar et al. 2020, arXiv 2006.04779): actions unlike the data's are valued low.
+"""CQL, conservative Q-learning (Kumar et al. 2020, arXiv 2006.04779): a critic that gives low values to actions outside
+the data.
 
     y           = r + gamma d min_i Q'_i(s', a')                         a' ~ pi(s')
     gap         = mean sum_i (log sum_j exp Q_i(s, a_j) - Q_i(s, a))
@@ -6,9 +7,10 @@
     L(policy)   = mean (k log pi(a~ | s) - min_i Q_i(s, a~))             a~ ~ pi(s)
     L(k)        = - mean log k (log pi(a~ | s) - A)                      A the size of an action
 
-The a_j are the action of the data, and `samples` each of uniform ones, of pi(s) and of pi(s'), through which no
-gradient goes. This is ExoRL's estimate, for which its alpha is; the paper weighs each by its density. pi(s) is a normal
-distribution through tanh, k its temperature, learnt until its entropy is -A (Haarnoja et al. 2018).
+The a_j are the data's action, `samples` uniform actions, `samples` actions of pi(s) and as many of pi(s'); no gradient
+flows through them. This is ExoRL's estimate, for which its alpha was chosen; the paper weighs each action by its
+density. pi(s) is a normal distribution squashed by tanh. k is the entropy temperature, learnt such that the entropy
+is -A (Haarnoja et al. 2018).
 """
 
 from types import SimpleNamespace
@@ -37,14 +39,14 @@ LOG_STD_RANGE = (-10.0, 2.0)
 
 
 class Temperature(nnx.Module):
-    """What entropy is worth, by its logarithm."""
+    """The learnt entropy temperature, as its logarithm."""
 
     def __init__(self):
         self.log = nnx.Param(jnp.zeros(()))
 
 
 class CQL(ActorCritic):
-    """Soft actor-critic whose critic prefers the actions of the data. Settings: `agent.cql`."""
+    """Soft actor-critic with a critic that prefers the actions of the data. Settings: `agent.cql`."""
 
     def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         model = self.config.model
@@ -89,7 +91,7 @@ class CQL(ActorCritic):
 
 
 def drawn(raw: Float[Array, "*B 2A"], noise: Float[Array, "*B A"]) -> tuple[Float[Array, "*B A"], Float[Array, "*B"]]:
-    """Returns tanh(x) of x = mean + std * noise, and its log-probability: log N(x) - sum log(1 - tanh(x)^2)."""
+    """Returns the action tanh(x), x = mean + std * noise, and its log-probability log N(x) - sum log(1 - tanh(x)^2)."""
     mean, log_std = jnp.split(raw, 2, axis=-1)
     log_std = jnp.clip(log_std, *LOG_STD_RANGE)
     x = mean + jnp.exp(log_std) * noise

@@ -1,12 +1,12 @@
-"""CRR, critic-regularized regression (Wang et al. 2020, arXiv 2006.15134): imitates what its critic finds good.
+"""CRR, critic-regularized regression (Wang et al. 2020, arXiv 2006.15134): imitation weighted by advantage.
 
     A(s, a)     = Q(s, a) - 1/m sum_j Q(s, a_j)                          a_j ~ pi(s),  Q = min_i Q_i
     L(policy)   = - mean f(A(s, a)) log pi(a | s)
     f(A)        = 1 where A > 0, else 0                                  weight "indicator"
                   min(exp(A / temperature), 20)                          weight "exp"
 
-pi(s) is normal about its mean with the standard deviation `noise`. The critic learns as in `agents.td3`; all but the
-number of samples m is ExoRL's and the paper's alike.
+pi(s) is a normal distribution with the standard deviation `noise`. The critic is trained as in `agents.td3`. Except for
+the number of samples m, ExoRL and the paper agree.
 """
 
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ LARGEST_WEIGHT = 20.0
 
 
 class CRR(TD3):
-    """A Gaussian policy of fixed width that imitates good actions alone. Settings: `agent.crr`."""
+    """A Gaussian policy of fixed width that imitates actions weighted by their advantage. Settings: `agent.crr`."""
 
     def policy_loss(self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch) -> Array:
         settings = self.settings
@@ -37,7 +37,7 @@ class CRR(TD3):
         return -(self.weight(advantage) * self.log_probability(mean, batch.action)).mean()
 
     def weight(self, advantage: Float[Array, " B"]) -> Float[Array, " B"]:
-        """Returns f."""
+        """Returns the imitation weight f(A) of each advantage."""
         if self.settings.weight == "indicator":
             return (advantage > 0).astype(advantage.dtype)
         return jnp.minimum(jnp.exp(advantage / self.settings.temperature), LARGEST_WEIGHT)

@@ -1,4 +1,4 @@
-"""Damage to a checkpoint: found when it is read, and told in one line."""
+"""Detection of damaged checkpoints when they are read, with a one-line error."""
 
 import gc
 import json
@@ -19,15 +19,16 @@ from agents.cli import ConfigError
 
 @contextmanager
 def whole(place: Path) -> Iterator[None]:
-    """ConfigError when the checkpoint `place` that orbax reads here is damaged: files cut short, lost, overwritten.
+    """Turns the errors of orbax, raised in this context by a damaged checkpoint `place`, into a ConfigError.
 
-    `place` may be the folder of all checkpoints, of which orbax reads some files: the damaged one is then looked for.
+    Damage means truncated, missing or overwritten files. `place` may also be the folder of all checkpoints, of which
+    orbax reads some files: the error then names the damaged checkpoint, if it can be found.
     """
     try:
         yield
     except Exception as error:
-        # A sweep of cuts and flipped bytes over all files raised these, and for the data of arrays a bare Exception,
-        # which only this can catch. Everything else, such as a full memory, is raised.
+        # Truncated files and flipped bytes raise these, and in array data a bare Exception. Everything else, such as
+        # running out of memory, is passed on.
         known = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, FileNotFoundError)
         if isinstance(error, ConfigError) or (not isinstance(error, known) and type(error) is not Exception):
             raise
@@ -37,7 +38,7 @@ def whole(place: Path) -> Iterator[None]:
 
 
 def damaged(place: Path, why: str) -> ConfigError:
-    """Returns the error that names a damaged checkpoint."""
+    """Returns the ConfigError for a damaged checkpoint. place: its folder, or that of all checkpoints."""
     which = f"the checkpoint {place}" if place.name.isdigit() else f"one of the checkpoints in {place}"
     return ConfigError(
         f"{which} is damaged ({why}). Delete the folder of that one to use the one before it, or train again."
@@ -45,23 +46,24 @@ def damaged(place: Path, why: str) -> ConfigError:
 
 
 def checksums(arrays: Mapping[str, jax.Array], text: object = None) -> dict[str, int]:
-    """Returns a number of every array, the same on every mesh, that almost surely changes with any of its bits; and of
-    what JSON keeps, `text`, under "". The compression of a checkpoint has none: it hands out wrong numbers silently.
+    """Returns a 32-bit checksum of every array, the same on every mesh, and of `text`, what JSON keeps, under "".
+
+    The compression of checkpoints has no checksum: a flipped bit there gives wrong numbers without an error.
     """
     sums = {name: int(value) for name, value in jax.device_get(_sums(dict(arrays))).items()}
     return sums if text is None else sums | {"": zlib.crc32(json.dumps(text, sort_keys=True).encode())}
 
 
 def check(place: Path, kept: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """ConfigError when what was read is not what was written; an older checkpoint keeps no checksums."""
+    """Raises ConfigError when the checksums after reading differ from those kept. Older checkpoints keep none."""
     changed = [name or "settings" for name, value in now.items() if kept.get(name, value) != value]
     if changed:
         raise damaged(place, f"other numbers than were written, in {', '.join(changed[:2])}")
 
 
 def custom(manager: Any, step: int) -> dict[str, Any]:
-    """Returns what a checkpoint was saved with as `custom_metadata`. ConfigError when that is lost, which orbax gives
-    as nothing."""
+    """Returns the `custom_metadata` that a checkpoint was saved with. Raises ConfigError when they are lost; orbax then
+    returns nothing."""
     kept = manager.metadata(step)
     if kept.init_timestamp_nsecs is None:
         raise damaged(manager.directory / str(step), "its _CHECKPOINT_METADATA cannot be read")
@@ -69,7 +71,7 @@ def custom(manager: Any, step: int) -> dict[str, Any]:
 
 
 def _forget(error: BaseException) -> None:
-    """Drops what a failed read left half-done, which would tell of itself on stderr, now or when its threads end."""
+    """Frees what a failed read left behind, without the messages that it would print to stderr now or later."""
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         traceback.clear_frames(error.__traceback__)
@@ -79,7 +81,7 @@ def _forget(error: BaseException) -> None:
         sys.unraisablehook = before if is_set else partial(_but_given_up, before)
 
 
-# What a coroutine says that is collected before its end: of asyncio, and of orbax about an array that it was reading.
+# Messages of unfinished coroutines when they are collected, from asyncio and from orbax' reading of arrays.
 GIVEN_UP = ("Event loop is closed", "Encountered error while reading array index")
 
 
@@ -99,7 +101,7 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _unreadable(place: Path) -> Path | None:
-    """Returns the first checkpoint with a file that orbax reads of all of them and that is no JSON."""
+    """Returns the first checkpoint whose metrics or metadata, which orbax reads for all checkpoints, are not JSON."""
     for name in ("metrics/metrics", "_CHECKPOINT_METADATA"):
         for path in sorted(place.glob(f"*/{name}")):
             try:

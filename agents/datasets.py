@@ -1,4 +1,4 @@
-"""The stores of a config: opened, or first collected and built where the config says how."""
+"""Opens the stores of a config. Missing ones are collected and built first, if the config says how."""
 
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from data.tasks import goal_task
 
 
 def open_stores(config: DataConfig, *, owner: Path | None = None, kept: Stores | None = None) -> list[TrajectoryStore]:
-    """Returns a store a task. With a `[data.collect]` section, what is missing is made; without, missing data is an
-    error.
+    """Returns one store per task. With a `[data.collect]` section, missing data are made; without, they are an error.
 
-    kept: the stores that the run `owner` learnt from. What stands in their place must be the same, and nothing is
-    written over; ConfigError when it is not.
+    Args:
+        owner: folder of the run that is continued.
+        kept: the stores that this run was trained on (`agents.identity.records`). Raises ConfigError when a store now
+            has other content; no store is overwritten.
     """
     prepare(config, owner=owner, kept=kept)
     stores = [TrajectoryStore.open(path, task=task) for task, path in zip(config.tasks, config.stores, strict=True)]
@@ -28,14 +29,14 @@ def open_stores(config: DataConfig, *, owner: Path | None = None, kept: Stores |
 
 
 def check_existing(config: DataConfig, owner: Path, kept: Stores) -> None:
-    """ConfigError when a store that is there is not the one that the run `owner` learnt from."""
+    """Raises ConfigError when an existing store differs from the one that the run `owner` was trained on."""
     places = [(task, path) for task, path in zip(config.tasks, config.stores, strict=True) if task in kept]
     check_stores(owner, kept, [TrajectoryStore.open(path, task) for task, path in places if Path(path).exists()])
 
 
 def prepare(config: DataConfig, *, owner: Path | None = None, kept: Stores | None = None) -> None:
-    """Collects the episodes and builds the stores that are not there yet, where the config says how. DataError when a
-    store is missing and the config does not; `kept` as for `open_stores`."""
+    """Collects missing episodes and builds missing stores, if the config has a `[data.collect]` section. Without one,
+    raises DataError when a store is missing. owner, kept: as for `open_stores`."""
     from data.build import build
     from data.collect import collect
 
@@ -57,7 +58,7 @@ def prepare(config: DataConfig, *, owner: Path | None = None, kept: Stores | Non
 
 
 def check_episodes(folder: Path, asked: int) -> None:
-    """ConfigError when a folder holds more episodes than were asked for: all would be learnt from."""
+    """Raises ConfigError when a folder holds more episodes than `asked`: all of them would be used in training."""
     held = len(list(folder.glob("episode_*_*.npz")))
     if held > asked:
         raise ConfigError(
@@ -67,7 +68,7 @@ def check_episodes(folder: Path, asked: int) -> None:
 
 
 def check_there(config: DataConfig, task: str, path: str, before: str = "") -> None:
-    """DataError when a store is missing that is not made here."""
+    """Raises DataError when the store at `path` is missing. before: a remark added to the message."""
     if not Path(path).exists():
         raise DataError(
             f"no store at {path}. Make it with: python -m data.build --exorl {config.episodes} --task {task} "

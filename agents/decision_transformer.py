@@ -1,11 +1,13 @@
-"""Decision Transformer: one trajectory, each step told the return that follows (Chen et al. 2021, arXiv 2106.01345).
+"""Decision Transformer: one trajectory, conditioned on the return to go (Chen et al. 2021, arXiv 2106.01345).
 
     RTG_t = sum_{k>=t} r_k
     loss  = - sum_t log p(a_t | RTG_<=t, s_<=t, a_<t) / (A T)           over the T timesteps of the batch
 
-The mean of p is the paper's prediction, whose squared error is the loss of a Gaussian of fixed width.
+A is the size of an action. The paper predicts the action itself, with a squared error: that is the loss of a Gaussian
+of fixed width, and its mean is the prediction.
 
-Settings: agent.window is the paper's K, steps that a token sees; agent.tokens what a token is. [chain] is not used.
+Settings: agent.window is the paper's context length K, in timesteps; agent.tokens defines the tokens. [chain] is not
+used.
 """
 
 from jaxtyping import Array
@@ -18,7 +20,7 @@ from data import ChainBatch, TrajectoryStore
 
 
 class DecisionTransformer(ReturnConditionedAgent):
-    """Sees the last `agent.window` steps of the episode it is in, and no other trajectory."""
+    """Predicts actions from the last `agent.window` steps of the current episode, and no other trajectory."""
 
     context = False
 
@@ -28,4 +30,4 @@ class DecisionTransformer(ReturnConditionedAgent):
     def loss(self, params: Params, batch: ChainBatch, whole: ChainBatch | None = None) -> tuple[Array, Metrics]:
         whole = batch if whole is None else whole
         loss, metrics = action_loss(self.features(params, batch), batch.action, real(batch), real(whole))
-        return loss, metrics | {"loss/last_trajectory": loss}  # there is no other one
+        return loss, metrics | {"loss/last_trajectory": loss}  # the chain has one trajectory only

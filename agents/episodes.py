@@ -1,4 +1,4 @@
-"""Which episodes an evaluation asks for, and which of them are there."""
+"""The episodes that an evaluation needs, and which of them are in the results already."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,20 +15,20 @@ from data.tasks import goal_task
 
 
 class Condition(NamedTuple):
-    """One context under which an agent is evaluated."""
+    """One kind of context that an agent is evaluated with."""
 
     task: str
     mode: str
     trajectories: int
     context: str
-    """own, foreign (of another goal), or none."""
+    """own (of the episode's goal), foreign (of another goal), or none."""
     episodes: int
     met: float = 0.0
-    """The chance with which a trajectory of the context has met the goal; 0: as it happens."""
+    """Probability that a trajectory of the context has reached the goal. 0: not set (`agents.prompts.held_out`)."""
 
 
 class Episode(NamedTuple):
-    """What names an episode among those of one run, checkpoint and settings."""
+    """The key of an episode within one run, checkpoint and settings."""
 
     task: str
     mode: str
@@ -41,11 +41,11 @@ class Episode(NamedTuple):
 
 
 def conditions(config: Config) -> Iterator[Condition]:
-    """Yields every context that a config asks for."""
+    """Yields every condition that a config asks for. Map tasks have none (see `agents.worlds`)."""
     settings = config.evaluate
     for task in config.data.tasks:
         if is_map(task):
-            continue  # `agents.worlds`
+            continue  # evaluated by `agents.worlds`
         if "prompted" in settings.modes:
             hides_goal = goal_task(task) is not None
             for met, trajectories in itertools.product((hides_goal and settings.met) or [0.0], settings.contexts):
@@ -58,15 +58,15 @@ def conditions(config: Config) -> Iterator[Condition]:
 
 
 def check_contexts(config: Config, store: TrajectoryStore, *, has_context: bool = True) -> None:
-    """ConfigError when an evaluation asks for contexts of more trajectories than a store holds out, DataError when it
-    asks for goals that the task does not have."""
+    """Raises ConfigError when an evaluation asks for contexts of more trajectories than the store has held-out
+    episodes, and DataError when the task has no foreign goals that are far enough away."""
     settings = config.evaluate
     asked = [condition for condition in conditions(config) if condition.task == store.task]
     if any(condition.context == "foreign" for condition in asked):
         goals = held_out_goals(store.task, settings.seed, settings.groups)
-        assert goals is not None  # so says the condition
+        assert goals is not None  # foreign conditions exist only for tasks with a hidden goal
         foreign_goals(store.task, settings.seed, goals)
-    # Those that have met the goal by chance are drawn with replacement.
+    # With `met`, trajectories are drawn with replacement, so any number is possible.
     longest = max((one.trajectories for one in asked if has_context and not one.met), default=0)
     if not longest:
         return
@@ -80,14 +80,14 @@ def check_contexts(config: Config, store: TrajectoryStore, *, has_context: bool 
 
 
 def episodes_of(condition: Condition, config: Config) -> set[Episode]:
-    """Returns every episode of every group of a condition."""
+    """Returns the keys of all episodes of a condition, for all groups."""
     task, mode, trajectories, context, episodes, met = condition
     groups = range(config.evaluate.groups)
     return {Episode(task, mode, 0, met, trajectories, context, group, i) for group in groups for i in range(episodes)}
 
 
 def episode_of(result: Result) -> Episode:
-    """Returns which episode a result is of."""
+    """Returns the key of a result's episode."""
     return Episode(
         result.task,
         result.mode,
@@ -106,8 +106,7 @@ def is_complete(results: Sequence[Result], condition: Condition, config: Config)
 
 
 def asked_for(results: Sequence[Result], config: Config) -> list[Result]:
-    """Returns the results that a config asks for: not those of other contexts, groups or episodes, which may be there
-    too."""
+    """Returns those results that a config asks for, without results of other contexts, groups or episodes."""
     settings, wanted = config.evaluate, set[Episode]()
     for condition in conditions(config):
         wanted |= episodes_of(condition, config)

@@ -58,8 +58,8 @@ class Loaded(NamedTuple):
     folder: Path
 
     def store(self, task: str) -> TrajectoryStore:
-        """Returns the store of a task. ConfigError when it is not the one that the agent learnt from, which another
-        may have taken the place of while it is evaluated."""
+        """Returns the store of a task. Raises ConfigError when its content is not what the agent was trained on; the
+        file may have been replaced since."""
         data = self.config.data
         store = TrajectoryStore.open(data.stores[data.tasks.index(task)], task=task)
         check_stores(self.folder, self.meta.stores, [store])
@@ -67,33 +67,34 @@ class Loaded(NamedTuple):
 
     @property
     def settings(self) -> Settings:
-        """What its results are made with."""
+        """The settings that identify its results."""
         return result_settings(self.config, self.meta.stores, self.meta.updates)
 
 
 class Evaluation(NamedTuple):
-    """new: how many episodes were played. results: all of these settings and this checkpoint, those of before too."""
+    """new: number of episodes played now. results: all results of these settings and this checkpoint, old and new."""
 
     new: int
     results: list[Result]
 
 
 def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> int:
-    """Appends a line an episode to `<folder>/results.jsonl` and returns how many were new. Conditions that are there
-    already, of the same checkpoint and settings, are not run again; a half-written one is.
+    """Evaluates the run in `folder`, appends one line per episode to `<folder>/results.jsonl`, and returns the number
+    of new episodes. Conditions already complete for this checkpoint and these settings are skipped; partly written ones
+    are completed.
     """
     return evaluation(folder, overrides, progress=progress).new
 
 
 def evaluation(folder: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> Evaluation:
-    """`evaluate`, and what it measured with these settings so far. DataError when another process evaluates the run."""
+    """Does what `evaluate` does, and returns the results. Raises DataError when another process evaluates the run."""
     check_run(folder)
     with evaluating(folder):
         return _evaluation(folder, overrides, progress=progress)
 
 
 def check_run(folder: Path) -> None:
-    """ConfigError when a folder is none of a trained agent."""
+    """Raises ConfigError when a folder does not hold a run of agents.train."""
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} is no run: it has no config.json. Give the folder of a training run, runs/NAME.")
     check_command(folder, "agents.train")
@@ -115,7 +116,7 @@ def _evaluation(folder: Path, overrides: Sequence[str], *, progress: bool) -> Ev
     new = 0
     act, start = jax.jit(loaded.agent.act, donate_argnums=1), jax.jit(loaded.agent.start, static_argnums=2)
     tasks = dict.fromkeys(condition.task for condition in todo)
-    for task in tasks:  # what cannot be played is found before anything is
+    for task in tasks:  # so that errors are raised before the first episode is played
         check_contexts(config, loaded.store(task), has_context=loaded.agent.context)
     environments = {task: make_environments(loaded, task, config.evaluate.groups) for task in tasks}
     with bar:
@@ -131,8 +132,8 @@ def _evaluation(folder: Path, overrides: Sequence[str], *, progress: bool) -> Ev
 
 
 def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Returns the agent of a run's newest (or best) checkpoint, on the mesh of `evaluate.mesh`, weights whole on every
-    device."""
+    """Returns the agent of a run's newest checkpoint (or the best one, `evaluate.checkpoint`). The weights are
+    replicated over the devices of `evaluate.mesh`."""
     check_run(folder)
     check_overrides(folder, overrides)
     config = load(Config, folder / "config.json", overrides)
@@ -161,11 +162,10 @@ def missing(
     folder: Path,
     before: Sequence[Result],
 ) -> Iterator[list[Result]]:
-    """Yields the results of a context that are not among those of `before`, as soon as all groups have played an
-    episode.
+    """Yields the results of a condition that are not in `before`, one list per episode of all groups.
 
-    What the next episode depends on is kept in `folder`, so that an evaluation that is killed goes on with the episode
-    that it was in, and ends as one that was not.
+    After each episode the state of the evaluation is saved in `folder`. An evaluation that was killed continues with
+    the episode that it was in, and gives the same results as an uninterrupted one.
     """
     config, settings = loaded.config, loaded.config.evaluate
     goals = held_out_goals(condition.task, settings.seed, settings.groups)
@@ -202,7 +202,7 @@ def missing(
 
 
 def common(loaded: Loaded) -> dict[str, Any]:
-    """Returns what all results of an agent have in common."""
+    """Returns the fields of `Result` that all results of an agent share."""
     return {
         "experiment": loaded.config.name,
         "agent": loaded.config.agent.kind,
@@ -219,12 +219,12 @@ def common(loaded: Loaded) -> dict[str, Any]:
 
 
 def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, target: float) -> ChainBatch:
-    """Returns the contexts of all groups, drawn from held-out episodes, padded and ordered for the mesh."""
+    """Returns the contexts of all groups, a row each, drawn from held-out episodes, padded and ordered for the mesh."""
     config, agent = loaded.config, loaded.agent
     store = loaded.store(condition.task)
     if loaded.meta.action_size != store.action_size:
         raise DataError(f"{store.path} has {store.action_size} actions; the agent has {loaded.meta.action_size}.")
-    if not agent.context:  # and then no episodes need be held out
+    if not agent.context:  # then there may be no held-out episodes either
         return StoredTimesteps(store).empty(config.evaluate.groups, np.arange(0))
     sampler = held_out(config, store, condition.met)
     told = goals

@@ -1,4 +1,4 @@
-"""The drawing of curves with intervals, labelled where they end. Knows no results: `plot` decides what is drawn."""
+"""Draws curves with intervals, labelled at their ends. `agents.plot` decides what is drawn."""
 
 import math
 import textwrap
@@ -31,8 +31,8 @@ LEFT, RIGHT, HEAD, BETWEEN, TICKS, CAPTION_LINE = 0.95, 0.2, 0.8, 0.4, 0.55, 0.1
 
 
 class Point(NamedTuple):
-    """Where a curve passes: a context, the drawn number with its interval, and the other average of the same values
-    (NaN where it is not to be shown).
+    """A point of a curve: the context, the value with its interval, and the other average of the same values (NaN: not
+    drawn).
     """
 
     trajectories: int
@@ -45,8 +45,10 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """kind: "agent"; "foreign", its control; "flat", an agent that knows no context; "oracle"; "null", what a maximum
-    gains by luck; "predicted", what follows from two numbers that were measured.
+    """A labelled curve.
+
+    kind: "agent"; "foreign", its control; "flat", an agent without context; "oracle"; "null", the expected maximum of
+    independent episodes; "predicted", the prediction of `agents.prediction`.
     """
 
     label: str
@@ -64,7 +66,7 @@ def compose(
     x_name: str,
     logarithmic: bool,
 ) -> "Figure":
-    """Returns one panel a task, two to a row, over a caption."""
+    """Returns a figure with one panel per task, two in a row, above a caption."""
     from matplotlib.figure import Figure  # slow to import; no pyplot, so no window and nothing global
 
     columns = min(2, len(panels))
@@ -115,7 +117,7 @@ def _draw(axes: "Axes", drawn: Sequence[Curve], *, x_name: str, logarithmic: boo
         if curve in dashed:
             size = 5 if curve.kind == "agent" else 3.5
             axes.plot(x, y, "o", color=curve.colour, markersize=size, markeredgecolor="white", zorder=4)
-            # Side by side, so that those of several curves stay apart.
+            # Shifted sideways, so that the marks of several curves do not overlap.
             beside = x + 0.055 * (dashed.index(curve) - (len(dashed) - 1) / 2) * (ends[1] - ends[0]) / 5.6
             axes.plot(beside, other, "_", color=curve.colour, markersize=6, markeredgewidth=1.6, zorder=4)
         if len(x) == 1:
@@ -146,7 +148,7 @@ def _scale(axes: "Axes", drawn: Sequence[Curve]) -> None:
 
 
 def _places(contexts: Sequence[int], logarithmic: bool) -> dict[int, float]:
-    """Returns where each number of trajectories stands: at its binary logarithm, 0 one step before the others."""
+    """Returns the x position of each number of trajectories: log2 if logarithmic, with 0 one step before the others."""
     if not logarithmic:
         return {count: float(count) for count in contexts}
     smallest = next((count for count in contexts if count), 1)
@@ -156,7 +158,7 @@ def _places(contexts: Sequence[int], logarithmic: bool) -> dict[int, float]:
 def _label_contexts(
     axes: "Axes", contexts: Sequence[int], place: Mapping[int, float], drawn: Sequence[Curve], x_name: str
 ) -> None:
-    """Labels the x axis twice: the number of trajectories and, where it is known, the tokens that they are."""
+    """Labels the x axis with the numbers of trajectories and, where known, the numbers of tokens below them."""
     tokens: dict[int, set[int]] = {count: set() for count in contexts}
     for curve in drawn:
         if curve.kind == "agent":
@@ -167,7 +169,7 @@ def _label_contexts(
     heading = f"{x_name}\ntokens" if known else x_name
     left, right = axes.get_xlim()
     written = math.inf
-    for index in reversed(range(len(contexts))):  # the largest context is always named
+    for index in reversed(range(len(contexts))):  # the largest context is always labelled
         if (written - place[contexts[index]]) * PANEL_WIDTH / (right - left) < 0.085 * _longest_line(names[index]):
             names[index] = ""
         else:
@@ -199,7 +201,7 @@ def _longest_line(text: str) -> int:
 
 
 def short_number(number: int) -> str:
-    """Returns a number in at most three digits and a letter: 272, 1.09K, 512K, 16.8M."""
+    """Returns a number with at most three digits and a suffix: 272, 1.09K, 512K, 16.8M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= size * 0.9995:
             return f"{float(f'{number / size:.3g}'):g}{letter}"
@@ -207,7 +209,7 @@ def short_number(number: int) -> str:
 
 
 def _label_curves(axes: "Axes", drawn: Sequence[Curve], anchors: Sequence[tuple[float, float]]) -> None:
-    """Writes each name right of the axes, as near to the end of its curve as the others allow, with a line to it."""
+    """Writes the labels right of the axes, as near to the ends of their curves as possible without overlap."""
     labels = [_wrap(curve.label) for curve in drawn]
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     ends = np.array(anchors) - (left, bottom)
@@ -242,10 +244,10 @@ def _label_curves(axes: "Axes", drawn: Sequence[Curve], anchors: Sequence[tuple[
 def spread(
     wanted: Float[np.ndarray, " n"], heights: Float[np.ndarray, " n"], low: float, high: float
 ) -> Float[np.ndarray, " n"]:
-    """Returns centres for labels of the given heights such that none overlap, as near as possible to where they are
-    wanted (least squares, order kept), within [low, high] where they fit there at all.
+    """Returns centres for labels of the given heights such that no labels overlap. They are as near to `wanted` as
+    possible (least squares, same order), and within [low, high] if they fit.
 
-    Pool adjacent violators, on the centres less the room that the labels below need.
+    Uses pool adjacent violators on the centres minus the heights of the labels below.
     """
     order = np.argsort(wanted, kind="stable")
     height = heights[order]

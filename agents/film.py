@@ -1,4 +1,4 @@
-"""Frames of episodes, drawn by MuJoCo: as mp4, and as a strip of moments beside each other."""
+"""Frames of episodes, rendered by MuJoCo: as mp4 films, and as strips of frames side by side."""
 
 import importlib
 import importlib.util
@@ -19,12 +19,12 @@ from agents.scenes import Scene, Take
 from data.atomic_file import atomic_file
 from data.dmc import Environment, make
 
-_MOST_FRAMES = 250  # of a film; longer episodes leave some out, and last as long
+_MOST_FRAMES = 250  # per film; longer episodes are subsampled, at the same playing time
 _MOMENTS = 8
 
 
 def check_video(config: Config) -> None:
-    """ConfigError where there is nothing to film, no frame can be drawn, or none be written as a film."""
+    """Raises ConfigError when there is nothing to film, or frames cannot be rendered or written as mp4."""
     if not any(conditions(config)):
         raise ConfigError(
             f"--video knows no maps, and {', '.join(config.data.tasks)} is all that is evaluated; leave --video out"
@@ -39,7 +39,7 @@ def check_video(config: Config) -> None:
 
 
 def shoot(environment: Environment, take: Take, rows: Sequence[int]) -> np.ndarray:
-    """Returns the frames of some states of an episode, uint8 [F, 240, 320, 3]."""
+    """Returns the rendered frames of the states `rows` of an episode, uint8 [F, 240, 320, 3]."""
     environment.set_extras(take.extras)
     frames = []
     for row in rows:
@@ -49,7 +49,7 @@ def shoot(environment: Environment, take: Take, rows: Sequence[int]) -> np.ndarr
 
 
 def write_films(scenes: Sequence[Scene], folder: Path) -> list[PlotResult]:
-    """Writes a strip of each task's scenes and an mp4 of each scene into the folder, and returns what they show."""
+    """Writes a strip of each task's scenes and an mp4 of each scene into `folder`, and returns them with captions."""
     shown = []
     for task in dict.fromkeys(scene.task for scene in scenes):
         environment = make(task, render_mode="rgb_array")
@@ -62,15 +62,15 @@ def write_films(scenes: Sequence[Scene], folder: Path) -> list[PlotResult]:
 
 
 def _film(environment: Environment, scene: Scene, path: Path) -> PlotResult:
-    """The episodes run side by side; one that is over waits for the others."""
-    imageio = importlib.import_module("imageio.v3")  # not of the stack: it comes with a program, ffmpeg
+    """Writes the episodes of a scene side by side. An episode that is over shows its last frame."""
+    imageio = importlib.import_module("imageio.v3")  # an optional dependency, which brings ffmpeg along
     longest = max(len(take.states) for take in scene.takes)
     stride = -(-longest // _MOST_FRAMES)
     rows = np.arange(0, longest, stride)
     frames = [shoot(environment, take, np.minimum(rows, len(take.states) - 1)) for take in scene.takes]
     rate = environment.metadata["render_fps"] / stride
     with warnings.catch_warnings():
-        # Of JAX, which fears a fork; ffmpeg is started at once.
+        # JAX warns about forks; this one executes ffmpeg at once.
         warnings.filterwarnings("ignore", message=r"os.fork\(\) was called", category=RuntimeWarning)
         content = imageio.imwrite(
             "<bytes>", np.concatenate(frames, axis=2), extension=".mp4", plugin="FFMPEG", fps=max(rate, 1.0)

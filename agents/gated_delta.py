@@ -1,16 +1,17 @@
-"""A matrix as memory: linear attention with the gated delta rule (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464;
-the delta rule: Schlag, Irie and Schmidhuber 2021, arXiv 2102.11174).
+"""Linear attention with the gated delta rule (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464; the delta rule:
+Schlag, Irie and Schmidhuber 2021, arXiv 2102.11174).
 
-Each head holds a matrix S, which maps keys to values. A token forgets a little, takes away what its key stood for,
-writes its value there, and reads:
+The state of each head is a matrix S, which maps keys to values. Each token decays S, removes the old value of its key,
+writes its new value, and reads with its query:
 
     S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T         o_t = S_t^T q_t
 
-    k, q  = silu(W x) of length 1        v = silu(W x)        b = sigmoid(W x)        a = sigmoid(W x + c)
-    y     = rms_norm(o) * silu(W x)                                                   of each head
+    k, q  = silu(W x), normalised to length 1    v = silu(W x)    b = sigmoid(W x)    a = sigmoid(W x + c)
+    y     = rms_norm(o) * silu(W x)                                                   for each head
 
-Keys and values have 2 D numbers, so a layer's state has N (2 D)^2. The paper's short convolution and feed-forward layer
-are left out: a token of ours holds a whole step.
+Each W is a weight matrix of its own. Keys and values have 2 D entries (D: model.width), so a layer's state of N heads
+has N (2 D)^2 entries. The paper's short convolution and feed-forward layer are left out, since a fused token holds a
+whole timestep.
 """
 
 from typing import NamedTuple
@@ -21,15 +22,15 @@ from flax import nnx
 from jax.lax.linalg import triangular_solve
 from jaxtyping import Array, Bool, Float
 
-STATE = 2  # numbers of a key, and of a value, for each of the width
-CHUNK = 64  # tokens computed at a time; the backward keeps the states between chunks, and computes the rest again
-KEEPS = 9.0  # c at first: a state forgets 1/e in e^9 = 8,100 tokens
+STATE = 2  # size of keys and values, in multiples of the width
+CHUNK = 64  # tokens per chunk; the backward pass keeps the states between chunks and recomputes the rest
+KEEPS = 9.0  # initial c: the state decays by 1/e in e^9 = 8,100 tokens
 
 State = Float[Array, "B N H H"]
 
 
 class Written(NamedTuple):
-    """What the tokens of a chunk ask for, and what they write."""
+    """Queries, keys, values, log decay (log a) and write strength (b) of the tokens of a chunk."""
 
     q: Float[Array, "B N C H"]
     k: Float[Array, "B N C H"]
@@ -39,7 +40,7 @@ class Written(NamedTuple):
 
 
 class GatedDelta(nnx.Module):
-    """A `Cell` (agents.recurrent) that reads a chunk of tokens after the other."""
+    """The gated delta rule as a `Cell` (agents.recurrent), which reads tokens chunk by chunk."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads, self.head_size = heads, STATE * width
@@ -79,7 +80,7 @@ class GatedDelta(nnx.Module):
         return jnp.swapaxes(y, 0, 1).reshape(B, chunks * size, self.outputs)[:, :T], state
 
     def _written(self, x: Float[Array, "B C D"], is_there: Bool[Array, "B C"]) -> Written:
-        """Returns what tokens read and write; those that are not there write and forget nothing."""
+        """Returns the projections of the tokens. Padding neither writes to the state nor decays it (b = 0, a = 1)."""
         q, k, v = (self._heads(project, x) for project in (self.query, self.key, self.value))
         there = is_there[:, None]
         log_a = jnp.where(there, jax.nn.log_sigmoid(jnp.swapaxes(self.keep(x), 1, 2)), 0.0)
@@ -92,10 +93,11 @@ class GatedDelta(nnx.Module):
 
 
 def read_chunk(written: Written, begins: Bool[Array, "B C"], state: State) -> tuple[Float[Array, "B N C H"], State]:
-    """Returns what the tokens of a chunk read, and the state after it; a token that begins a chain finds an empty one.
+    """Returns the output o of the tokens of a chunk, and the state after it. `begins` marks the first token of a chain,
+    which starts from an empty state.
 
-    The paper's chunkwise form. With G the product of the a of a chain so far, what a token adds to the state at its key
-    is u, and all u solve one triangular system (the UT transform):
+    This is the paper's chunkwise form. G is the cumulative product of a within a chain. u is the value that a token
+    adds to the state at its key. All u solve one triangular system (the UT transform):
 
         S_t = G_t S_0 + sum_{j<=t} (G_t / G_j) k_j u_j^T
         u_t + b_t sum_{j<t} (G_t / G_j) (k_t . k_j) u_j = b_t (v_t - G_t S_0^T k_t)
@@ -121,5 +123,5 @@ def read_chunk(written: Written, begins: Bool[Array, "B C"], state: State) -> tu
 
 
 def unit(x: Float[Array, "*S H"]) -> Float[Array, "*S H"]:
-    """Returns vectors of length 1."""
+    """Returns the vectors normalised to length 1."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)

@@ -1,5 +1,4 @@
-"""A Gaussian over actions: where the data went several ways, a single action would stand still in the middle.
-(`agents.mixture` keeps the ways apart.)"""
+"""Gaussian distributions over actions, and the loss of actions. `agents.mixture` has the multimodal distribution."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,17 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-# Below a standard deviation of 0.22 there is nothing to win for an action in [-1, 1], and much to lose: with a bound of
-# exp(-5) the likelihood of the few actions that can be foretold exactly (a body at rest) drowned all others.
+# A standard deviation below exp(-1.5) = 0.22 gains nothing for actions in [-1, 1]. With a bound of exp(-5), the few
+# exactly predictable actions (of a body at rest) dominated the likelihood.
 LOG_STD_RANGE = (-1.5, 0.5)
 
 
 class Distribution(Protocol):
-    """Over actions, at every place of features [*S, D]."""
+    """A distribution over actions for each feature vector of [*S, D]."""
 
     @property
     def mean(self) -> Float[Array, "*S A"]:
-        """What is done when nothing is drawn."""
+        """The action taken when actions are not sampled."""
         ...
 
     def log_probability(self, action: Float[Array, "*S A"]) -> Float[Array, "*S"]: ...
@@ -45,7 +44,7 @@ class Gaussian(NamedTuple):
 
 
 class GaussianHead(nnx.Module):
-    """Maps features to a Gaussian over actions; float32, as the loss is."""
+    """Maps features to a Gaussian over actions, in float32."""
 
     def __init__(self, width: int, action_size: int, *, rngs: nnx.Rngs):
         self.project = nnx.Linear(width, 2 * action_size, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
@@ -56,7 +55,7 @@ class GaussianHead(nnx.Module):
 
 
 def bounded(log_std: Float[Array, "*S A"]) -> Float[Array, "*S A"]:
-    """Returns it within LOG_STD_RANGE, smoothly: a clipped one would have no gradient to come back with."""
+    """Returns the values mapped smoothly into LOG_STD_RANGE. Clipping would give zero gradients outside the range."""
     low, high = LOG_STD_RANGE
     return low + (high - low) * jax.nn.sigmoid(log_std + 1.0)
 
@@ -64,10 +63,16 @@ def bounded(log_std: Float[Array, "*S A"]) -> Float[Array, "*S A"]:
 def action_loss(
     policy: Distribution, action: Array, weight: Array, whole: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns the weighted mean negative log-likelihood of `action` per action entry, with its metrics; of a part of a
-    batch, with the weights of the `whole`, its share of them.
+    """Returns the weighted mean negative log-likelihood of `action` per action entry, and metrics.
 
-    Written on global arrays: the sum over devices is XLA's business.
+    Args:
+        policy: distributions [B, M].
+        action: [B, M, A].
+        weight: [B, M], the weight of each action.
+        whole: weights of the whole batch when this is a micro-batch of it. The loss and the metrics are then the
+            micro-batch's share of those of the whole batch.
+
+    Arrays are global: XLA sums over the devices.
     """
     total = jnp.maximum((weight if whole is None else whole).sum(), 1.0)
     loss = -(policy.log_probability(action) * weight).sum() / (total * action.shape[-1])

@@ -1,16 +1,17 @@
-"""The hidden goals of evaluation: each group's own, and a foreign one for its control."""
+"""The hidden goals of evaluation: one for each group, and a foreign one for its control."""
 
 import numpy as np
 
 from data.tasks import foreign_goal, goal_task
 
-_FOREIGN = 1  # keeps these draws apart from the own goals'
+_FOREIGN = 1  # separates these random draws from those of the groups' own goals
 
 
 def held_out_goals(task: str, seed: int, groups: int) -> np.ndarray | None:
-    """Returns the goals of evaluation, drawn as the environment draws them; None for tasks that hide none.
+    """Returns the goals of evaluation [groups, G], drawn from the environment's distribution; None for tasks without a
+    hidden goal.
 
-    Training never sees them: its goals are where trajectories happened to end.
+    Training never uses them: its goals are places where trajectories ended.
     """
     hidden = goal_task(task)
     if hidden is None:
@@ -19,8 +20,8 @@ def held_out_goals(task: str, seed: int, groups: int) -> np.ndarray | None:
 
 
 def foreign_goals(task: str, seed: int, goals: np.ndarray) -> np.ndarray:
-    """Returns for the goal of each group another that no state meets together with it: what is learnt of the one is
-    never about the other. However many groups there are, each has its own."""
+    """Returns a foreign goal for each group, [groups, G], such that no state is rewarded for both the group's goal and
+    the foreign one. A group's foreign goal does not depend on the number of groups."""
     hidden = goal_task(task)
     assert hidden is not None, task
     return np.stack(

@@ -1,15 +1,15 @@
-"""Gated recurrent units (Cho et al. 2014, arXiv 1406.1078): a state of 2 D numbers."""
+"""Gated recurrent units (Cho et al. 2014, arXiv 1406.1078), with a state of 2 D entries (D: model.width)."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-STATE = 2  # numbers of the state for each of the width: its weights are then about as many as a Transformer's
+STATE = 2  # size of the state in multiples of the width; a layer then has about as many weights as a Transformer's
 
 
 class GRU(nnx.GRUCell):
-    """A `Cell` (agents.recurrent) that reads one token after the other."""
+    """A GRU as a `Cell` (agents.recurrent), which reads token by token."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         super().__init__(width, STATE * width, rngs=rngs)

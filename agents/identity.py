@@ -1,8 +1,8 @@
-"""What belongs to the identity of a run and of a result: the one place that knows. docs/identity.md has it as a table.
+"""The settings that identify a run and a result (docs/identity.md has them as a table).
 
-A run is what it learnt: its settings and the content of its stores. A result is the run it played, and the settings of
-its evaluation. Every setting belongs to both unless it is listed here as one that changes neither, so a setting that
-nobody thought of counts. Two things that differ in their identity are never continued, averaged or drawn as one.
+A run is identified by its settings and the content of its stores; a result by its run and the settings of its
+evaluation. Every setting counts for both unless it is listed here as free, so a new setting counts by default. A run
+is never continued under another identity, and results of different identities are never averaged or drawn as one.
 """
 
 import hashlib
@@ -16,20 +16,20 @@ from agents.config import Config, Section, validate
 from agents.config_file import AnyConfig
 from data import TrajectoryStore
 
-Settings = dict[str, Any]  # by dotted name, sections unfolded
-Stores = Mapping[str, Mapping[str, Any]]  # by task: where its store stood, what was in it
+Settings = dict[str, Any]  # flat, by dotted name
+Stores = Mapping[str, Mapping[str, Any]]  # `records` by task: path and content of the store
 
-# What any run may change on the way. The same sums are taken, at most in another order.
+# Settings that a run may change when it is continued. Except train.updates, they change results by rounding at most.
 FREE = (
     "name",
     "series",
     "mesh.*",
     "wandb.*",
-    # The content hash of the stores says what was in them, wherever they stand and however they were made.
+    # Stores are identified by their content hash, wherever they are and however they were made.
     "data.episodes",
     "data.stores",
     "data.collect.workers",
-    # "sparse" computes something else, and then there is an attention.sparse, which counts.
+    # Scheme "sparse" computes something else, but then attention.sparse is set, which counts.
     "attention.scheme",
     "attention.kernel",
     "attention.block_q",
@@ -38,7 +38,7 @@ FREE = (
     "model.remat",
     "model.feed_forward_tile",
     "train.accumulate",
-    "train.updates",  # what that means for a run is kept in its checkpoints: `lengthened`
+    "train.updates",  # the totals of a run are kept in its checkpoints: `lengthened`
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -46,13 +46,13 @@ FREE = (
     "train.prefetch",
     "train.workers",
 )
-# What a result records that its config does not say: what it means where it is missing.
+# Settings that a result records in addition to its config, with the text shown where they are missing.
 UNRECORDED = {"train.updates": "one total", "data.stores": "not recorded"}
-# What an evaluation may change besides: which episodes it plays, each with the numbers that it has alone.
+# Further settings that do not identify a result: they choose which episodes are played, and results record them.
 FREE_OF_A_RESULT = (
     *FREE,
     "data.collect.*",
-    "seed",  # of training: a field of its own, over which is averaged
+    "seed",  # of training: a separate field of results, over which they are averaged
     "evaluate.mesh.*",
     "evaluate.contexts",
     "evaluate.groups",
@@ -66,7 +66,7 @@ FREE_OF_A_RESULT = (
     "evaluate.memory_gib",
 )
 FREE_OF_A_RUN = (*FREE, "evaluate.*")
-# What an evaluation may say otherwise than its run: how the agent acts. The rest says what it has learnt.
+# Settings that an evaluation may override, because they concern how the agent acts. The others define the training.
 FREE_OF_ACTING = (
     *FREE_OF_A_RUN,
     "data.tasks",
@@ -76,11 +76,11 @@ FREE_OF_ACTING = (
     "attention.*",
     "model.*",
 )
-NAMES = ("name", "series")  # of all results of a run
+NAMES = ("name", "series")  # the same in all results of a run
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Returns nested settings by dotted name."""
+    """Returns nested settings as a flat dict, by dotted name."""
     found: Settings = {}
     for key, value in settings.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -88,18 +88,18 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
 
 
 def is_free(name: str, free: Iterable[str]) -> bool:
-    """Whether a setting is among `free`, where "a.*" means a whole section."""
+    """Whether a setting is in `free`, where "a.*" stands for a whole section."""
     return any(name == one.removesuffix(".*") or (one[-1] == "*" and name.startswith(one[:-1])) for one in free)
 
 
 def run_settings(config: Section) -> Settings:
-    """Returns the settings that belong to a run."""
+    """Returns the settings that identify a run."""
     return _without(flat(config.model_dump(mode="json")), FREE_OF_A_RUN)
 
 
 def differing_runs(before: Section, now: Section) -> list[str]:
-    """Returns, in words, the settings that belong to a run and are not the same. How the data is collected is compared
-    where both say it."""
+    """Returns a description of each setting that identifies a run and differs. Settings of data.collect are compared
+    only if both configs have them."""
     was, own = run_settings(before), run_settings(now)
     recipe = {name for name in was.keys() | own.keys() if name.startswith("data.collect")}
     compared = recipe if not recipe & was.keys() & own.keys() else set()
@@ -107,18 +107,18 @@ def differing_runs(before: Section, now: Section) -> list[str]:
 
 
 def result_settings(config: Config, stores: Stores, updates: Sequence[int]) -> Settings:
-    """Returns what a result was made with: settings, the tasks and the content of the stores that its run learnt from,
-    and the totals of `updates` that the run was trained towards, where there was more than one (`lengthened`)."""
+    """Returns the settings that identify a result. They include the tasks and the content hashes of the stores that its
+    run was trained on, and the values of train.updates (`updates`) if there was more than one (`lengthened`)."""
     settings = _without(flat(config.model_dump(mode="json")), FREE_OF_A_RESULT)
-    if stores:  # a run of an older version does not know them
+    if stores:  # runs of older versions did not record them
         settings["data.tasks"] = list(stores)
         settings["data.stores"] = [short(str(store["content_hash"])) for store in stores.values()]
     return settings | ({"train.updates": list(updates)} if len(updates) > 1 else {})
 
 
 def check_trained(owner: Path, trained: Mapping[str, Any], learnt: Iterable[str], config: Config) -> None:
-    """ConfigError when an evaluation asks for another task than those that its run has `learnt`, or says otherwise
-    what was learnt, such as from which episodes, with which seed or learning rate."""
+    """Raises ConfigError when an evaluation names a task that its run was not trained on (`learnt`), or changes a
+    setting of training, such as the seed or the learning rate. trained: the settings kept in the checkpoint."""
     other = [task for task in config.data.tasks if task not in learnt]
     if other:
         raise ConfigError(f"{owner} learnt {', '.join(learnt)}, not {', '.join(other)}. Change data.tasks.")
@@ -133,8 +133,8 @@ def check_trained(owner: Path, trained: Mapping[str, Any], learnt: Iterable[str]
 
 
 def check_config(owner: Path, trained: Mapping[str, Any], now: AnyConfig) -> None:
-    """ConfigError when the config.json of a run, `own`, does not say what its checkpoint was `trained` with, which
-    checkpoints of an older version do not know: its results would be of other settings than they say."""
+    """Raises ConfigError when the config.json of a run (`now`) differs from the settings that its checkpoint was
+    trained with (`trained`; empty in older versions): its results would be recorded under wrong settings."""
     if not trained:
         return
     was = validate(type(now), dict(trained), source=f"the settings kept in {owner / 'checkpoints'}")
@@ -147,7 +147,7 @@ def check_config(owner: Path, trained: Mapping[str, Any], now: AnyConfig) -> Non
 
 
 def check_overrides(owner: Path, overrides: Sequence[str]) -> None:
-    """ConfigError when an evaluation would give the results of a run another name or series than those before."""
+    """Raises ConfigError when an evaluation overrides the name or the series of its run."""
     named = [text for text in overrides if text.partition("=")[0] in NAMES]
     if named:
         raise ConfigError(
@@ -157,7 +157,7 @@ def check_overrides(owner: Path, overrides: Sequence[str]) -> None:
 
 
 def differing(before: Settings, now: Settings) -> list[str]:
-    """Returns, in words, the settings that are not the same."""
+    """Returns a description of each setting that differs, such as "seed=1 (was 0)"."""
     return [
         f"{name}={_written(now.get(name))} (was {_written(before.get(name))})"
         for name in sorted(before.keys() | now.keys())
@@ -166,16 +166,16 @@ def differing(before: Settings, now: Settings) -> list[str]:
 
 
 def settings_id(settings: Settings) -> str:
-    """Returns eight hex digits that are the same for equal settings.
+    """Returns a hash of the settings, 8 hex digits.
 
-    What is off (None, False) does not count, so a later version may add what is off by default.
+    Settings that are None or False are left out, so that later versions may add settings that are off by default.
     """
     on = {name: value for name, value in settings.items() if value is not None and value is not False}
     return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def notable(settings: Settings) -> Settings:
-    """Returns the settings that are not the default."""
+    """Returns the settings that differ from their default."""
     known = defaults(Config)
     return {name: value for name, value in settings.items() if name not in known or known[name] != value}
 
@@ -193,7 +193,7 @@ def defaults(kind: type[Section]) -> Settings:
 
 
 def differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Returns, by id, in words what tells these (notable) settings apart; nothing where there is one."""
+    """Returns, by settings_id, a description of what distinguishes these `notable` settings; empty for a single one."""
     if len(settings) == 1:
         return dict.fromkeys(settings, "")
     known, names = defaults(Config) | UNRECORDED, {name for one in settings.values() for name in one}
@@ -204,20 +204,21 @@ def differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     telling = sorted(name for name in names if len({value(one, name) for one in settings.values()}) > 1)
     told = {key: ", ".join(f"{name}={value(one, name)}" for name in telling) for key, one in settings.items()}
     told |= {key: "settings not recorded" for key in settings if not key}
-    twice = {key for key in settings if list(told.values()).count(told[key]) > 1}  # defaults of another version
+    twice = {key for key in settings if list(told.values()).count(told[key]) > 1}  # other defaults
     return {key: f"{told[key]}, settings {key}".removeprefix(", ") if key in twice else told[key] for key in settings}
 
 
 def short(content_hash: str) -> str:
-    """Returns the beginning of a hash, enough for people."""
+    """Returns the first 12 digits of a hash, for messages."""
     return content_hash[:12]
 
 
 def lengthened(totals: Sequence[int], config: Config) -> list[int]:
-    """Returns the totals that a run was trained towards, now that it is `config.train.updates`.
+    """Returns the values of train.updates that a run was trained with: `totals`, and now `config.train.updates`.
 
-    A learning rate that decays and chains that grow depend on the total, so a run of 1,000 updates lengthened to 2,000
-    is no run of 2,000 from the start, and remembers both. A constant rate on chains of one length just goes on.
+    A decaying learning rate and growing chains depend on the total. A run of 1,000 updates that is lengthened to 2,000
+    therefore differs from a run of 2,000, and keeps both totals. With a constant rate and chains of one length, only
+    the last total is kept.
     """
     depends = config.optimizer.schedule != "constant" or bool(config.chain.grow)
     updates = config.train.updates
@@ -225,7 +226,7 @@ def lengthened(totals: Sequence[int], config: Config) -> list[int]:
 
 
 def check_total(owner: Path, done: int, updates: int) -> None:
-    """ConfigError when a run has gone further than it is asked to."""
+    """Raises ConfigError when a run has more updates already (`done`) than `train.updates`."""
     if done > updates:
         raise ConfigError(
             f"{owner} has {done} updates already, more than train.updates={updates}. Ask for more, or choose another "
@@ -234,7 +235,7 @@ def check_total(owner: Path, done: int, updates: int) -> None:
 
 
 def records(stores: Sequence[TrajectoryStore]) -> dict[str, dict[str, Any]]:
-    """Returns what a run keeps of its stores, by task."""
+    """Returns the record of each store that checkpoints keep, by task: path, content hash and number of episodes."""
     return {
         store.task: {
             "path": str(store.path.absolute()),
@@ -246,7 +247,7 @@ def records(stores: Sequence[TrajectoryStore]) -> dict[str, dict[str, Any]]:
 
 
 def check_stores(owner: Path, kept: Stores, stores: Sequence[TrajectoryStore]) -> None:
-    """ConfigError, naming both, when a run goes on with another store than it learnt from."""
+    """Raises ConfigError when a store differs in content from the one that the run was trained on (`kept`)."""
     for store in stores:
         was, now = kept.get(store.task), records([store])[store.task]
         if was is None or was["content_hash"] == now["content_hash"]:

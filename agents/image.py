@@ -1,4 +1,4 @@
-"""The file that shows a figure, and the room that its text takes."""
+"""Image files of figures, and the size of text in them."""
 
 import io
 from pathlib import Path
@@ -15,20 +15,20 @@ TITLE = 12.5  # points
 
 
 def check_suffix(path: Path) -> None:
-    """ConfigError for a name that is none of a picture."""
+    """Raises ConfigError when the file name does not end in .png, .svg or .pdf."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"a plot is a .png, .svg or .pdf file; got {path}")
 
 
 def check_picture(path: Path) -> None:
-    """DataError when `path` is a file that Matplotlib, which signs its pictures, did not make: a plot would replace
-    it."""
+    """Raises DataError when `path` is an existing file that Matplotlib did not write: a plot would replace it.
+    Matplotlib leaves its name in the files that it writes."""
     if path.is_file() and b"atplotlib" not in path.read_bytes():
         raise DataError(f"{path} exists and is no plot; choose another --out, or move it")
 
 
 def write_image(figure: "Figure", path: Path) -> None:
-    """Writes the file that shows a figure, whole or not at all; DataError as for `check_picture`."""
+    """Writes a figure to `path` atomically. Raises DataError as `check_picture` does."""
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:], dpi=200)
     with atomic_file(path, check_old=check_picture) as file:
@@ -36,7 +36,7 @@ def write_image(figure: "Figure", path: Path) -> None:
 
 
 def text_width(line: str, size: float = 9) -> float:
-    """Returns the width in inches of a bold line."""
+    """Returns the width of a line of bold text in inches. size: in points."""
     from matplotlib.font_manager import FontProperties  # slow to import
     from matplotlib.textpath import TextPath
 
@@ -44,5 +44,5 @@ def text_width(line: str, size: float = 9) -> float:
 
 
 def title_size(title: str, inches: float) -> float:
-    """Returns the size in points at which a title fits into a width; the usual one where it does anyway."""
+    """Returns the font size in points, at most TITLE, at which a title fits into a width in inches."""
     return TITLE * min(1.0, inches / max(text_width(title, TITLE), 1e-9)) if title else TITLE

@@ -1,12 +1,12 @@
-"""IQL, implicit Q-learning (Kostrikov et al. 2021, arXiv 2110.06169): values of no action that the data has not.
+"""IQL, implicit Q-learning (Kostrikov et al. 2021, arXiv 2110.06169): the critic evaluates only actions of the data.
 
     L(value)    = mean |tau - [u < 0]| u^2                               u = min_i Q'_i(s, a) - V(s)
     L(critic)   = mean sum_i (Q_i(s, a) - r - gamma d V(s'))^2
     L(policy)   = - mean min(exp(beta u), 100) log pi(a | s)
 
-tau is the setting expectile, beta the setting temperature. pi(s) is normal about its mean, in (-1, 1), with a width
-that is learnt and the same everywhere. ExoRL's table has no IQL: the settings are the paper's, the networks those of
-the others.
+tau is the setting `expectile`, beta the setting `temperature`. pi(s) is a normal distribution with a mean in (-1, 1)
+and a learnt standard deviation that does not depend on s. ExoRL does not include IQL: the settings are the paper's, the
+networks those of the other agents.
 """
 
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ LOG_STD_RANGE = (-5.0, 2.0)
 
 
 class Actor(nnx.Module):
-    """Observation -> Gaussian over actions, of a width that is a weight."""
+    """A Gaussian over actions, with a standard deviation that is a parameter of its own."""
 
     def __init__(self, scales: Scales, action_size: int, model: ModelConfig, *, rngs: nnx.Rngs):
         self.mean = OfObservation(scales, action_size, model, rngs=rngs)
@@ -39,7 +39,7 @@ class Actor(nnx.Module):
 
 
 class IQL(ActorCritic):
-    """Imitates the better actions of the data, by a value that never asks about others. Settings: `agent.iql`."""
+    """Imitates the better actions of the data, and evaluates no actions outside the data. Settings: `agent.iql`."""
 
     def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         model = self.config.model

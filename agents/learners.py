@@ -1,4 +1,4 @@
-"""What agents.bench times: updates of our Decision Transformer, and of Hugging Face's."""
+"""The updates that agents.bench times: those of our Decision Transformer, and of Hugging Face's."""
 
 import importlib
 import importlib.util
@@ -16,15 +16,15 @@ from agents.registry import make_agent
 from agents.update import make_update, new_state
 from data import ChainBatch
 
-OBSERVATION, ACTION = 24, 6  # walker's
+OBSERVATION, ACTION = 24, 6  # sizes as of the walker
 WIDTH, LAYERS = 128, 3
-FEED_FORWARD = 344  # gated, with as many weights as a plain one of 4 * 128: 3 * 344 = 8 * 129
+FEED_FORWARD = 344  # gated; as many weights as a plain feed-forward layer of 4 * 128: 3 * 344 = 8 * 129
 
 
 class Learner(NamedTuple):
     name: str
     weights: int
-    update: Callable[[], object]  # one update, to its end
+    update: Callable[[], object]  # makes one update, and waits for it
 
 
 def ours(tokens: str, window: int, batch: int) -> Learner:
@@ -53,7 +53,7 @@ def ours(tokens: str, window: int, batch: int) -> Learner:
 
 
 def hugging_face(window: int, batch: int) -> list[Learner]:
-    """Returns their Decision Transformer, three tokens a step, or nothing where it is not installed."""
+    """Returns Hugging Face's Decision Transformer (three tokens per timestep), or [] if it is not installed."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         print("torch or transformers is not installed: left out", file=sys.stderr)
         return []
@@ -75,7 +75,7 @@ def hugging_face(window: int, batch: int) -> list[Learner]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
     data = {name: torch.from_numpy(np.asarray(values)) for name, values in _batch(window, batch)._asdict().items()}
     attended = torch.ones(batch, window, dtype=torch.long)
-    # Positions are counted in a table of theirs, which is no weight of the blocks.
+    # The tables of position and token embeddings are not counted.
     weights = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(("wpe.weight", "wte.weight")))
 
     def once():
@@ -98,7 +98,7 @@ def hugging_face(window: int, batch: int) -> list[Learner]:
 
 
 def _batch(window: int, batch: int) -> ChainBatch:
-    """Returns numbers of the right shapes: what an update costs does not depend on them."""
+    """Returns a batch of random numbers. The cost of an update does not depend on the values."""
     rng = np.random.default_rng(0)
 
     def normal(*sizes: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a training run says of itself on the way: a line of `metrics.jsonl` at a time, and wandb on request."""
+"""Logging of training runs: lines of `metrics.jsonl`, and wandb on request."""
 
 import importlib.util
 import json
@@ -22,8 +22,8 @@ WANDB_ID = "wandb_id"
 
 
 def check_wandb(config: WandbConfig) -> None:
-    """ConfigError where wandb is asked for and cannot start: it is not installed, or there is no key. Asks no
-    network."""
+    """Raises ConfigError when wandb is enabled and cannot start: it is not installed, or there is no API key. Does not
+    use the network."""
     if config.mode == "disabled":
         return
     if importlib.util.find_spec("wandb") is None:
@@ -43,8 +43,8 @@ _OTHERWISE = "choose wandb.mode=offline or wandb.mode=disabled"
 
 
 def claim(folder: Path, config: Config) -> Any:
-    """Makes the folder a run of this config, and returns the run of wandb; None without. Where wandb does not start,
-    ConfigError, and the folder is as it was."""
+    """Creates the run folder with its config.json, and returns the wandb run, or None if wandb is disabled. Raises
+    ConfigError when wandb does not start; a new folder is then removed again."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,7 +64,7 @@ def _start_wandb(folder: Path, config: Config) -> Any:
     import wandb
 
     settings = json.loads(dump(config))
-    # The same run for a training that goes on, and for its evaluations.
+    # A continued training and the evaluations log to the same wandb run.
     kept = folder / WANDB_ID
     if not kept.exists():
         write_text(kept, uuid.uuid4().hex)
@@ -76,7 +76,7 @@ def _start_wandb(folder: Path, config: Config) -> Any:
             config=settings,
             dir=folder,
             id=kept.read_text().strip(),
-            # Offline nothing is known of what was sent: `wandb sync` joins the pieces by their id.
+            # Offline runs cannot be resumed: `wandb sync` joins the pieces by their id.
             resume="allow" if wandb_settings.mode == "online" else None,
         )
     except wandb.errors.Error as error:
@@ -84,8 +84,8 @@ def _start_wandb(folder: Path, config: Config) -> Any:
 
 
 def log_evaluation(folder: Path, config: Config, rows: Sequence[SummaryRow], looks: Sequence[Path]) -> None:
-    """Adds the summary of an evaluation to the run in wandb as a table, and pictures (.png) and films (.mp4) by their
-    names; nothing where `wandb.mode` is "disabled". ConfigError where wandb does not start."""
+    """Logs the summary of an evaluation to the wandb run as a table, and images (.png) and films (.mp4) by name. Does
+    nothing if `wandb.mode` is "disabled". Raises ConfigError when wandb does not start."""
     check_wandb(config.wandb)
     wandb_run = _start_wandb(folder, config)
     if wandb_run is None:
@@ -93,7 +93,7 @@ def log_evaluation(folder: Path, config: Config, rows: Sequence[SummaryRow], loo
     import wandb
 
     columns = [one.name for one in fields(SummaryRow)]
-    cells = [[None if value != value else value for value in astuple(row)] for row in rows]  # wandb knows no NaN
+    cells = [[None if value != value else value for value in astuple(row)] for row in rows]  # wandb takes no NaN
     logged: dict[str, Any] = {"evaluation/summary": wandb.Table(columns=columns, data=cells)}
     for path in looks:
         is_film = path.suffix == ".mp4"
@@ -107,10 +107,10 @@ def log_evaluation(folder: Path, config: Config, rows: Sequence[SummaryRow], loo
 
 @contextmanager
 def metrics_log(path: Path, first: int, wandb_run: Any) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Gives a function that appends one line to `metrics.jsonl`, and to wandb.
+    """Yields a function that logs an entry: a line of `metrics.jsonl`, and to wandb.
 
-    Lines later than the checkpoint of update `first` that the run continues from are dropped: they are about to be
-    written again. Only the first of several processes writes.
+    Lines after update `first`, from which the run continues, are dropped, since they are written again. With several
+    processes, only the first one writes.
     """
     if jax.process_index():
         yield lambda entry: None

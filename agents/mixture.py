@@ -1,11 +1,11 @@
-"""A mixture of Gaussians over actions (Bishop 1994, Mixture Density Networks): several ways to act stay apart.
+"""A mixture of Gaussians over actions (Bishop 1994, Mixture Density Networks), for multimodal data.
 
     p(a)  = sum_c w_c prod_j N(a_j; m_cj, s_cj^2)                       c = 1 .. agent.mixture
     loss  = - log p(a) / A
 
-Each component is a whole action, so its entries go together. A sample is drawn from component c with chance w_c. What
-is done when nothing is drawn (`mean`) is the mean m_c of the component of greatest weight: that of the whole mixture
-lies between its modes, where the data never was.
+A is the size of an action. Each component covers all entries of an action. A sample is drawn from component c with
+probability w_c. Without sampling, the action (`mean`) is the mean m_c of the component of greatest weight: the mean of
+the mixture may lie between its modes, where there are no data.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from agents.gaussian import Gaussian, GaussianHead, bounded
 
 
 class Mixture(NamedTuple):
-    """Gaussians with weights that add up to 1; C components."""
+    """A mixture of C Gaussians. The weights sum to 1."""
 
     log_weight: Float[Array, "*S C"]
     means: Float[Array, "*S C A"]
@@ -31,7 +31,7 @@ class Mixture(NamedTuple):
         return self.component(jnp.argmax(self.log_weight, axis=-1)).mean
 
     def component(self, which: Array) -> Gaussian:
-        """Returns component `which` of each place."""
+        """Returns the component with index `which` [*S] for each feature vector."""
 
         def one(values: Array) -> Array:
             return jnp.take_along_axis(values, which[..., None, None], axis=-2)[..., 0, :]
@@ -51,13 +51,13 @@ class Mixture(NamedTuple):
 
 
 class MixtureHead(nnx.Module):
-    """Maps features to a mixture of Gaussians over actions; float32, as the loss is."""
+    """Maps features to a mixture of Gaussians over actions, in float32."""
 
     def __init__(self, width: int, action_size: int, modes: int, *, rngs: nnx.Rngs):
         self.shape = (modes, action_size)
         size = modes * action_size
         project = nnx.Linear(width, modes + 2 * size, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
-        # The means begin apart: components that begin alike learn alike.
+        # The means start apart: components that start alike would stay alike.
         means = jax.random.uniform(rngs.params(), (size,), minval=-1.0, maxval=1.0)
         project.bias[...] = project.bias[...].at[modes : modes + size].set(means)
         self.project = project
@@ -70,7 +70,7 @@ class MixtureHead(nnx.Module):
 
 
 def action_head(width: int, action_size: int, modes: int | None, *, rngs: nnx.Rngs) -> GaussianHead | MixtureHead:
-    """Returns the head that `agent.mixture` asks for."""
+    """Returns the action head with `modes` (`agent.mixture`) components, or a single Gaussian for None."""
     if modes is None:
         return GaussianHead(width, action_size, rngs=rngs)
     return MixtureHead(width, action_size, modes, rngs=rngs)

@@ -1,4 +1,4 @@
-"""The settings of a network, of its attention, and of the mesh that computes it: what `rlring` is asked for."""
+"""The settings of the network, its attention and the device mesh; they become configs of `rlring`."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ from rlring.remat import Remat
 
 
 class ModelConfig(Section):
-    """Shape of the network (`rlring.TransformerConfig`; bc and agents that learn a value take width and layers)."""
+    """Shape of the network (`rlring.TransformerConfig`). bc and value-based agents use `width` and `layers` only."""
 
     width: Size = TransformerConfig.width
     layers: Size = TransformerConfig.layers
@@ -23,33 +23,33 @@ class ModelConfig(Section):
     feed_forward_tile: Count = TransformerConfig.feed_forward_tile
     rope_base: Annotated[float, Field(gt=1, le=1e30)] = TransformerConfig.rope_base
     rope_fraction: Fraction | None = None
-    """Share of each head rotated by position; the rest looks things up however far back they stand. None: 0 for fused
-    tokens, whose steps and rewards tell all that order would; 1 for rsar tokens and for text, which only their places
-    bind together."""
+    """Share of each head's channels with rotary position embedding. The other channels attend by content, whatever the
+    distance. None: 0 for fused tokens, which hold the step index and the reward; 1 for rsar tokens and for text, which
+    only their positions bind together."""
     log_scaling: bool = TransformerConfig.log_scaling
-    """Queries grow with the logarithm of the keys that they see, by a factor learnt for each head
-    (`rlring.TransformerConfig`): attention stays sharp on contexts longer than those of training."""
+    """Whether queries are scaled by the logarithm of the number of visible keys, with a learnt factor per head
+    (`rlring.TransformerConfig`). Attention then stays sharp on contexts longer than those of training."""
     qk_norm: bool = TransformerConfig.qk_norm
-    """Queries and keys have unit root mean square, times learnt gains (`rlring.TransformerConfig`): a query finds its
-    key among many by direction alone."""
+    """Whether queries and keys are normalised to unit root mean square, times learnt gains
+    (`rlring.TransformerConfig`), so that attention depends on their directions alone."""
     compute_type: Literal["float32", "bfloat16"] = TransformerConfig.compute_type
     remat: Remat = TransformerConfig.remat
     fsdp: bool = TransformerConfig.fsdp
-    """Weights and optimizer state live in parts, one on each device, those along a sequence included."""
+    """Whether weights and optimizer state are sharded over all devices, those of the sequence axes included."""
     dense_every: Size | None = TransformerConfig.dense_every
-    """Every so many layers one sees the whole context; the others what attention.scheme "sparse" shows them, or
-    the last `local_window` tokens."""
+    """Every `dense_every`-th layer attends to the whole context. The other layers attend as attention.scheme "sparse"
+    lets them, or to the last `local_window` tokens. None: all layers are alike."""
     local_window: Size | None = TransformerConfig.local_window
 
     def made(self, *, rope_fraction: float, attention: AttentionConfig | None = None) -> TransformerConfig:
-        """Returns the library's; rope_fraction where none is set. UsageError for a shape that cannot be."""
+        """Returns the `rlring` config; `rope_fraction` is the default. Raises UsageError for an invalid shape."""
         settings = self.model_dump()
         settings["rope_fraction"] = rope_fraction if self.rope_fraction is None else self.rope_fraction
         return TransformerConfig(**settings, attention=attention or AttentionConfig())
 
 
 class SparseSection(Section):
-    """Which blocks of the context each head sees (`rlring.SparsePattern`)."""
+    """The blocks of the context that each head attends to (`rlring.SparsePattern`)."""
 
     block: Size = SparsePattern.block
     local_blocks: Size = SparsePattern.local_blocks
@@ -63,7 +63,7 @@ class AttentionSection(Section):
     block_q: Size | None = AttentionConfig.block_q
     block_k: Size | None = AttentionConfig.block_k
     sparse: SparseSection | None = None
-    """With scheme "sparse". model.dense_every makes some layers dense."""
+    """The pattern of scheme "sparse". `model.dense_every` makes some layers dense."""
 
     @model_validator(mode="after")
     def sparse_with_its_scheme(self) -> "AttentionSection":
@@ -75,7 +75,7 @@ class AttentionSection(Section):
         return self
 
     def made(self, *, sharded: bool) -> AttentionConfig:
-        """Returns the library's: on one device a ring is blockwise attention."""
+        """Returns the `rlring` config. On one device (not `sharded`), dense schemes become "blockwise"."""
         fields = self.model_dump(exclude={"scheme", "sparse"})
         if self.sparse is not None:
             return AttentionConfig(scheme="sparse", sparse=SparsePattern(**self.sparse.model_dump()), **fields)
@@ -83,7 +83,7 @@ class AttentionSection(Section):
 
 
 class MeshConfig(Section):
-    """Devices along each mesh axis; their product is the number of devices used."""
+    """Number of devices along each mesh axis. Their product is the number of devices used."""
 
     data: Size = 1
     ring: Size = 1
@@ -94,14 +94,14 @@ class MeshConfig(Section):
         return self.data * self.ring * self.ulysses
 
     def made(self) -> Mesh | None:
-        """Returns the mesh; None where it is one device."""
+        """Returns the mesh, or None for a single device."""
         return make_mesh(data=self.data, ring=self.ring, ulysses=self.ulysses) if self.devices > 1 else None
 
 
 def check_network(model: ModelConfig, attention: AttentionSection, mesh: MeshConfig) -> None:
-    """Raises ValueError for a Transformer that cannot be made, or whose attention does not fit the mesh.
+    """Raises ValueError when the Transformer's shape is invalid or its attention scheme does not fit the mesh.
 
-    Checked in configs and not only by the library, so that nothing is begun for a run that cannot start.
+    Configs check this when they are loaded, so that a run that cannot start leaves nothing behind.
     """
     model.made(rope_fraction=0.0, attention=attention.made(sharded=mesh.devices > 1))
     split = [axis for axis in ("ring", "ulysses") if getattr(mesh, axis) > 1]
@@ -114,7 +114,7 @@ def check_network(model: ModelConfig, attention: AttentionSection, mesh: MeshCon
 
 
 def check_batch(batch: int, accumulate: int, mesh: MeshConfig) -> None:
-    """Raises ValueError where the devices cannot share a batch, or each part of it."""
+    """Raises ValueError when the batch, or a micro-batch of it, does not divide over the data axis of the mesh."""
     if batch % (mesh.data * accumulate):
         raise ValueError(
             f"train.batch={batch} does not divide over mesh.data={mesh.data} devices in train.accumulate={accumulate} "

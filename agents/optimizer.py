@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW, clipped, warmed up, then a cosine or a constant rate; and target networks."""
+"""The optimizer of a run: AdamW with gradient clipping, warm-up and a cosine or constant rate; and target networks."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from agents.config import Config, OptimizerConfig
 
 
 def schedule(settings: OptimizerConfig, updates: int) -> optax.Schedule:
-    """Returns the learning rate by update, of so many. A constant one does not depend on how many."""
+    """Returns the learning rate schedule of a run of `updates` updates. A constant schedule does not depend on them."""
     if settings.schedule == "constant":
         return optax.warmup_constant_schedule(0.0, settings.learning_rate, max(1, settings.warmup))
     warmup = min(settings.warmup, updates // 2)
@@ -19,8 +19,8 @@ def schedule(settings: OptimizerConfig, updates: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns AdamW (Loshchilov and Hutter 2019) behind clipping by the global norm; no decay on vectors (norms,
-    biases)."""
+    """Returns AdamW (Loshchilov and Hutter 2019) after clipping by the global norm. Vectors (norms, biases) have no
+    weight decay."""
     settings = config.optimizer
 
     def decayed(params):
@@ -38,8 +38,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def with_target(optimizers: Mapping[str, optax.GradientTransformation], rate: float) -> optax.GradientTransformation:
-    """Returns the optimizer of weights that are a dict: an optimizer a network, and the weights "target" go a share
-    `rate` of the way to those of "critic", as they are after the update. The target's own gradient is not used."""
+    """Returns the optimizer of a dict of weights, with one optimizer per network. The weights "target" move by a share
+    `rate` towards the updated weights "critic"; gradients of "target" are ignored."""
 
     def init(params):
         return {name: one.init(params[name]) for name, one in optimizers.items()}

@@ -1,4 +1,4 @@
-"""The ceiling of a plot: the scripted controller that is told the goal."""
+"""The oracle: a scripted controller that is given the hidden goal, an upper reference in plots."""
 
 import numpy as np
 
@@ -12,11 +12,11 @@ from data.tasks import goal_task
 
 
 def evaluate_oracle(config: Config) -> list[Result]:
-    """Returns what the scripted controller that knows the goal earns on the groups of a config: the ceiling of a
-    plot."""
+    """Returns the results of the scripted controller that is given the goal, for the groups of a config. Tasks without
+    a hidden goal have none."""
     results = []
     own = config.evaluate
-    settings = {"evaluate.seed": own.seed, "evaluate.episode_steps": own.episode_steps}  # it depends on nothing else
+    settings = {"evaluate.seed": own.seed, "evaluate.episode_steps": own.episode_steps}  # it depends on these only
     for task in config.data.tasks:
         hidden = goal_task(task)
         if hidden is None:

@@ -1,4 +1,4 @@
-"""Paths of the point mass and of the reacher's finger over the goal, with and without a context."""
+"""The plot of the paths of the point mass and of the reacher's finger, with and without a context."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ _PLACES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def draw_paths(scenes: Sequence[Scene], folder: Path) -> list[PlotResult]:
-    """Draws `paths_<task>.png` for every task of a body that moves in a plane, and returns what they show."""
+    """Draws `paths_<task>.png` for every task of a body that moves in a plane, and returns them with captions."""
     drawn = []
     for task in dict.fromkeys(scene.task for scene in scenes):
         if task.split("-")[0] in _PLACES:
@@ -44,7 +44,7 @@ def _draw(task: str, scenes: Sequence[Scene], out: Path) -> PlotResult:
         goal, radius = _goal(environment, scenes[0].takes[column])
         axes.add_patch(Circle(tuple(goal), radius, facecolor="#F2D98B", edgecolor="#B58900", linewidth=0.8))
         for index, scene in enumerate(scenes):
-            # The last scene has the longest context: it is what the figure is about.
+            # The last scene has the longest context, and is emphasised.
             colour = COLOURS[0] if index == len(scenes) - 1 else GREY
             path = place(scene.takes[column].states)
             label = f"{scene.label}: {scene.takes[column].total:.1f}"
@@ -65,7 +65,7 @@ def _draw(task: str, scenes: Sequence[Scene], out: Path) -> PlotResult:
 
 
 def _goal(environment: Environment, take: Take) -> tuple[np.ndarray, float]:
-    """Returns where the goal of an episode is, and how large."""
+    """Returns the position [2] and the radius of the goal of an episode, in metres."""
     hidden = goal_task(environment.task_name)
     if hidden is not None:
         return take.extras["goal"], hidden.radius

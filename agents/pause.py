@@ -1,7 +1,7 @@
-"""Where an interrupted evaluation goes on: what the next episode depends on, in one file beside the results.
+"""The saved state of an interrupted evaluation, in one file beside the results.
 
-The file is an aid and no more. Where it is missing, damaged, of something else or too large for the disk, the episodes
-before are played again, and come out the same.
+The file only saves time. When it is missing, damaged, of another evaluation or too large for the disk, the earlier
+episodes are played again, with the same results.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ FILE = "evaluating.npz"
 
 
 def pause(folder: Path, label: str, episode: int, state: Any) -> None:
-    """Writes what `episode` depends on, over what was there."""
+    """Saves the state before episode `episode`, replacing an earlier file. label: identifies the evaluation."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     needed = sum(leaf.nbytes for leaf in leaves) + 2**20
     if 2 * needed > shutil.disk_usage(folder).free:
@@ -32,7 +32,7 @@ def pause(folder: Path, label: str, episode: int, state: Any) -> None:
 
 
 def paused(folder: Path, label: str, like: Any) -> tuple[int, Any] | None:
-    """Returns an episode and what it depends on, laid out `like` that of the first; None where nothing is kept."""
+    """Returns the saved episode index and state, with the structure and sharding of `like`; None if there is none."""
     found = None
     damage = zipfile.BadZipFile, KeyError, EOFError, ValueError
     with contextlib.suppress(FileNotFoundError, *damage), open(folder / FILE, "rb") as raw, np.load(raw) as file:

@@ -1,7 +1,7 @@
 """Does this config fit that cluster? python -m agents.plan CONFIG.toml --topology v4:4x4x4 [section.key=value ...]
 
-Compiles the update that `agents.train` would run, on chains of the config's own stores (made first where they are
-missing), with the compiler of the cluster and without the cluster: rlring.plan for an agent.
+Compiles the update of `agents.train` for the cluster, which need not be there, on chains of the config's stores
+(missing ones are made first). It is `rlring.plan` for an agent.
 """
 
 import sys
@@ -31,13 +31,13 @@ from rlring.sharding import TOKENS, state_sharding
 
 
 def plan(config: Config, topology: str) -> Plan:
-    """Returns what the compiler says of an update.
+    """Returns the compiler's memory use and costs of an update.
 
-    Its work is that of the Transformer: what turns timesteps into tokens, and the action head, are not counted.
+    Operations are counted for the Transformer only, without the tokenizer and the action head.
 
     Raises:
-        ConfigError: an agent that is no Transformer, or another number of devices than the mesh of the config has.
-        UsageError: a topology that there is not.
+        ConfigError: the agent is bc or value-based, or the mesh of the config has another number of devices.
+        UsageError: the topology does not exist.
     """
     if config.agent.kind in ("bc", *VALUE_KINDS):
         raise ConfigError(f"agent.kind '{config.agent.kind}' has no context to plan for. Plan for a transformer.")
@@ -48,7 +48,7 @@ def plan(config: Config, topology: str) -> Plan:
             f"{topology} has {len(devices)}. Add mesh.ring={len(devices) // (sizes.data * sizes.ulysses)}."
         )
     mesh = make_mesh(**sizes.model_dump(), devices=devices)
-    with redirect_stdout(sys.stderr):  # where the progress goes: what is printed is the table
+    with redirect_stdout(sys.stderr):  # progress goes to stderr, so that stdout holds the table only
         stores = open_stores(config.data)
     meta = describe(config, stores)
     agent = make_agent(config, meta.scales, meta.action_size, meta.episode_steps, mesh)
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     def body() -> None:
         check_json(arguments.json)
         config = load(Config, arguments.config, arguments.overrides)
-        jax.config.update("jax_platforms", "cpu")  # nothing runs: a TPU that is here is left alone
+        jax.config.update("jax_platforms", "cpu")  # nothing runs on devices: a local TPU is left alone
         publish([plan(config, arguments.topology)], ["python", "-m", "agents.plan", *argv], arguments.json)
 
     return run(body)

@@ -18,14 +18,14 @@ from rlring.cli import Parser
 
 AGGREGATES = {"iqm": "interquartile mean", "mean": "mean"}
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, less the colours that nobody can read on white.
+# Okabe and Ito's palette for colour-blind readers, without the colours that are too light on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A8488A", "#7A5C00", "#56707F", "#2E9BD6", "#222222")
 GREY = "#666666"
 
 
 @dataclass(frozen=True, slots=True)
 class PlotResult:
-    """What a plot says of itself. rows: the summary of what is drawn, and of nothing else."""
+    """A plot that was written. rows: the summary rows that it shows."""
 
     path: Path
     caption: str
@@ -45,14 +45,14 @@ def plot(
     """Draws return against context into `out` (.png, .svg or .pdf) and returns the caption that stands below it.
 
     Args:
-        statistic: What the episodes of a goal are reduced to: first, mean, last or max. None: mean for prompted, and
-            last, which is the return of episode x, for self.
-        mode: "prompted" (x is the trajectories given) or "self" (x is the episodes played, the statistic over these).
-            None: prompted where there is any.
-        aggregate: What the goals are reduced to: "iqm", with the means as dashes beside the line, or "mean".
+        statistic: Reduction of the episodes of a goal: first, mean, last or max. None: mean in mode prompted; last,
+            the return of episode x, in mode self.
+        mode: "prompted" (x is the number of trajectories in the context) or "self" (x is the number of episodes played,
+            and the statistic is over these). None: prompted where there are such results.
+        aggregate: Reduction of the goals: "iqm", with the means as short dashes, or "mean".
 
-    ConfigError when there is nothing to draw, or an argument is none of these; DataError when `out` is a file that is
-    no plot.
+    Raises ConfigError when there is nothing to draw or an argument is invalid, and DataError when `out` is an existing
+    file that is not a plot.
     """
     check_suffix(out)
     if aggregate not in AGGREGATES:
@@ -80,11 +80,11 @@ def plot(
 
 
 def episodes_of_mode(results: Sequence[Result], mode: str) -> list[Result]:
-    """Returns the episodes to draw for a mode, and with them those of oracles and of agents that know no context; of
-    tasks where no agent was evaluated in this mode, nothing.
+    """Returns the episodes to draw for a mode. Oracles and agents without context are included, whatever their mode.
+    Tasks where no agent was evaluated in this mode are left out.
 
-    In mode "self" the context grows as the agent plays, so the episodes count for every k of at least their number: the
-    statistic over the first k of them is drawn at x = k.
+    In mode "self" the context grows as the agent plays. Episode i (from 0) is repeated for every k > i, so that the
+    statistic over the first k episodes is drawn at x = k.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
@@ -117,9 +117,9 @@ def episodes_of_mode(results: Sequence[Result], mode: str) -> list[Result]:
 def curves(
     results: Sequence[Result], rows: Sequence[SummaryRow], *, aggregate: str = "iqm", resamples: int = RESAMPLES
 ) -> dict[str, list[Curve]]:
-    """Returns the curves of each task: the agents in the order of their last value, each followed by its control, and
-    the first of them, where the statistic is max, by what luck alone would have given it. An agent has one colour
-    throughout.
+    """Returns the curves of each task: the agents by descending last value (those with a single point at the end), each
+    followed by its control and its prediction. Where the statistic is max, the first agent is also followed by the
+    expected maximum without learning. An agent has the same colour in all panels.
     """
     points: dict[str, dict[str, list[Point]]] = {}
     for row in rows:
@@ -141,12 +141,12 @@ def curves(
             flat = len(own) == 1 and own[0].trajectories == 0
             panels[task].append(Curve(label, "flat" if flat else "agent", colour, tuple(own)))
             if controls.get(name) in of_agent:
-                # No context is nobody's: both begin there.
+                # The agent and its control share the point without context.
                 start = [point._replace(other=math.nan) for point in own if point.trajectories == 0]
                 control = tuple(start + of_agent[controls[name]])
                 panels[task].append(Curve(label + FOREIGN, "foreign", colour, control))
             expected = [row for row in rows if (row.task, row.agent) == (task, name) and math.isfinite(row.predicted)]
-            if aggregate == "mean" and expected:  # of means alone is it known
+            if aggregate == "mean" and expected:  # predictions exist for means only
                 drawn = (Point(row.context_trajectories, row.context_tokens, *[row.predicted] * 3, math.nan)
                          for row in expected)  # fmt: skip
                 panels[task].append(Curve(f"{label}: predicted", "predicted", colour, tuple(drawn)))
@@ -161,10 +161,10 @@ def curves(
 
 
 def _null(rows: Sequence[SummaryRow], results: Sequence[Result], aggregate: str, resamples: int) -> tuple[Point, ...]:
-    """Returns the expected maximum of as many context-free episodes as each row of an agent took its maximum over; no
-    points where there are too few of them, or no row took a maximum of several.
+    """Returns, for each row of an agent, the expected maximum of as many context-free episodes as the row has per goal.
+    No points where there are too few such episodes, or only one episode per goal.
     """
-    first = rows[0]  # the least context: no other row has context-free episodes that it lacks
+    first = rows[0]  # the smallest context, which has all context-free episodes
     members = cells(results)[Cell(first.task, first.mode, first.agent, first.context_trajectories, first.control_of)]
     free = [result for result in members if result.context_free]
     most = max(row.episodes_per_group for row in rows)
@@ -187,7 +187,7 @@ def describe(
     aggregate: str,
     resamples: int = RESAMPLES,
 ) -> str:
-    """Returns the caption: what is drawn, over how many goals, seeds and episodes, and what the intervals cover."""
+    """Returns the caption: what is drawn, the numbers of goals, seeds and episodes, and what the intervals cover."""
     agents = [row for row in rows if row.agent != ORACLE]
     goals, seeds = _span(row.groups for row in agents), _span(row.seeds for row in agents)
     over = " or ".join(sorted({row.interval_over for row in agents}))
@@ -223,7 +223,7 @@ def describe(
 
 
 def _number(rows: Sequence[SummaryRow], mode: str) -> str:
-    """Returns the words for what each goal is reduced to."""
+    """Returns a description of the number that each goal is reduced to."""
     statistic = rows[0].statistic
     if mode == "self":
         return {
@@ -266,7 +266,7 @@ def main(argv: Sequence[str]) -> int:
         check_picture(options.out)
         results = read_results(*options.runs)
         if any(result.places for result in results):
-            from agents.world_figure import plot_worlds  # which draws with the colours of this module
+            from agents.world_figure import plot_worlds  # it imports this module
 
             drawn = plot_worlds(results, options.out, options.title)
             print(f"{drawn.path}: {drawn.caption}")

@@ -1,14 +1,16 @@
-"""What a memory that forgets nothing would earn, with nothing fitted.
+"""The return that a perfect memory would earn, predicted from measured returns without any fit.
 
-On a map each of a world's M places was visited once; having seen the last n visits, the agent is asked about any of
-the M. In the dark with rare goals each of the n trajectories of a context has met the goal with chance p:
+In map tasks, each of a world's M places was visited once. The agent has seen the last n visits, and is queried about
+any of the M places. In tasks with rare hidden goals, each of the n trajectories of a context has reached the goal with
+probability p:
 
     map    return(n) = prior + (known - prior) * n / M
     rare   return(n) = sum_k C(n, k) p^k (1 - p)^(n - k) r(k)
 
-prior, r(0): measured without history. known: measured where all of the smallest world was seen. r(k): measured with k
-trajectories that all have met the goal (p = 1), and between two such k on a straight line over log(1 + k); where that
-was not measured, r is `known` from the first meeting on, measured where at least 99 of 100 contexts hold one.
+prior = r(0) is the return measured without history. known is the return measured with a history of the whole smallest
+world; for rare goals, with contexts that hold the goal with probability 0.99 or more. r(k) is the return measured with
+k trajectories that all have reached the goal (p = 1), interpolated linearly over log(1 + k). Where that was not
+measured, r(k) = known for all k >= 1.
 """
 
 from collections.abc import Sequence
@@ -20,23 +22,23 @@ from scipy.stats import binom
 from agents.results import Result
 
 CERTAIN = 0.99
-ALWAYS = 1.0  # the chance of a meeting with which r(k) is measured
+ALWAYS = 1.0  # the value of `met` with which r(k) is measured
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What was measured of an agent, from which all else follows. meetings: (k, r(k)), k rising from 0."""
+    """The measured returns of an agent that predictions follow from. meetings: (k, r(k)), k ascending from 0."""
 
     prior: float
     known: float
     meetings: tuple[tuple[int, float], ...] = ()
 
     def at(self, share: float) -> float:
-        """Returns the return where the goal is in the history of such a share of the episodes."""
+        """Returns the predicted mean return when a share `share` of the episodes have the goal in their history."""
         return self.prior + (self.known - self.prior) * share
 
     def of(self, result: Result) -> float:
-        """Returns the return of a predicted result, on average."""
+        """Returns the predicted mean return under the context of a result (`is_predicted`)."""
         seen = result.context_trajectories
         if result.places or not self.meetings:
             return self.at(share_known(result))
@@ -46,24 +48,24 @@ class Line:
 
 
 def is_predicted(result: Result) -> bool:
-    """Whether it is known how often the goal is in a history such as this result's."""
+    """Whether the probability that the history holds the goal is known for this result."""
     return result.context != "foreign" and bool(result.places or result.met)
 
 
 def share_known(result: Result) -> float:
-    """Returns the chance that the goal is in the history of a predicted result."""
+    """Returns the probability that the goal is in the history of a result (`is_predicted`)."""
     seen = result.context_trajectories
     return seen / result.places if result.places else 1.0 - (1.0 - result.met) ** seen
 
 
 def is_known(result: Result) -> float:
-    """Returns whether the goal is in the history of a predicted result, 1 or 0; its chance where the result does not
-    say."""
+    """Returns 1 if the goal is in the history of a result (`is_predicted`), else 0; its probability where the result
+    does not say."""
     return share_known(result) if result.age is None else float(result.age < result.context_trajectories)
 
 
 def line(results: Sequence[Result]) -> Line | None:
-    """Returns the line of an agent's results on one task; None where prior or known was not measured."""
+    """Returns the prediction from an agent's results on one task, or None where prior or known was not measured."""
     predicted = [result for result in results if is_predicted(result)]
     smallest = min((result.places for result in predicted), default=0)
     prior = [result.return_ for result in predicted if result.context_trajectories == 0]
@@ -74,7 +76,7 @@ def line(results: Sequence[Result]) -> Line | None:
 
 
 def _meetings(results: Sequence[Result], prior: float) -> tuple[tuple[int, float], ...]:
-    """Returns (k, r(k)) where contexts of trajectories that all have met the goal were measured."""
+    """Returns the (k, r(k)) measured with contexts whose trajectories all have reached the goal."""
     found: dict[int, list[float]] = {}
     for result in results:
         if result.met == ALWAYS and result.context_trajectories:

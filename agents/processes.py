@@ -1,4 +1,4 @@
-"""Training in several processes, and how any of them is asked to stop."""
+"""Training in several processes: coordination, locks, and requests to stop."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from data.cli import describe
 from rlring import UsageError, processes
 
 Made = TypeVar("Made")
-LONGEST_TOLD = 4096  # bytes of a message
+LONGEST_TOLD = 4096  # bytes of an error message that is broadcast
 
 
 def check_processes(mesh: Mesh | None) -> None:
-    """All processes take part, each with all of its devices."""
+    """Raises ConfigError unless the mesh has all devices of all processes."""
     total = jax.process_count() * jax.local_device_count()
     if jax.process_count() > 1 and (mesh is None or mesh.size != total):
         raise ConfigError(
@@ -34,9 +34,9 @@ def check_processes(mesh: Mesh | None) -> None:
 
 
 def by_the_first(step: Callable[[], Made]) -> Made | None:
-    """Returns what `step` does in the first process, and None in the others, which wait for it.
+    """Runs `step` in the first process while the others wait. Returns its result there, and None in the others.
 
-    Where it fails for a reason that a user can mend, all processes fail with that reason: none is left waiting.
+    When it fails with a user error, all processes raise it, so that none is left waiting.
     """
     if jax.process_count() == 1:
         return step()
@@ -55,7 +55,7 @@ def by_the_first(step: Callable[[], Made]) -> Made | None:
 
 
 def _told(text: str) -> str:
-    """Returns the text of the first process, or its beginning, in all of them."""
+    """Returns the first process's text in all processes, cut at LONGEST_TOLD bytes."""
     letters = np.zeros(LONGEST_TOLD, np.uint8)
     written = np.frombuffer(text.encode()[:LONGEST_TOLD], np.uint8)
     letters[: len(written)] = written
@@ -64,10 +64,10 @@ def _told(text: str) -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the folder of a run, or of a sweep; DataError when another command trains it. Of several processes the
-    first holds it, and all of them learn that it cannot (ConfigError).
+    """Holds a lock on the folder of a run or a sweep. Raises DataError when another command holds it. With several
+    processes, the first takes the lock; when it cannot, the others raise ConfigError.
 
-    The lock is a file beside the folder, which may move or vanish meanwhile; it dies with its process.
+    The lock is a file beside the folder, which itself may be moved or deleted meanwhile. It ends with the process.
     """
     path = folder.with_name(f".{folder.name}.training")
     message = f"another process trains {folder} right now; wait for it, or choose another name=..."
@@ -79,7 +79,7 @@ def alone(folder: Path) -> Iterator[None]:
                 locks.callback(_remove_empty, parent)
             locks.enter_context(held(path, message))
 
-        if processes() == 1:  # JAX, asked how many, would start its devices
+        if processes() == 1:  # jax.process_count() would initialise the devices
             hold()
         else:
             by_the_first(hold)
@@ -88,7 +88,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def evaluating(folder: Path) -> Iterator[None]:
-    """Holds the results of a run; DataError when another command evaluates it: both would play the same episodes."""
+    """Holds a lock on the results of a run. Raises DataError when another command is evaluating it."""
     with held(folder / ".evaluating", f"another process evaluates {folder} right now; wait for it to end"):
         yield
 
@@ -100,10 +100,10 @@ def _remove_empty(folder: Path) -> None:
 
 @contextmanager
 def stop_requests(checkpoints: Checkpoints):
-    """Gives a function of the update that tells whether the process was asked to stop (Ctrl-C, SIGTERM): the loop then
-    checkpoints and ends. Of several processes all learn of it at the same update."""
+    """Yields a function of the update that returns whether to stop (after Ctrl-C or SIGTERM): the loop then writes a
+    checkpoint and ends. With several processes, all of them stop at the same update."""
     if jax.process_count() > 1:
-        yield checkpoints.is_asked_to_end  # JAX watches for SIGTERM
+        yield checkpoints.is_asked_to_end  # JAX handles SIGTERM
         return
     with asked_to_stop() as asked:
         yield lambda update: asked()
@@ -111,19 +111,19 @@ def stop_requests(checkpoints: Checkpoints):
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether this process was asked to stop (Ctrl-C, SIGTERM); asked twice, it ends at
-    once."""
+    """Yields a function that returns whether this process was asked to stop (Ctrl-C, SIGTERM). A second request raises
+    KeyboardInterrupt at once."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt  # asked twice: at once
+            raise KeyboardInterrupt  # the second request
         asked = True
 
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # not the main thread, which alone can handle signals
         before = {}
     try:
         yield lambda: asked

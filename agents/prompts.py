@@ -1,4 +1,4 @@
-"""Contexts of evaluation: drawn from held-out episodes, padded and ordered as an agent wants them."""
+"""Contexts of evaluation: drawn from held-out episodes, then padded and ordered for the agent's mesh."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from agents.config import Config
 from data import ChainBatch, ChainSampler, GoalSampling, TrajectoryStore
 from data.tasks import goal_task
 
-SHORTEST_PROMPT = 256  # timesteps; shorter ones are padded to it, so that small contexts share one compiled program
+SHORTEST_PROMPT = 256  # timesteps; shorter contexts are padded to it, so that they share one compiled program
 
 
 def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainSampler:
-    """Returns what draws the contexts, each trajectory of which has met the goal with chance `met` (0: as in training
-    where that is annealed, else as it happens)."""
+    """Returns the sampler of contexts. Each trajectory of a context has reached the goal with probability `met`. With
+    `met` 0, contexts are annealed if `chain.met` is "annealed", and random otherwise."""
     chance = "annealed" if not met and config.chain.met == "annealed" and goal_task(store.task) else met
     return ChainSampler(
         store,
@@ -26,7 +26,7 @@ def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainS
 
 
 def laid_out(agent: Agent, prompt: ChainBatch) -> ChainBatch:
-    """Returns a prompt padded to a power of two, in the order that the agent's mesh wants."""
+    """Returns a prompt padded to a power of two timesteps, at least SHORTEST_PROMPT, in the agent's order."""
     timesteps = prompt.position.shape[1]
     length = max(SHORTEST_PROMPT, 1 << (timesteps - 1).bit_length())
     order = agent.order(length)
@@ -35,5 +35,5 @@ def laid_out(agent: Agent, prompt: ChainBatch) -> ChainBatch:
 
 
 def context_tokens(agent: Agent, prompt: ChainBatch) -> int:
-    """Returns the tokens of the longest context in the batch."""
+    """Returns the number of tokens of the longest context in the batch."""
     return int((prompt.segment >= 0).sum(axis=1).max(initial=0)) * agent.tokens_per_timestep

@@ -1,4 +1,4 @@
-"""How long a trained agent takes to read a long history, and then to act: on one device, and on a ring of several."""
+"""Measures the time a trained agent takes to read a long history and then to act, on one device and on a ring."""
 
 import statistics
 import time
@@ -21,21 +21,21 @@ from rlring.bench.candidates import LARGE_MATMUL, MATMUL, product
 
 
 class Reading(NamedTuple):
-    """A history that was read, and the episode that was acted after it."""
+    """The measurements of reading a history, and of acting in one episode after it."""
 
     tokens: int
     devices: int
     compile_seconds: float
     read_seconds: float
-    of_peak: float  # operations of reading a second, as a share of those of products of matrices on the same devices
+    of_peak: float  # operations per second of reading, as a share of those of matrix products on the same devices
     step_ms: float  # median over the episode
     slowest_ms: float
-    difference: float  # largest, of any mean action from that of one device
+    difference: float  # largest absolute difference of the mean actions from those on one device
 
 
 def measure_reading(run: Path, tokens: int, devices: int) -> list[Reading]:
-    """Returns what it took the agent of `run` to read a history of `tokens` from its stores, and then to act in one
-    episode of them: on one device, and on a ring of `devices`."""
+    """Returns the measurements for the agent of `run` on one device and on a ring of `devices` devices. The agent reads
+    a history of at most `tokens` tokens from its stores, and acts in one of their episodes."""
     found, reference = [], None
     for ring in sorted({1, devices}):
         loaded = load_agent(run, [f"evaluate.mesh.ring={ring}", "evaluate.mesh.ulysses=1", "evaluate.mesh.data=1"])
@@ -59,7 +59,7 @@ def measure_reading(run: Path, tokens: int, devices: int) -> list[Reading]:
 
 
 def reading_table(rows: Sequence[Reading]) -> str:
-    """Returns the readings as a Markdown table."""
+    """Returns the measurements as a Markdown table."""
     lines = [
         "| tokens read | devices | compile s | read s | of peak | step ms (slowest) | actions, from one device's |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -73,7 +73,8 @@ def reading_table(rows: Sequence[Reading]) -> str:
 
 
 def _history(loaded: Loaded, tokens: int) -> tuple[ChainBatch, ChainBatch]:
-    """Returns a history of so many tokens, and the episode after it. ConfigError where the agent reads none."""
+    """Returns a history of at most `tokens` tokens, and the episode after it. Raises ConfigError for agents that do not
+    read a history by attention, and for fewer tokens than an episode."""
     agent, config = loaded.agent, loaded.config
     if not isinstance(agent, ReturnConditionedAgent) or config.agent.kind == "decision_transformer":
         raise ConfigError(
@@ -95,8 +96,8 @@ def _history(loaded: Loaded, tokens: int) -> tuple[ChainBatch, ChainBatch]:
 
 
 def _act(loaded: Loaded, memory, episode: ChainBatch) -> tuple[np.ndarray, list[float]]:
-    """Returns the mean actions at the timesteps of an episode, and what each took in milliseconds but the first, which
-    compiles."""
+    """Returns the mean actions at the timesteps of an episode [M, 1, A], and the time of each step in milliseconds,
+    without the first, which compiles."""
     act, actions, took = jax.jit(loaded.agent.act, donate_argnums=1), [], []
     for m in range(episode.position.shape[1]):
         now = Timesteps(*(jnp.asarray(getattr(episode, name)[:, m]) for name in Timesteps._fields[:-2]))
@@ -108,15 +109,15 @@ def _act(loaded: Loaded, memory, episode: ChainBatch) -> tuple[np.ndarray, list[
 
 
 def _operations(loaded: Loaded, tokens: int) -> float:
-    """Returns the multiplications and additions of reading: 2 a weight and token, and 2 T^2 / 2 for each of the two
-    products of causal attention, a layer and channel; what a window or a sparse pattern leaves out counts as done."""
+    """Returns the floating-point operations of reading: 2 per weight and token, and 2 T^2 / 2 per layer and channel for
+    each of the two products of causal attention. Pairs that a window or a sparse pattern masks are counted too."""
     blocks = sum(leaf.size for leaf in jax.tree.leaves(loaded.params["transformer"]["blocks"]))
     model = loaded.config.model
     return 2.0 * tokens * blocks + 2.0 * tokens**2 * model.layers * model.width
 
 
 def _peak(devices: int) -> float:
-    """Returns the operations a second of products of square matrices, float32, on all of these devices together."""
+    """Returns the operations per second of float32 products of square matrices, on all devices together."""
     side = MATMUL.get(jax.default_backend(), LARGE_MATMUL)
     run, took = product(devices, side, "float32").call, []
     for _ in range(6):

@@ -1,8 +1,8 @@
 """Trains a language model to look things up: python -m agents.recall configs/recall.toml [section.key=value ...]
 
-What a text is: agents.recall_texts. Only the answers are learnt and counted. Texts grow in the course of training, and
-longer ones than any that were learnt from may be tested. Running the command again continues an interrupted run; of a
-finished one it tests what evaluate.lines asks for.
+The texts are those of agents.recall_texts. Loss and accuracy are over the answers only. Texts grow during training, and
+tests may use longer texts than training. Running the command again continues an interrupted run, or tests a finished
+one on the lengths in evaluate.lines.
 """
 
 import json
@@ -49,26 +49,26 @@ from rlring.language_model import (
 )
 
 RUNS = Path("runs")
-TESTED = 2048  # questions at least, of each length
+TESTED = 2048  # minimum number of test questions per length
 
 
 class RecallEvaluation(Section):
-    """What is tested when the training is over."""
+    """Settings of the test after training."""
 
     lines: list[Size] = Field(default=[])
-    """Of the texts, each length by itself. Empty: the longest that were learnt from."""
+    """Lengths of the test texts in lines, each tested separately. Empty: the longest training texts."""
 
 
 class RecallConfig(Section):
-    """One run: the task, the model, how it is trained."""
+    """The settings of one run: texts, model, training and test."""
 
     name: RunName
     seed: Seed = 0
     lines: Count = 8
-    """Of the longest texts that are learnt from."""
+    """Lines of the longest training texts."""
     grow: list[Size] = Field(default=[])
-    """Lines of earlier texts, more of them at a time: each for an equal share of the first `grow_until` of the
-    updates."""
+    """Curriculum of text lengths in lines, each for an equal share of the first `grow_until` of the updates. Shorter
+    texts come in larger batches."""
     grow_until: Fraction = 0.47
     model: ModelConfig = ModelConfig()
     attention: AttentionSection = AttentionSection()
@@ -102,20 +102,20 @@ class RecallConfig(Section):
         return Growth(tuple(self.grow), round(self.grow_until * self.train.updates))
 
     def texts(self, update: int) -> Texts:
-        """Returns the texts of an update: as many bytes whatever their length."""
+        """Returns the texts of an update. Their total size does not depend on their length."""
         lines = self.growth.at(update, self.lines)
         return texts(self.seed, update, self.train.batch * self.lines // lines, lines)
 
 
 class Tested(NamedTuple):
-    """Answers to questions about texts that no update has seen."""
+    """The accuracy on new texts of one length."""
 
     lines: int
-    right: np.ndarray  # the share of each question, from the first to the last of a text
+    right: np.ndarray  # [lines], share of right answers to the i-th question of a text
     texts: int
 
     def summary(self) -> dict[str, float]:
-        """Returns what is written down, and printed."""
+        """Returns the numbers that are written to accuracy.json and printed."""
         return {
             "lines": self.lines,
             "bytes": self.lines * TOKENS,
@@ -132,7 +132,7 @@ class Tested(NamedTuple):
 
 
 def training(config: RecallConfig) -> Training:
-    """Returns the model of a config, its optimizer, and the mesh that it is trained on."""
+    """Returns the training setup of a config: model, optimizer and mesh."""
     mesh = config.mesh.made()
     shape = config.model.made(rope_fraction=1.0, attention=config.attention.made(sharded=mesh is not None))
     settings = config.optimizer
@@ -145,7 +145,7 @@ def training(config: RecallConfig) -> Training:
 
 
 def recall(config: RecallConfig, *, progress: bool = True) -> list[Tested]:
-    """Trains, or goes on training, and returns how well questions about new texts are answered."""
+    """Trains, or continues training, and returns the accuracy on new texts for each length that is tested."""
     folder = RUNS / config.name
     with alone(folder):
         return _recall(folder, config, progress=progress)
@@ -218,7 +218,7 @@ def _save(
 
 
 def _restored(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, config: RecallConfig) -> TrainState:
-    """Returns the state of a checkpoint. ConfigError when it is none of this run, or damaged."""
+    """Returns the state of a checkpoint. Raises ConfigError when it belongs to another run or is damaged."""
     place = Path(checkpoints.directory) / str(step)
     if (place / "state").is_dir():
         raise ConfigError(f"{place} is a checkpoint of agents.train, not of agents.recall. Choose another name.")
@@ -231,7 +231,7 @@ def _restored(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, c
 
 
 def arranged(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and targets in the order in which the mesh wants them."""
+    """Returns tokens and targets [B, T] in the order of the mesh."""
     tokens, _ = laid_out(made.bytes, mesh=whole.mesh)
     first = np.zeros((len(made.answers), 1), made.answers.dtype)  # laid_out drops it
     _, targets = laid_out(np.concatenate([first, made.answers], 1), mesh=whole.mesh)
@@ -239,7 +239,7 @@ def arranged(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:
 
 
 def accuracy(config: RecallConfig, whole: Training, weights: nnx.State, *, progress: bool = False) -> list[Tested]:
-    """Returns in how many new texts each question's answer is the likeliest byte, for each length to be tested."""
+    """Returns, for each length to be tested, the share of new texts in which each answer is the most likely byte."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(whole.config, rngs=nnx.Rngs(0))))
 
     @jax.jit
@@ -250,14 +250,14 @@ def accuracy(config: RecallConfig, whole: Training, weights: nnx.State, *, progr
         return jnp.argmax(x.astype(jnp.float32) @ head, axis=-1)
 
     def test(lines: int) -> Tested:
-        # As many bytes at a time as an update has, if so many are wanted.
+        # At a time as many bytes as in an update, unless fewer are needed.
         rows = max(1, min(config.train.batch * config.lines, TESTED) // lines)
         rows += -rows % config.mesh.data
         right, rounds = np.zeros(lines), -(-TESTED // (lines * rows))
         for n in range(rounds):
             tokens, targets = arranged(texts(config.seed, config.train.updates + n, rows, lines), whole)
             row, place = np.nonzero(targets != NO_TARGET)
-            # Any order of the tokens: a question is known by its position in the text.
+            # The order of the tokens depends on the mesh; questions are identified by their positions.
             question = np.asarray(positions(*tokens.shape, mesh=whole.mesh))[row, place] // TOKENS
             found = np.asarray(likeliest(weights, tokens))
             np.add.at(right, question, found[row, place] == targets[row, place])

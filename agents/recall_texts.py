@@ -1,8 +1,8 @@
-"""Texts to look things up in: byte-level associative recall, the shape of line retrieval (LongChat, Li et al. 2023).
+"""Texts for byte-level associative recall, of the form of line retrieval (LongChat, Li et al. 2023).
 
-Every line says what a key stands for, and is followed by a question about any line so far:
+Every line gives the value of a key, and is followed by a question about any line so far, with its answer:
 
-    AB7 / ?AB7 / CDk / ?AB7 / EF0 / ?CDk / ...        where / ends a line, and A, B, C ... are any of 128 bytes
+    AB7 / ?AB7 / CDk / ?AB7 / EF0 / ?CDk / ...        / is a newline; A, B, C ... are any of 128 bytes
 """
 
 from typing import NamedTuple
@@ -11,23 +11,23 @@ import numpy as np
 
 from rlring.language_model import NO_TARGET
 
-LETTERS = np.arange(128, 256, dtype=np.uint8)  # a key is two of them
+LETTERS = np.arange(128, 256, dtype=np.uint8)  # a key is a pair of letters
 KEYS = len(LETTERS) ** 2
 VALUES = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
 LINE, QUESTION = len(b"AB7\n"), len(b"?AB7\n")
-TOKENS = LINE + QUESTION  # of a line and its question
-ANSWER = LINE + len(b"?AB")  # its place, from the start of its line
+TOKENS = LINE + QUESTION  # bytes of a line and its question
+ANSWER = LINE + len(b"?AB")  # offset of the answer from the start of the line
 
 
 class Texts(NamedTuple):
-    """Texts [B, T+1], and of each byte but the last the one that follows where that is an answer [B, T]."""
+    """bytes: the texts [B, T+1]. answers: the targets [B, T], the next byte where it is an answer, else NO_TARGET."""
 
     bytes: np.ndarray
     answers: np.ndarray
 
 
 def texts(seed: int, update: int, rows: int, lines: int) -> Texts:
-    """Returns the texts of an update, a pure function of (seed, update)."""
+    """Returns the `rows` texts of `lines` lines of an update, a pure function of the arguments."""
     made = [_text(np.random.default_rng((seed, update, row)), lines) for row in range(rows)]
     whole = np.pad(np.stack(made).astype(np.int32), ((0, 0), (0, 1)), constant_values=ord("\n"))
     is_answer = np.arange(1, lines * TOKENS + 1) % TOKENS == ANSWER

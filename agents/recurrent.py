@@ -1,4 +1,4 @@
-"""A recurrent agent, the baseline whose memory has a fixed size: a recurrent cell in the place of attention."""
+"""The recurrent agent, a baseline with a memory of fixed size: recurrent cells in place of attention."""
 
 from typing import Any, Protocol
 
@@ -16,24 +16,24 @@ from agents.mixture import action_head
 from agents.tokens import Tokenizer
 from data import ChainBatch
 
-State = tuple[Any, ...]  # of each layer, arrays [B, ...]
+State = tuple[Any, ...]  # the state of each layer, arrays [B, ...]
 
 
 class Cell(Protocol):
-    """What a layer remembers by."""
+    """The recurrent part of a layer."""
 
     outputs: int
-    """Numbers that it tells of each token, the H of `read`."""
+    """Output size per token, the H of `read`."""
 
     def empty(self, batch: int) -> Any:
-        """Returns the state of rows that have seen nothing."""
+        """Returns the initial state of `batch` rows."""
         ...
 
     def read(
         self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_there: Bool[Array, "B T"], state: Any
     ) -> tuple[Float[Array, "B T H"], Any]:
-        """Returns what each token reads, and the state after them. A token that begins a chain finds an empty state;
-        one that is not there leaves it as it is."""
+        """Returns the output of each token, and the state after the last one. Where `begins` is True, a chain begins
+        and the state is reset first. Where `is_there` is False, the token is padding and leaves the state unchanged."""
         ...
 
 
@@ -52,7 +52,7 @@ class RecurrentNetwork(nnx.Module):
         self.head = action_head(width, action_size, config.agent.mixture, rngs=rngs)
 
     def empty(self, batch: int) -> State:
-        """Returns the state of rows that have seen nothing."""
+        """Returns the initial state of `batch` rows."""
         return tuple(cell.empty(batch) for cell in self.cells)
 
     def __call__(
@@ -68,14 +68,14 @@ class RecurrentNetwork(nnx.Module):
 
 
 def make_cell(config: Config, *, rngs: nnx.Rngs) -> Cell:
-    """Returns a new cell of the kind that `agent.cell` names; None: a GRU."""
+    """Returns a new cell of the kind `agent.cell` (None: a GRU)."""
     if config.agent.cell == "delta":
         return GatedDelta(config.model.width, config.model.heads, rngs=rngs)
     return GRU(config.model.width, rngs=rngs)
 
 
 class RecurrentAgent(AgenticTransformer):
-    """Learns from the chains of the Agentic Transformer, and remembers of them what its state holds."""
+    """The Agentic Transformer with recurrent layers in place of the Transformer: same chains, same loss."""
 
     def network(self, key: Array) -> RecurrentNetwork:
         return RecurrentNetwork(self.config, self.scales, self.action_size, self.longest_episode, rngs=nnx.Rngs(key))

@@ -1,4 +1,4 @@
-"""The agents there are, by the name that a config gives them."""
+"""All agents, by their `agent.kind` in configs."""
 
 from jax.sharding import Mesh
 
@@ -30,5 +30,5 @@ AGENTS = {
 
 
 def make_agent(config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None) -> Agent:
-    """Returns the agent that a config names."""
+    """Returns the agent of kind `agent.kind`."""
     return AGENTS[config.agent.kind](config, scales, action_size, episode_steps, mesh)

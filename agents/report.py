@@ -1,4 +1,4 @@
-"""report.html: one file that shows what was measured, by which commands, with which versions and settings."""
+"""report.html: a single file with the plots, the numbers, the commands, the versions and the settings."""
 
 import base64
 import html
@@ -45,10 +45,10 @@ def write_report(
     commands: Sequence[str],
     config: str,
 ) -> None:
-    """Writes a page that needs nothing but itself: the plots with their captions, the numbers drawn, all rows of the
-    summary and what they leave unsaid, the commands that made it, the versions that played the results, the config.
+    """Writes a self-contained page: the plots with their captions, the numbers drawn, all rows of the summary with
+    their caveats, the commands that made it, the versions used, and the config.
 
-    rows: the summary of `results`. ConfigError for a plot that is no .png, .svg or .mp4.
+    rows: the summary of `results`. Raises ConfigError for a plot that is not a .png, .svg or .mp4 file.
     """
     plots = [plot, *more_plots]
     shown = list(dict.fromkeys(row for drawn in plots for row in drawn.rows))
@@ -73,7 +73,7 @@ def write_report(
 
 
 def _comparisons(results: Sequence[Result]) -> list[str]:
-    """Returns the section that says whether more history is better; nothing where no context stands beside none."""
+    """Returns the section that compares contexts with no context; empty where there is nothing to compare."""
     rows = compared(results)
     if not rows:
         return []
@@ -106,12 +106,12 @@ def _figure(drawn: PlotResult) -> str:
     if drawn.path.suffix == ".mp4":
         source = f'<video controls loop muted playsinline src="data:{media};base64,{image}"></video>'
         return f"<figure>{source}<figcaption>{html.escape(drawn.caption)}</figcaption></figure>"
-    # The caption is in the picture; here it is for those who cannot see it.
+    # The picture contains the caption; the alternative text repeats it for screen readers.
     return f'<figure><img src="data:{media};base64,{image}" alt="{html.escape(drawn.caption)}"></figure>'
 
 
 def _table(rows: Sequence[SummaryRow]) -> str:
-    """Returns the rows in the order of the summary, with a rule above each agent."""
+    """Returns an HTML table of the rows in the order of the summary, with a rule above each agent."""
     heads = ("agent", "context", "tokens", "statistic", "mean", "predicted", "interquartile mean", "goals", "seeds",
              "episodes", "interval over", "task", "mode")  # fmt: skip
     texts = {"agent", "task", "mode", "statistic", "interval over"}
@@ -143,7 +143,7 @@ def _table(rows: Sequence[SummaryRow]) -> str:
 
 def _context(row: SummaryRow) -> str:
     count = row.context_trajectories
-    if row.mode == "self" and count:  # as drawn: the statistic over the episodes played
+    if row.mode == "self" and count:  # as in the plot: the statistic is over the episodes played
         return f"{count:,} episode{'s' if count > 1 else ''} played"
     return f"{count:,} trajector{'y' if count == 1 else 'ies'}"
 

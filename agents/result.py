@@ -1,4 +1,4 @@
-"""One evaluated episode: what was played, by whom, and what came of it."""
+"""The record of one evaluated episode: the task, the agent, the context and the return."""
 
 import sys
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from agents.cli import ConfigError
 
-ORACLE = "oracle"  # the agent name of a scripted controller that is told what the others must find out
+ORACLE = "oracle"  # the agent name of the scripted controller that is given the hidden goal
 MODES = ("prompted", "self")
 CONTEXTS = ("own", "foreign", "none")
 
 
 class Goal(NamedTuple):
-    """What a training seed was asked: returns of equal goals are paired."""
+    """A goal as evaluated with one training seed. Returns of equal goals are paired."""
 
     seed: int
     evaluation_seed: int
@@ -22,7 +22,7 @@ class Goal(NamedTuple):
 
     @property
     def unit(self) -> tuple[int, int]:
-        """What a bootstrap draws whole: the queries of one world, which share its history; elsewhere each goal."""
+        """The unit that a bootstrap resamples: a world, whose queries share its history; without worlds, the goal."""
         return self.evaluation_seed, self.group if self.world is None else self.world
 
 
@@ -31,27 +31,35 @@ class Result:
     """One evaluated episode.
 
     Attributes:
-        seed: Of training.
-        evaluation_seed: The goals were drawn from it.
-        group: The goal (or chain) of the episode, among those of its evaluation seed. Episodes of one group were played
-            one after the other. The same group under another context must be the same goal: the two are paired.
-        mode: "prompted" when a context is given, "self" when the agent has its own earlier episodes of the group alone.
-        context: What is given: trajectories of the episode's "own" goal, of a "foreign" one (the control), or "none".
-        context_trajectories: How much is given before the first episode of the group.
+        experiment: Name of the experiment (the run, or the sweep).
+        agent: Name of the agent.
+        task: Name of the task.
+        seed: Seed of training.
+        evaluation_seed: Seed that the goals were drawn from.
+        group: Index of the goal (or start) among those of its evaluation seed. The episodes of a group are played one
+            after the other. Under every context, the same group must have the same goal: they are paired.
+        mode: "prompted" when a context is given; "self" when the context is only the agent's earlier episodes of the
+            group.
+        context: Trajectories of the episode's "own" goal, of a "foreign" goal (the control), or "none".
+        context_trajectories: Number of trajectories in the context before the first episode of the group.
         context_tokens: The same in tokens.
-        places: Of the world, where the task is a map; else 0.
-        world: Which world it is; None where the task is no map.
-        age: Of a map, how many visits ago, 0 the last one, the world was at the place that is asked about: it is in the
-            history where that is longer. None for the control, and in older lines.
-        met: The chance with which a trajectory of the context had met the goal; 0 where that was left to the data.
-        episode_index: Place of the episode within its group, from 0; it sees the episodes before it, in both modes.
-        run: The training run that played; the experiment where it is left out.
-        series: The seeds of one series are averaged; two series never are. The experiment where it is left out.
-        settings_id: Equal for equal settings (`agents.identity`); results of other settings are never pooled. Old lines
-            have none.
-        settings: The settings that are not the default, by dotted name.
-        versions: Of the packages that played.
-        trained_with: Of the packages that trained.
+        places: Number of places of the world in map tasks; 0 elsewhere.
+        world: Index of the world in map tasks; None elsewhere.
+        age: In map tasks, number of visits after the one to the queried place (0: it was visited last). The history
+            holds that visit if it has more visits than this. None for the control, and in older files.
+        met: Probability with which each trajectory of the context has reached the goal; 0 where it was not set.
+        episode_index: Index of the episode in its group, from 0. In both modes it sees the episodes before it.
+        return_: Sum of the rewards of the episode.
+        steps: Number of steps of the episode.
+        checkpoint_step: Number of updates of the checkpoint.
+        run: Name of the training run. Default: the experiment.
+        series: Name of the series. The seeds of one series are averaged; different series never are. Default: the
+            experiment.
+        settings_id: Identifier of the settings (`agents.identity`). Results of different settings are never pooled.
+            Empty in older files.
+        settings: Settings that differ from their default, by dotted name.
+        versions: Versions of the packages used in evaluation.
+        trained_with: Versions of the packages used in training.
     """
 
     experiment: str
@@ -117,18 +125,18 @@ class Result:
 
     @property
     def goal(self) -> Goal:
-        """What was asked, and of which training seed."""
+        """The goal of the episode, and the training seed."""
         return Goal(self.seed, self.evaluation_seed, self.group, self.world)
 
     @property
     def player(self) -> tuple[str | int, ...]:
-        """Names who played and how: the run, as whose agent it counts, and the settings."""
+        """Identifies the agent that played: run, series, agent, task, seed and settings."""
         return self.experiment, self.series, self.run, self.agent, self.task, self.seed, self.settings_id
 
     @property
     def key(self) -> tuple[str | int | float, ...]:
-        """Names the episode: an evaluation that is started again skips the keys it finds, and of two lines with one key
-        the later counts.
+        """Identifies the episode. A repeated evaluation skips the keys already present; of two lines with the same key,
+        the later one counts.
         """
         return (
             *self.player,
@@ -145,7 +153,7 @@ class Result:
 
     @property
     def context_free(self) -> bool:
-        """True when no earlier episode could have helped: no prompt, and no episode of the same group before it."""
+        """Whether the episode had no context: no prompt, and no earlier episode of the same group."""
         return self.episode_index == 0 and (self.mode == "self" or self.context_trajectories == 0)
 
 
@@ -153,18 +161,18 @@ _COUNTS = (
     *("seed", "context_trajectories", "context_tokens", "places", "evaluation_seed", "group", "episode_index"),
     *("steps", "checkpoint_step"),
 )
-# Fields that older lines lack.
+# Fields that lines in older files may lack.
 NEW = {
     *("places", "evaluation_seed", "world", "age", "met", "run", "series", "settings_id", "settings", "trained_with"),
 }
 
 
 def _is_text(value: str) -> bool:
-    """Whether a string can be written to a file: JSON may hold half a character, "\\ud800"."""
+    """Whether a string can be encoded as UTF-8: JSON may hold a lone surrogate, "\\ud800"."""
     return value.encode(errors="ignore").decode() == value
 
 
 def _shown(value: object) -> str:
-    """Returns the value as a message shows it: its beginning, where it is long."""
+    """Returns the value as shown in messages, shortened where it is long."""
     text = "a long number" if isinstance(value, int) and value.bit_length() > 1000 else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

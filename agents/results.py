@@ -1,4 +1,4 @@
-"""What an evaluation measured: one JSON line an episode. results.jsonl is the truth, all else is made from it."""
+"""The files of evaluation results, results.jsonl: one JSON line per episode. All other outputs are made from them."""
 
 import json
 import os
@@ -18,16 +18,16 @@ from agents.result import Goal as Goal
 from data.atomic_file import atomic_file
 
 FILE_NAME = "results.jsonl"
-_JSON_KEYS = {one.name: one.name.rstrip("_") for one in fields(Result)}  # `return` is a word of Python's
+_JSON_KEYS = {one.name: one.name.rstrip("_") for one in fields(Result)}  # `return` is a Python keyword
 
 
 def say_note(text: str) -> None:
-    """Tells the user something that is no error."""
+    """Prints a note to stderr."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def to_json(result: Result) -> str:
-    """Returns the line, without its end."""
+    """Returns the JSON line of a result, without a newline."""
     values = {key: getattr(result, name) for name, key in _JSON_KEYS.items()}
     is_as_before = not result.evaluation_seed and result.group < _GROUPS_OF_A_SEED
     of_map = {"places": not result.places, "world": not result.places, "age": result.age is None}
@@ -39,7 +39,7 @@ def to_json(result: Result) -> str:
 
 
 def from_json(line: str) -> Result:
-    """Returns the Result of a line; ConfigError when it is not one. Keys that we do not know are left out: a later
+    """Returns the Result of a line. Raises ConfigError when the line is invalid. Unknown keys are ignored: a later
     version may write more.
     """
     try:
@@ -60,8 +60,9 @@ _GROUPS_OF_A_SEED = 1_000_000
 
 
 def _as_now(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a line, with those that older lines lack: their group was evaluation seed * 1,000,000 +
-    group, and the series of a sweep's run "<sweep>/<agent>-<seed>" was all but the seed."""
+    """Returns the fields of a line, with the fields that older files lack filled in. In these, group holds
+    evaluation_seed * 1,000,000 + group, and the series of a sweep's run "<sweep>/<agent>-<seed>" is its name without
+    the seed."""
     seed, experiment, group = (values[name] for name in ("seed", "experiment", "group"))
     if not values.get("series") and isinstance(experiment, str) and "/" in experiment:
         values["series"] = experiment.removesuffix(f"-{seed}")
@@ -75,10 +76,9 @@ def _as_now(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:
-    """Appends a batch of lines, and returns when they are on the disk.
+    """Appends a line per result, and returns once they are written to disk.
 
-    A torn last line (the machine died in the middle of a write) is cut off first, so that it cannot swallow the next
-    one.
+    A torn last line, left by a write that was interrupted, is removed first.
     """
     lines = "".join(to_json(result) + "\n" for result in results).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,27 +86,27 @@ def append_results(path: Path, results: Iterable[Result]) -> None:
         file.seek(0)
         content = file.read()
         tail = content[content.rfind(b"\n") + 1 :]
-        if tail and _is_result(tail):  # whole but for the end of its line
+        if tail and _is_result(tail):  # complete except for its newline
             lines = b"\n" + lines
         elif tail:
             file.truncate(len(content) - len(tail))
-        file.write(lines)  # mode "a" writes to the end, wherever we have read
+        file.write(lines)  # mode "a" writes at the end, whatever the read position
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
-    """Writes a whole results.jsonl, in place of any that was there."""
+    """Writes results to `path`, replacing an existing file."""
     with atomic_file(path) as file:
         file.write("".join(to_json(result) + "\n" for result in results).encode())
 
 
 def read_results(*paths: Path, say: Callable[[str], object] = say_note) -> list[Result]:
-    """Returns the episodes of all files; a path is a results.jsonl or a run folder that holds one.
+    """Returns the episodes of all files. A path is a results.jsonl, or a run folder that holds one.
 
-    Of one run, task and settings only the newest checkpoint's episodes are returned, and of an episode written twice
-    only the later line; `say` is told what was left out, torn last lines too. ConfigError: no such file, a broken line
-    that is not torn, or two runs of one name that nothing tells apart.
+    For each run, task and settings, only the episodes of the newest checkpoint are returned; of an episode written
+    twice, only the later line. `say` is called with a note about everything left out, torn last lines included. Raises
+    ConfigError for a missing file, an invalid line that is not a torn last one, and two different runs of one name.
     """
     distinct: dict[tuple[str | int, ...], Result] = {}
     places: dict[tuple[str | int, ...], Path] = {}
@@ -129,12 +129,12 @@ def read_results(*paths: Path, say: Callable[[str], object] = say_note) -> list[
 
 
 def merged_versions(results: Iterable[Result]) -> dict[str, str]:
-    """Returns every package's version; several, with commas between, where episodes were played with different ones."""
+    """Returns the version of every package that the episodes were played with (`merged`)."""
     return merged(result.versions for result in results)
 
 
 def merged(versions: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Returns every package's version; several, with commas between, where they differ."""
+    """Returns the version of every package; where versions differ, all of them, separated by commas."""
     found: dict[str, set[str]] = {}
     for one in versions:
         for name, version in one.items():
@@ -143,13 +143,13 @@ def merged(versions: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _line(result: Result) -> tuple[object, ...]:
-    """Returns what the checkpoints of one run share, also when it was lengthened in between."""
+    """Returns a key that all checkpoints of one run share, also when the run was lengthened in between."""
     settings = {name: value for name, value in result.settings.items() if name != "train.updates"}
     return *result.player[:-1], result.settings_id != "", json.dumps(settings, sort_keys=True)
 
 
 def _refuse_namesake(result: Result, other: Result | None, path: Path, place: Path) -> None:
-    """Of two folders with the same run, one may be a copy of the other; with other numbers it is another run."""
+    """Raises ConfigError when two folders have the same run name but different returns. Copies of a run are allowed."""
     if other is None or place == path or other.return_ == result.return_:
         return
     raise ConfigError(

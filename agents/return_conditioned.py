@@ -1,5 +1,5 @@
-"""What the return-conditioned agents share: timesteps become tokens, a causal Transformer reads them, and a head
-predicts a distribution over each action. What they learn from, and their losses, are in files of their own."""
+"""The base class of the return-conditioned agents: timesteps become tokens, a causal Transformer reads them, and a head
+predicts a distribution over actions. Each subclass defines its training data and its loss."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from data import ChainBatch
 from rlring import AttentionConfig, KVCache, Mask, Transformer, zigzag_order
 from rlring.sharding import SMALLEST_SPLIT, STACKED, gathered
 
-SHORTEST_ZIGZAG = 256  # tokens a device; below, zigzag was measured slower than the natural order (1.35x)
+SHORTEST_ZIGZAG = 256  # tokens per device; for fewer, zigzag was measured 1.35x slower than the natural order
 
 
 class Network(nnx.Module):
@@ -46,15 +46,15 @@ class Network(nnx.Module):
 
 
 class Memory(NamedTuple):
-    """Everything an acting agent has seen."""
+    """The memory of an acting agent."""
 
     cache: KVCache
     position: Int[Array, ""]
-    """Index of the next timestep in the chain."""
+    """Index of the next timestep in its chain."""
 
 
 class ReturnConditionedAgent:
-    """A sequence model of actions, given the returns asked for (Chen et al. 2021, Decision Transformer)."""
+    """A sequence model of actions, conditioned on returns to go (Chen et al. 2021, Decision Transformer)."""
 
     context = True
 
@@ -62,14 +62,14 @@ class ReturnConditionedAgent:
         self.config = config
         self.mesh = mesh
         self.action_size = action_size
-        self.longest_episode: int = episode_steps  # each step of one has an embedding
+        self.longest_episode: int = episode_steps  # every step index has a learnt embedding
         self.observation_size = len(scales.observation_mean)
         self.shards = 1 if mesh is None else mesh.shape["ring"] * mesh.shape["ulysses"]
         self.scales = scales
         self.graph = nnx.split(nnx.eval_shape(self.network, jax.random.key(0)))[0]
 
     def network(self, key: Array) -> nnx.Module:
-        """Returns its network, with new weights."""
+        """Returns the network with newly initialised weights."""
         attention = self.config.attention.made(sharded=self.mesh is not None and self.mesh.size > 1)
         return Network(self.config, self.scales, self.action_size, self.longest_episode, attention, rngs=nnx.Rngs(key))
 
@@ -79,12 +79,12 @@ class ReturnConditionedAgent:
 
     @property
     def window(self) -> int | None:
-        """Tokens that a token sees."""
+        """Number of tokens that a token attends to, itself included. None: all earlier ones."""
         steps = self.config.agent.window
         return None if steps is None else steps * self.tokens_per_timestep
 
     def known(self, timesteps: Timesteps) -> Timesteps:
-        """Returns what it is told of timesteps."""
+        """Returns the timesteps as the agent sees them; subclasses may hide fields."""
         return timesteps
 
     def init(self, key: Array) -> Params:
@@ -94,9 +94,10 @@ class ReturnConditionedAgent:
         return make_optimizer(self.config)
 
     def order(self, timesteps: int) -> np.ndarray | None:
-        """Returns which timestep stands at which place (-1: padding), so that the ring is balanced; None: as they are.
+        """Returns the timestep index at each place of the batch (-1: padding), such that the ring's work is balanced.
+        None: the natural order, without padding.
 
-        Short shards stay as they are: each is one block of attention, and of one block nothing can be skipped.
+        Short shards keep the natural order: each is a single attention block, of which nothing could be skipped.
         """
         ring = 1 if self.mesh is None else self.mesh.shape["ring"]
         balances = ring > 1 and timesteps * self.tokens_per_timestep >= ring * SHORTEST_ZIGZAG
@@ -108,7 +109,7 @@ class ReturnConditionedAgent:
         return np.where(order < timesteps, order, -1)
 
     def features(self, params: Params, batch: ChainBatch) -> Distribution:
-        """Returns the action distribution at every timestep of a batch."""
+        """Returns the action distribution at every timestep of a batch, [B, M]."""
         network = nnx.merge(self.graph, self._whole(params))
         x, position, segment = network.tokenizer(self.known(Timesteps.of(batch)))
         mask = Mask.causal(position, segment, window=self.window)
@@ -116,7 +117,7 @@ class ReturnConditionedAgent:
         return network.head(network.tokenizer.acting(y))
 
     def _whole(self, params: Params) -> Params:
-        """Returns weights that are all there, but for the blocks', which gather their own."""
+        """Returns the weights gathered from their FSDP shards, except those of the blocks, which gather their own."""
         if self.mesh is None or not self.config.model.fsdp:
             return params
 
@@ -127,11 +128,11 @@ class ReturnConditionedAgent:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> Memory:
-        """Returns the memory of a prompt (arranged, maybe of no timesteps) with room for `steps` timesteps."""
+        """Returns the memory after a prompt (in the order of `order`, or empty) with room for `steps` timesteps."""
         network = nnx.merge(self.graph, params)
         transformer, k = network.transformer, self.tokens_per_timestep
         if self.config.agent.window is not None and prompt.position.shape[1] == 0:
-            steps = min(steps, self.config.agent.window + 1)  # older slots are written again: memory is bounded
+            steps = min(steps, self.config.agent.window + 1)  # old slots are overwritten: memory is bounded
         x, position, segment = network.tokenizer(self.known(Timesteps.of(prompt)))
         next_position = jnp.max(jnp.where(prompt.segment >= 0, prompt.position, -1), initial=-1) + 1
         multiple = k * self.shards

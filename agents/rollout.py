@@ -1,4 +1,4 @@
-"""An agent that acts: the episodes of one context, all groups in lock step."""
+"""Plays the episodes of one condition, all groups in lock step."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -23,17 +23,17 @@ Batch = TypeVar("Batch", bound=EnvironmentBatch)
 
 
 class Between(NamedTuple):
-    """All that the next episode depends on. A pytree."""
+    """The state between two episodes, on which the next one depends. A pytree."""
 
     memory: Memory
     key: Array
-    """The data of a random key."""
+    """The data of a random key (`jax.random.key_data`)."""
     previous_action: Array
     previous_reward: Array
 
 
 class Played(NamedTuple):
-    """One episode of every row."""
+    """The outcome of one episode of every row."""
 
     returns: np.ndarray  # f64[G]
     steps: np.ndarray  # i64[G]
@@ -41,9 +41,9 @@ class Played(NamedTuple):
 
 
 def make_environments(loaded: "Loaded", task: str, rows: int, *, kind: type[Batch] = EnvironmentBatch) -> Batch:
-    """Returns the environments of an evaluation.
+    """Returns `rows` environments of a task for an evaluation.
 
-    ConfigError when their episodes are longer than those that the agent learnt from, where it knows no later step.
+    Raises ConfigError when their episodes are longer than the agent supports (`Agent.longest_episode`).
     """
     asked, known = loaded.config.evaluate.episode_steps, loaded.agent.longest_episode
     environments = kind(task, rows, episode_steps=asked)
@@ -57,7 +57,7 @@ def make_environments(loaded: "Loaded", task: str, rows: int, *, kind: type[Batc
 
 
 def first_between(loaded: "Loaded", condition: "Condition", prompt: ChainBatch, memory: Memory) -> Between:
-    """Returns what the first episode depends on, a function of the seeds and the condition alone."""
+    """Returns the state before the first episode. Its random key depends only on the seeds and the condition."""
     met = f"/{condition.met}" if condition.met else ""
     label = [ord(letter) for letter in f"{condition.mode}/{condition.trajectories}/{condition.context}{met}"]
     seeds = [loaded.config.evaluate.seed, loaded.config.seed, *label]
@@ -76,8 +76,8 @@ def play(
     episode: int,
     target: float,
 ) -> Played:
-    """Returns one episode of every group, which are functions of `evaluate.seed` alone: the same for every agent and
-    every context length. The memory of `before` is used up."""
+    """Plays episode `episode` of every group. Goals and starts depend on `evaluate.seed` alone, so they are the same
+    for every agent and every context length. The memory of `before` is donated. target: the return asked for."""
     settings, groups = loaded.config.evaluate, loaded.config.evaluate.groups
     goals = held_out_goals(condition.task, settings.seed, groups)
     observation = environments.reset([(settings.seed, group, episode) for group in range(groups)], goals)
@@ -93,8 +93,8 @@ def episode_of_all(
     *,
     target: float | None,
 ) -> Played:
-    """Returns an episode of every row of `environments`, which were just reset to `observation`. The memory of `before`
-    is used up. target: the return asked for; of None, 0 is told in every step."""
+    """Plays an episode in every row of `environments`, which were just reset to `observation` [rows, O]. The memory of
+    `before` is donated. target: the return asked for; None: the return to go is 0 in every step."""
     rows = len(observation)
     memory, key, action, reward = before
     key = jax.random.wrap_key_data(key)
@@ -118,7 +118,7 @@ def episode_of_all(
 
 
 def check_action(loaded: "Loaded", action: Array, running: np.ndarray, step: int) -> None:
-    """Diverged when an agent acts NaN, which no environment can answer."""
+    """Raises Diverged when an action of a running episode is not finite."""
     if not np.isfinite(np.asarray(action)[running]).all():
         raise Diverged(
             f"{loaded.config.name}, checkpoint of update {loaded.step}, acts NaN in step {step} of an episode: its "
@@ -128,7 +128,7 @@ def check_action(loaded: "Loaded", action: Array, running: np.ndarray, step: int
 
 
 def last_of(values: np.ndarray, prompt: ChainBatch) -> np.ndarray:
-    """Returns the entry of each row's last real timestep, zeros where there is none: values [B, M, ...] -> [B, ...]."""
+    """Returns the values [B, ...] at each row's last real timestep, from values [B, M, ...]; zeros for empty rows."""
     if not values.shape[1]:
         return np.zeros((len(values), *values.shape[2:]), np.float32)
     position = np.where(prompt.segment >= 0, prompt.position, -1)

@@ -1,4 +1,4 @@
-"""A run to look at: what it earned, how it learnt, where it went, and films of it, in one page."""
+"""The report of one run: its returns, its training loss, the paths and films of some episodes, in one page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +24,8 @@ FOLDER = "looks"
 def write_run_report(
     loaded: "Loaded", rows: Sequence[SummaryRow], results: Sequence[Result]
 ) -> tuple[Path, list[Path]]:
-    """Plays some episodes once more, writes films and figures into `<run>/looks`, and returns `<run>/report.html`,
-    which shows them all, and the paths of all that it shows.
+    """Plays some episodes again, writes films and figures into `<run>/looks`, and writes `<run>/report.html` with all
+    of them. Returns the path of the report and the paths of the films and figures.
 
     rows: the summary of `results`.
     """

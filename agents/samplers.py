@@ -1,4 +1,4 @@
-"""Training batches: chains or transitions of one store, or of several tasks in turn."""
+"""The samplers of training batches: chains or transitions, from one store or from several tasks in turn."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,7 +12,7 @@ from data.tasks import goal_task
 
 
 class MixedSampler:
-    """Rows of several tasks: row `r` of step `s` is of task `(s + r) mod tasks`, whatever the split of the rows."""
+    """Batches of several tasks: row `r` of step `s` is of task `(s + r) mod tasks`, on any number of processes."""
 
     def __init__(self, samplers: Sequence[ChainSampler | WorldSampler | TransitionSampler]):
         self.samplers = list(samplers)
@@ -31,7 +31,7 @@ class MixedSampler:
         return type(parts[0])(*(np.concatenate(fields)[order] for fields in zip(*parts, strict=True)))
 
     def typical_targets(self) -> dict[str, float]:
-        """Returns the typical return that the trajectories of each task ask for."""
+        """Returns the typical return that trajectories ask for, by task."""
         return {task: target for sampler in self.samplers for task, target in sampler.typical_targets().items()}
 
 
@@ -43,7 +43,7 @@ def chains(
     met: float | Literal["annealed"] | None = None,
     **chain,
 ) -> Sampler:
-    """Returns the sampler of a config's training chains; of a map they are visits to the places of a world."""
+    """Returns the sampler of a config's training chains. In map tasks, they are visits to the places of a world."""
     goals = None if met is None else GoalSampling(met=met)
     growth = Growth(tuple(grow), round(config.chain.grow_until * config.train.updates))
     samplers = []

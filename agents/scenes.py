@@ -1,4 +1,4 @@
-"""Episodes of a trained agent to look at: the same goals without a context and with the longest one."""
+"""Recorded episodes of a trained agent: the same goals without a context and with the longest one."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +23,7 @@ class Take(NamedTuple):
 
     states: np.ndarray  # f64[M+1, P]
     extras: Mapping[str, np.ndarray]
-    """What was drawn for the episode, such as its goal."""
+    """Random draws of the episode, such as its goal."""
     total: float
     """The return."""
 
@@ -37,33 +37,32 @@ class Scene(NamedTuple):
 
 
 class Recorder(EnvironmentBatch):
-    """A batch of environments that keeps the physics states of the present episodes."""
+    """A batch of environments that records the physics states of the current episodes."""
 
     def reset(self, *arguments, **options) -> np.ndarray:
-        """Starts new episodes, as a batch does."""
+        """Starts new episodes and new recordings (`EnvironmentBatch.reset`)."""
         observation = super().reset(*arguments, **options)
         self.states, self.extras = [self.physics_states()], [one.extras() for one in self.environments]
         return observation
 
     def step(self, actions):
-        """Takes a step, as a batch does."""
+        """Takes a step and records the states after it (`EnvironmentBatch.step`)."""
         taken = super().step(actions)
         self.states.append(self.physics_states())
         return taken
 
     def takes(self, returns: Sequence[float], steps: Sequence[int]) -> list[Take]:
-        """Returns the episodes since the reset."""
+        """Returns the recorded episodes, cut to their numbers of steps."""
         states = np.stack(self.states, axis=1)
         rows = zip(states, self.extras, returns, steps, strict=True)
         return [Take(of_row[: count + 1], extras, float(total)) for of_row, extras, total, count in rows]
 
 
 def played_scenes(loaded: "Loaded") -> list[Scene]:
-    """Returns, for every task but maps, the first goals of the evaluation played without a context and with the
-    longest one asked for; in mode self alone the first and the last episode.
+    """Returns episodes of the evaluation's first goals, for every task except map tasks: without a context and with the
+    longest one. For tasks evaluated in mode self only, returns the first and the last episode.
 
-    Goals and starts are those of the evaluation. The actions of an agent that samples are others: they depend on how
-    many rows there are.
+    Goals and starts are those of the evaluation. Sampled actions differ, since they depend on the number of rows.
     """
     settings = loaded.config.evaluate
     few = settings.model_copy(update={"groups": min(GROUPS, settings.groups)})

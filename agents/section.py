@@ -1,18 +1,18 @@
-"""Settings as sections: what every one of them refuses, and the kinds of numbers and names there are.
+"""The base class of config sections, and the types of numbers and names in them.
 
-Whatever a setting cannot mean is refused here, in one line, before anything is made; every bound is far above what has
-ever been of use, and below what no computer counts to.
+Invalid values are rejected here, with a one-line message, before a run writes anything. The upper bounds are far above
+useful values, and small enough for int32 and float32 arithmetic.
 """
 
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-LARGEST = 2**31 - 1  # what an int32 counts to
+LARGEST = 2**31 - 1  # the largest int32
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, and a value of another type is one too ("1" is no number)."""
+    """A frozen section of a config. Unknown keys and values of another type ("1" for a number) are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -32,16 +32,16 @@ def _inside(text: str) -> str:
 Count = Annotated[int, Field(gt=0, le=LARGEST)]
 Whole = Annotated[int, Field(ge=0, le=LARGEST)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
-"""Of a network, a mesh or a batch."""
+"""A size of a network, a mesh or a batch."""
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Chance = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-"""A part that leaves something."""
+"""A share of a whole, below 1."""
 Between = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]
 Return = Annotated[float, Field(ge=-1e30, le=1e30)]
-"""In float32 still a number, and its sums too."""
+"""A return. The bounds keep it, and sums of it, finite in float32."""
 Text = Annotated[str, AfterValidator(_plain)]
 RunName = Annotated[str, AfterValidator(_plain), AfterValidator(_inside)]
-"""The name of a folder in runs/, or of one in such a folder."""
+"""The name of a run: a path relative to runs/, without "..", such as "walker" or "sweep/walker-0"."""

@@ -1,4 +1,4 @@
-"""Observations near unit size: the one rule by which every agent scales them."""
+"""Standardisation of observations, the same for all agents."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,11 @@ LIMIT = 10.0  # standard deviations
 
 @dataclass(frozen=True)
 class Standardizer:
-    """Subtracts the mean of the data, divides by its scale and clips at LIMIT.
+    """Subtracts the mean of the data, divides by its standard deviation and clips at LIMIT.
 
-    A sensor that hardly ever moved in the data, such as touch, may read hundreds of standard deviations when acting;
-    unclipped, that one number decides every action. Plain tuples: part of a model's definition and not of its weights.
+    A sensor that hardly ever changed in the data, such as touch, may read hundreds of standard deviations when acting.
+    Without clipping, that one entry would decide every action. The statistics are plain tuples, so that they belong to
+    the model's definition and not to its weights.
     """
 
     mean: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Honest numbers about returns: what summary.csv says, and what a maximum gains by luck alone."""
+"""Statistics of returns: the rows of summary.csv, and the expected maximum of independent episodes."""
 
 import csv
 import io
@@ -40,11 +40,15 @@ class SummaryRow:
     """One line of summary.csv.
 
     Attributes:
-        statistic: How the episodes of a goal become one number. ci_low and ci_high belong to the iqm of these numbers.
-        groups: Goals (of the seed with the most).
-        episodes: All episodes behind the row.
-        episodes_per_group: Of the goal with the most; where it is 1, first, mean, last and max are the same number.
-        interval_over: What was resampled: all that the intervals speak of.
+        statistic: Reduction of the episodes of a goal to one number: "first", "mean", "last" or "max".
+        iqm: Interquartile mean of these numbers over goals and seeds; ci_low and ci_high are its 95 % interval.
+        mean: Mean of the same numbers; mean_ci_low and mean_ci_high are its 95 % interval.
+        seeds: Number of training seeds.
+        groups: Number of goals (of the seed with the most).
+        episodes: Number of all episodes behind the row.
+        episodes_per_group: Number of episodes of a goal (of the goal with the most). Where it is 1, first, mean, last
+            and max are the same number.
+        interval_over: What was resampled. The intervals cover no other variation.
     """
 
     agent: str
@@ -65,9 +69,9 @@ class SummaryRow:
     episodes_per_group: int
     interval_over: str
     predicted: float = math.nan
-    """Of a map, and where goals are rare: the mean that follows from prior and known (`agents.prediction`)."""
+    """The mean that a perfect memory would earn (`agents.prediction`), for map tasks and rare goals; else NaN."""
     control_of: str = field(default="", metadata={"is_written": False})
-    """The agent whose mismatched-goal control this is, as the summary calls it; empty elsewhere."""
+    """For the control with foreign contexts, the name in the summary of the agent that it controls; else empty."""
 
 
 def summarize(
@@ -75,12 +79,14 @@ def summarize(
 ) -> list[SummaryRow]:
     """Returns the rows of summary.csv, sorted by task, mode, agent, context and statistic.
 
-    The foreign-context control of an agent appears as "<agent> (foreign context)". An agent that occurs in several
-    experiments appears once for each, as "<agent> [<experiment>]": they are never averaged; the seeds of one sweep are
-    (`Result.series`). Nor are results of other settings, which appear as "<agent> [evaluate.target=8.0]", by what
-    differs, or of checkpoints after another number of updates, which appear as "<agent> [5 updates]", unless the best
-    one of each run was asked for. The oracle, which depends on the task alone, appears once. ConfigError for a
-    statistic that is none of STATISTICS.
+    Only the seeds of one series (`Result.series`) are averaged. These results get separate rows:
+
+    - the control of an agent with foreign contexts: "<agent> (foreign context)";
+    - an agent in several series: "<agent> [<series>]", or its name in the sweep where that is unique;
+    - other settings: "<agent> [evaluate.target=8.0]", naming the settings that differ;
+    - checkpoints after another number of updates: "<agent> [5 updates]", unless each run's best one was asked for.
+
+    The oracle depends on the task alone and appears once. Raises ConfigError for an unknown statistic.
     """
     rows, lines = [], _lines(results)
     for (task, mode, agent, trajectories, control_of), members in sorted(cells(results).items()):
@@ -89,7 +95,7 @@ def summarize(
         for statistic in statistics:
             values = reduced(members, statistic)
             numbers = tuple(values.values())
-            if numbers not in estimates:  # with one episode a goal, all four statistics are the same numbers
+            if numbers not in estimates:  # with one episode per goal, all four statistics are equal
                 estimates[numbers] = estimate(strata_of(values), resamples=resamples)
             iqm, mean, over = estimates[numbers]
             seeds = [goal.seed for goal in values]
@@ -120,8 +126,8 @@ def summarize(
 
 
 def write_summary(path: Path, rows: Sequence[SummaryRow]) -> None:
-    """Writes summary.csv: a header and a line a row; numbers with 6 digits, "nan" where there is no interval,
-    nothing where there is no prediction."""
+    """Writes summary.csv: a header and one line per row. Numbers have 6 significant digits. A missing interval is
+    "nan", a missing prediction an empty field."""
     text = io.StringIO()
     names = [one.name for one in fields(SummaryRow) if one.metadata.get("is_written", True)]
     writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
@@ -135,7 +141,7 @@ def write_summary(path: Path, rows: Sequence[SummaryRow]) -> None:
 
 
 def summary_notes(results: Sequence[Result], rows: Sequence[SummaryRow]) -> list[str]:
-    """Returns the sentences that a reader of these rows must know."""
+    """Returns the caveats about these rows, one sentence or more each."""
     notes = []
     if all(row.episodes_per_group == 1 for row in rows):
         notes.append("One episode a goal: first, mean, last and max are the same number.")
@@ -164,11 +170,12 @@ def summary_notes(results: Sequence[Result], rows: Sequence[SummaryRow]) -> list
 
 
 def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESAMPLES) -> Estimate:
-    """Returns what the largest of `draws` episodes comes to for a policy that learns nothing from its context,
-    estimated from the context-free episodes among `results`; the intervals are over these episodes.
+    """Returns the expected largest return of `draws` independent episodes of a policy that learns nothing from its
+    context, estimated from the context-free episodes among `results`. The intervals are over these episodes.
 
-    Episodes of all goals are pooled. Where some goals are easier than others this makes luck look greater than it is,
-    so a curve above this line is above the true one. ConfigError when there are fewer context-free episodes than draws.
+    Episodes of all goals are pooled. Where some goals are easier than others, this overestimates the expected maximum,
+    so a curve above this line is above the true one as well. Raises ConfigError when there are fewer context-free
+    episodes than `draws`.
     """
     pooled = [result.return_ for result in results if result.context_free]
     if len(pooled) < draws:
@@ -185,7 +192,7 @@ def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESA
 
 
 def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
-    """Returns the line of each agent on each map."""
+    """Returns the prediction (`agents.prediction.line`) for each player with predictable results."""
     by_player: dict[Player, list[Result]] = {}
     for result in results:
         if is_predicted(result):
@@ -195,13 +202,13 @@ def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
 
 def _predicted(lines: dict[Player, Line | None], member: Result) -> float:
     if member.met == ALWAYS:
-        return math.nan  # what the others are predicted from
+        return math.nan  # the predictions are made from these results
     found = lines.get(player(member)) if is_predicted(member) else None
     return math.nan if found is None else found.of(member)
 
 
 def _returns(results: Sequence[Result]) -> dict[Goal, list[float]]:
-    """Returns the returns of each goal, in the order they were played."""
+    """Returns the episode returns of each goal, in the order of play."""
     goals: dict[Goal, list[float]] = {}
     for result in sorted(results, key=lambda result: (result.goal[:3], result.episode_index)):
         goals.setdefault(result.goal, []).append(result.return_)
@@ -209,14 +216,14 @@ def _returns(results: Sequence[Result]) -> dict[Goal, list[float]]:
 
 
 def reduced(results: Sequence[Result], statistic: str) -> dict[Goal, float]:
-    """Returns one number for each goal."""
+    """Returns the statistic of each goal's episode returns. Raises ConfigError for an unknown statistic."""
     if statistic not in STATISTICS:
         raise ConfigError(f"unknown statistic {statistic!r}; choose from {', '.join(STATISTICS)}")
     return {goal: _REDUCTIONS[statistic](returns) for goal, returns in _returns(results).items()}
 
 
 def strata_of(values: Mapping[Goal, float]) -> Strata:
-    """Returns what the bootstrap draws from: of every training seed its goals, or its worlds of several queries."""
+    """Returns the bootstrap strata, one per training seed: values [goals], or [worlds, queries] padded with NaN."""
     seeds: dict[int, dict[tuple[int, int], list[float]]] = {}
     for goal, value in values.items():
         seeds.setdefault(goal.seed, {}).setdefault(goal.unit, []).append(value)

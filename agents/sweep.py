@@ -1,7 +1,7 @@
 """Runs an experiment from nothing to its plot: python -m agents.sweep configs/X.toml [--dry-run]
 
-collect -> build -> train -> evaluate -> plot. Every stage skips what is done, so an interrupted sweep continues with
-the same command.
+The stages are collect, build, train, evaluate and plot. Each stage skips what is already done, so the same command
+continues an interrupted sweep.
 """
 
 import csv
@@ -31,22 +31,22 @@ DONE = "sweep.json"
 
 
 class Swept(NamedTuple):
-    """folder: of the sweep; None when there was nothing to do. failed: why, by the name of each run that did."""
+    """folder: of the sweep; None when there was nothing to do. failed: the reason of each failed run, by run name."""
 
     folder: Path | None
     failed: dict[str, str]
 
 
 def sweep(config: SweepConfig, source: Path) -> Swept:
-    """Runs what is missing of a sweep. A run that fails stops no other; the plot is then of those that did not.
-    DataError when another process runs this sweep now."""
+    """Runs the missing parts of a sweep. When a run fails, the others continue, and the plot leaves it out. Raises
+    DataError when another process is running this sweep."""
     folder = Path("runs") / config.name
     with alone(folder):
         return _sweep(folder, config, source)
 
 
 def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
-    # Imported late: a dry run, and a bad config, answer at once.
+    # Imported late, so that dry runs and config errors take no time.
     from agents.continuation import check_folder, check_free_of_runs, check_trained_so_far, newest
     from agents.datasets import check_existing, prepare
     from agents.episodes import asked_for, check_contexts
@@ -69,10 +69,10 @@ def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
     check_free_of_runs(folder)
     if is_done(folder, config):
         return Swept(None, failed)
-    # JAX starts once, with what the largest mesh of any run needs.
+    # JAX is initialised once, with enough devices for the largest mesh of all runs.
     request_cpu_devices(max(max(one.mesh.devices, one.evaluate.mesh.devices) for one in runs))
     kept: dict[str, dict[str, dict]] = {}
-    for one in runs:  # before anything is built anew
+    for one in runs:  # before anything is built
         check_wandb(one.wandb)
         starts_over = check_folder(RUNS / one.name, one, resume=True)
         _, meta = (0, None) if starts_over else newest(RUNS / one.name)
@@ -84,7 +84,7 @@ def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
         say_time(f"episodes {data.episodes}, stores {', '.join(data.stores)}")
         with going_on(failed, *(one.name for one in runs if one.data == data)):
             prepare(data, owner=folder, kept=kept.get(key))
-    for one in runs:  # found now, and not after its training
+    for one in runs:  # so that errors are raised before training
         with going_on(failed, one.name):
             if one.name not in failed:
                 for task, path in zip(one.data.tasks, one.data.stores, strict=True):
@@ -100,7 +100,7 @@ def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
         with going_on(failed, one.name):
             if one.name not in failed:
                 say_time(f"evaluate {one.name}")
-                # What is evaluated may have changed since training.
+                # The evaluation settings may have changed since training.
                 write_text(RUNS / one.name / "config.json", dump(one))
                 found = asked_for(evaluation(RUNS / one.name).results, one)
                 gathered += [
@@ -122,8 +122,8 @@ def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
 
 @contextmanager
 def going_on(failed: dict[str, str], *names: str) -> Iterator[None]:
-    """Notes, in place of raising it, why the runs of these names failed: what a command would answer with one line. A
-    full disk concerns all runs, and is raised."""
+    """Catches the errors that a command reports in one line, and records them in `failed` under the given run names.
+    A full disk concerns all runs, so that error is raised."""
     try:
         with memory_errors(LESS_MEMORY):
             yield
@@ -142,7 +142,7 @@ def going_on(failed: dict[str, str], *names: str) -> Iterator[None]:
 def draw(
     config: SweepConfig, source: Path, folder: Path, results: Sequence[Result], *, without: Sequence[str] = ()
 ) -> None:
-    """Writes summary, plot and report of a sweep, whose title tells which runs are missing."""
+    """Writes the summary, the plots and the report of a sweep. Their title names the failed runs (`without`)."""
     from agents.plot import plot
     from agents.report import write_report
     from agents.statistics import summarize, write_summary
@@ -158,7 +158,7 @@ def draw(
         trained = max(one.chain.trajectories for one in config.configs())
         drawn, more = plot_worlds(results, folder / PLOT, title, trained=trained), []
     else:
-        is_rare = any(result.met for result in results)  # then the line that is predicted is of means
+        is_rare = any(result.met for result in results)  # then the predicted line is a line of means
         drawn = plot(results, folder / PLOT, title, aggregate="mean" if is_rare else "iqm")
         more = [] if is_rare else [plot(results, folder / "return_vs_context_mean.png", title, aggregate="mean")]
     if any(result.mode == "self" for result in results):
@@ -181,19 +181,19 @@ def draw(
 
 
 def is_trained(config: Config) -> bool:
-    """Whether a run's last checkpoint is written, with these settings."""
+    """Whether the run has these settings and its last checkpoint is written."""
     from agents.continuation import differing_settings
     from agents.train import RUNS
 
     folder = RUNS / config.name
     if not (folder / "config.json").exists() or differing_settings(folder, config):
-        return False  # training then continues it, or says which settings differ
+        return False  # training then continues the run, or raises naming the settings that differ
     with Checkpoints(folder) as checkpoints:
         return checkpoints.latest() == config.train.updates
 
 
 def _stores(config: SweepConfig) -> dict[str, str]:
-    """Returns the content of every store that is there, by its path."""
+    """Returns the content hash of every existing store, by path."""
     from data import TrajectoryStore
 
     paths = {path for one in config.configs() for path in one.data.stores}
@@ -201,8 +201,8 @@ def _stores(config: SweepConfig) -> dict[str, str]:
 
 
 def is_done(folder: Path, config: SweepConfig) -> bool:
-    """Whether the sweep ran to its end with these settings, of the stores that are there no other has taken the place,
-    and nothing it made has been deleted or damaged."""
+    """Whether the sweep is complete: it finished with these settings, its output files exist, and none of the existing
+    stores has changed since."""
     if not all((folder / name).exists() for name in (DONE, SUMMARY, PLOT, REPORT, RESULTS)):
         return False
     try:
@@ -215,7 +215,7 @@ def is_done(folder: Path, config: SweepConfig) -> bool:
 
 
 def asked(config: Config) -> str:
-    """Returns, in words, the contexts of an evaluation."""
+    """Returns a description of the contexts of an evaluation."""
     settings = config.evaluate
     if any((task := goal_task(name)) is not None and task.sign_size for name in config.data.tasks):
         return f"worlds of {settings.places} places, of which {settings.seen} are seen"
@@ -248,7 +248,7 @@ def dry_run(config: SweepConfig) -> None:
 
 
 def show(folder: Path) -> None:
-    """Prints the means of a sweep."""
+    """Prints the mean returns of a finished sweep, from its summary.csv."""
     for row in csv.DictReader((folder / SUMMARY).read_text().splitlines()):
         if row["statistic"] == "mean":
             print(

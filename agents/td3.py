@@ -4,9 +4,9 @@
     L(critic)   = mean sum_i (Q_i(s, a) - y)^2                           i = 1, 2
     L(policy)   = - mean min_i Q_i(s, pi(s) + e)
 
-Q' is the target network, c the setting noise_clip. As in ExoRL the policy learns in every update (the paper: every
-second one), from the lesser estimate (the paper: the first) of an action with noise. Nothing keeps it to the data: on
-data that tried everything that is no fault, on a few demonstrations it fails.
+Q' is the target network, c the setting `noise_clip`. As in ExoRL, the policy is updated in every step (paper: every
+second one), by the smaller estimate (paper: the first) at an action with noise (paper: without). Nothing keeps the
+policy near the data: on exploratory data this does no harm, on a few demonstrations the algorithm fails.
 """
 
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from data import TransitionBatch
 
 
 class TD3(ActorCritic):
-    """A deterministic policy that goes where the lesser of two critics says most. Settings: `agent.td3`."""
+    """A deterministic policy that maximises the smaller of two critics. Settings: `agent.td3`."""
 
     def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         model = self.config.model
@@ -45,10 +45,10 @@ class TD3(ActorCritic):
         return -fixed.critic(batch.observation, self.noisy(mean, batch, NOW)).min(axis=0).mean()
 
     def noisy(self, mean: Float[Array, "B A"], batch: TransitionBatch, use: int) -> Float[Array, "B A"]:
-        """Returns an action near `mean` for each transition."""
+        """Returns `mean` with clipped noise for each transition. use: NOW or NEXT, which noise to draw."""
         settings = self.settings
         noise = settings.noise * normal(batch.key, use, (self.action_size,))
         return inside(mean + jnp.clip(noise, -settings.noise_clip, settings.noise_clip))
 
     def policy(self, actor: nnx.Module, observation: Array, key: Array | None) -> Array:
-        return jnp.tanh(actor(observation))  # the noise is for learning alone
+        return jnp.tanh(actor(observation))  # noise is used in training only

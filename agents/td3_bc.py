@@ -1,10 +1,10 @@
-"""TD3+BC (Fujimoto and Gu 2021, arXiv 2106.06860): TD3 that imitates as well.
+"""TD3+BC (Fujimoto and Gu 2021, arXiv 2106.06860): TD3 with a behaviour cloning term.
 
     L(policy)   = - lambda mean min_i Q_i(s, pi(s) + e) + mean (pi(s) - a)^2
     lambda      = alpha / mean |min_i Q_i(s, pi(s) + e)|
 
-The means are over the batch, that of the squares also over the entries of an action; no gradient goes through lambda.
-The rest is that of `agents.td3`, ExoRL's; the paper takes the first critic's value, without noise.
+The means are over the batch, and in the squared term also over the entries of an action. No gradient flows through
+lambda. The rest is as in `agents.td3`, after ExoRL; the paper uses the first critic's value, without noise.
 """
 
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Timesteps of a chain -> token embeddings, and features of tokens -> features of timesteps."""
+"""The tokenizer: embeds timesteps as tokens, and picks the features of the tokens that predict actions."""
 
 from typing import Literal
 
@@ -11,21 +11,22 @@ from agents.agent import Scales, Timesteps
 from agents.standardizer import Standardizer
 
 TOKENS_PER_TIMESTEP = {"fused": 1, "rsar": 4}
-# Fused tokens need no positions, and without them what was learnt on short chains holds on long ones: trained on 17
-# trajectories, the return with 256 rose from 2.0 to 6.5. The four tokens of a timestep are bound by their places alone.
+# Fused tokens need no positions, and without them agents generalise to longer chains: trained on 17 trajectories, the
+# return with 256 rose from 2.0 to 6.5. The four rsar tokens of a timestep belong together by their positions only.
 ROPE_FRACTION = {"fused": 0.0, "rsar": 1.0}
 
 
 class Tokenizer(nnx.Module):
-    """Embeds timesteps as tokens, the token that predicts a timestep's action always the last of its timestep.
+    """Embeds timesteps as tokens. The last token of each timestep predicts its action.
 
-    The papers' stream is R s a r R s a r ...; cut before each action's return it is the same stream:
+    The papers' token stream is R s a r R s a r ... Here it is cut after each state, so that a timestep holds the
+    previous action and reward:
 
-        rsar    | a0 r0 R1 s1 | a1 r1 R2 s2 | ...     four tokens a timestep, the last sees all that is known before
-        acting fused   |   [s1 a0 r0 R1]   |   [s2 a1 r1 R2]   | ...     one token a timestep
+        rsar     | a0 r0 R1 s1 | a1 r1 R2 s2 | ...            four tokens per timestep
+        fused    | [s1 a0 r0 R1] | [s2 a1 r1 R2] | ...        one token per timestep
 
-    so acting appends whole timesteps, and training and acting share one code path. Before the first timestep of a chain
-    there is no action and no reward: those two tokens are "nothing" (segment -1).
+    So acting appends whole timesteps, and training and acting share one code path. Before the first timestep of a chain
+    there is no action and no reward: in rsar, these two tokens are padding (segment -1).
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class Tokenizer(nnx.Module):
         observation_size = self.standardized.size
 
         def perceptron(inputs: int) -> nnx.Sequential:
-            # Two layers: with a linear embedding the dark tasks were learnt to half the return.
+            # Two layers: with a linear embedding, returns in the dark tasks were half as high.
             return nnx.Sequential(
                 nnx.Linear(inputs, width, rngs=rngs), jax.nn.gelu, nnx.Linear(width, width, rngs=rngs)
             )
 
         if kind == "fused":
-            # "moment" is the name of these weights in checkpoints: a timestep's one token.
+            # "moment" is the name in checkpoints of the weights that embed a timestep as one token.
             self.moment = perceptron(observation_size + action_size + 2)
         else:
             self.action = perceptron(action_size)
@@ -65,7 +66,7 @@ class Tokenizer(nnx.Module):
         return TOKENS_PER_TIMESTEP[self.kind]
 
     def __call__(self, timesteps: Timesteps) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], Int[Array, "B T"]]:
-        """Returns the tokens of timesteps, with position and segment of each."""
+        """Returns the tokens of timesteps [B, M] with their positions and segments; T = M * per_timestep."""
         state = self.standardized(timesteps.observation)
         return_to_go = timesteps.return_to_go[..., None] / self.return_scale
         reward = timesteps.previous_reward[..., None]
@@ -88,7 +89,7 @@ class Tokenizer(nnx.Module):
         return x_BMkD.reshape(B, M * k, D), position.reshape(B, M * k), segment.reshape(B, M * k)
 
     def acting(self, y: Float[Array, "B T D"]) -> Float[Array, "B M D"]:
-        """Returns the features of the tokens that predict actions."""
+        """Returns the features of the last token of each timestep, which predict its action."""
         k = self.per_timestep
         B, T, D = y.shape
         return y.reshape(B, T // k, k, D)[:, :, -1]

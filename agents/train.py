@@ -2,7 +2,8 @@
 
     python -m agents.train CONFIG.toml [section.key=value ...] [--resume]
 
-On several hosts every one runs the same command with --cluster, and sees the same folder; the first writes results.
+On several hosts, every host runs the same command with --cluster and shares the run folder. The first process writes
+the results.
 """
 
 import resource
@@ -50,10 +51,10 @@ DETECTED = "detected"
 def train(config: Config, *, resume: bool = False, progress: bool = True) -> Path:
     """Trains until `config.train.updates` and returns the run's folder, `runs/<name>`.
 
-    Batches, losses and weights are functions of the config alone, so a run that was killed and resumed logs the very
-    losses of one that was not, and one of several processes those of one process; on another mesh they differ by
-    rounding. Raises ConfigError when the folder holds another run, DataError when another process trains it now,
-    Diverged (a FloatingPointError) at the first loss or weight that is no number.
+    Batches, losses and weights depend on the config alone. A run that was killed and resumed logs the same losses as
+    an uninterrupted one, and a run of several processes the same losses as a run of one. On another mesh, losses differ
+    by rounding. Raises ConfigError when the folder holds another run, DataError when another process is training in it,
+    and Diverged (a FloatingPointError) when the loss, the gradient or the weights of a logged update are not finite.
     """
     folder = RUNS / config.name
     request_cpu_devices(-(-config.mesh.devices // processes()))
@@ -67,14 +68,14 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
     mesh = config.mesh.made()
     check_processes(mesh)
     is_first = jax.process_index() == 0
-    # Asked of every process: the first may have freed the folder before another looked at it.
+    # Called in every process: the first may already have moved the folder when another one checks it.
     by_the_first(lambda: starts_over and set_aside(folder))
     first, before = newest(folder)
     check_trained_so_far(folder, before, config)
     check_total(folder, first, config.train.updates)
     kept = before.stores if before is not None else {}
     stores = by_the_first(partial(open_stores, config.data, owner=folder, kept=kept))
-    if stores is None:  # the first process has made what was missing
+    if stores is None:  # the first process has built the missing stores
         stores = open_stores(config.data.model_copy(update={"collect": None}), owner=folder, kept=kept)
     if before is not None and is_first:
         note_changes(folder, before, versions())
@@ -114,7 +115,7 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
 
 
 def _log(config: Config, tokens: int, write: Callable[[dict[str, float]], None], logged: Logged, bar: tqdm) -> None:
-    """Writes the line of an update of so many tokens."""
+    """Writes the metrics of an update. `tokens`: tokens per update."""
     rate, values = logged.updates_per_second, logged.metrics
     more = {
         "learning_rate": float(schedule(config.optimizer, config.train.updates)(logged.update)),
@@ -127,9 +128,9 @@ def _log(config: Config, tokens: int, write: Callable[[dict[str, float]], None],
 
 
 def describe(config: Config, stores: Sequence[TrajectoryStore]) -> Meta:
-    """Returns what the data tells about inputs; targets are filled in once there is an agent."""
+    """Returns the metadata that follow from the data. The targets stay empty until there is an agent."""
     statistics, task = stores[0].statistics, goal_task(stores[0].task)
-    signs = 0 if task is None else task.sign_size  # of a size already; the store holds none
+    signs = 0 if task is None else task.sign_size  # signs are not in the store, and need no normalisation
     scales = Scales(
         observation_mean=np.pad(np.float32(statistics.observation_mean), (0, signs)),
         observation_std=np.pad(statistics.observation_scale, (0, signs), constant_values=1),
@@ -148,14 +149,14 @@ def describe(config: Config, stores: Sequence[TrajectoryStore]) -> Meta:
 
 
 def return_scale(config: Config, store: TrajectoryStore) -> float:
-    """Returns the size of the returns that chains of a store ask for."""
+    """Returns the typical return that chains of a store ask for."""
     return ChainSampler(
         store, trajectories=1, target="own", seed=config.seed, held_out=config.data.held_out
     ).typical_target()
 
 
 def peak_bytes() -> int:
-    """Returns the peak memory so far: of the fullest device where devices tell, else of this process."""
+    """Returns the peak memory so far in bytes: of the fullest local device, or of the process where none reports it."""
     statistics = [device.memory_stats() for device in jax.local_devices()]
     if all(statistics):
         return max(entry["peak_bytes_in_use"] for entry in statistics)

@@ -1,4 +1,4 @@
-"""Loss against update, of one run or of the arms of a sweep."""
+"""The plot of the training loss against updates, for one run or the arms of a sweep."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from agents.image import write_image
 from agents.plot import COLOURS, PlotResult
 
 _LOSS = "loss/action"
-_START = 0.05  # of the updates: their losses are those of no training, and would flatten all others
+_START = 0.05  # share of the updates left out of the y range: the first losses would flatten all others
 
 
 def draw_training(arms: Mapping[str, Sequence[Path]], out: Path) -> PlotResult | None:
-    """Draws the loss of every run into `out`, a colour an arm; None where no run has logged two losses.
+    """Draws the loss of every run into `out`, a colour per arm. Returns None if no run has logged two losses.
 
-    arms: folders of runs, by what they are called. DataError when `out` is a file that is no plot.
+    arms: run folders by arm name. Raises DataError when `out` is an existing file that is not a plot.
     """
     logged = {name: [_losses(folder) for folder in folders] for name, folders in arms.items()}
     logged = {name: [line for line in lines if line.shape[1] > 1] for name, lines in logged.items()}
@@ -56,6 +56,6 @@ def draw_training(arms: Mapping[str, Sequence[Path]], out: Path) -> PlotResult |
 
 
 def _losses(folder: Path) -> np.ndarray:
-    """Returns updates and losses, [2, N]."""
+    """Returns the updates and losses of a run's log, [2, N]."""
     entries = [(entry["step"], entry[_LOSS]) for entry in read_metrics(folder / "metrics.jsonl") if _LOSS in entry]
     return np.array(entries, float).reshape(-1, 2).T

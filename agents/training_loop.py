@@ -1,4 +1,4 @@
-"""The loop of a training run: updates, what is logged of them, when a checkpoint is written, when it ends."""
+"""The training loop: updates, logging, checkpoints and stopping."""
 
 import math
 import time
@@ -16,36 +16,37 @@ from rlring.language_model import TrainState
 
 
 class Logged(NamedTuple):
-    """What is known of an update that is logged."""
+    """The values logged for an update."""
 
     update: int
     metrics: dict[str, float]
     updates_per_second: float
-    """Since the last one that was logged."""
+    """Rate since the previous logged update."""
 
 
 class Loop(NamedTuple):
-    """A run's own parts of the loop."""
+    """The parts of the training loop that depend on the run."""
 
     folder: Path
     train: TrainConfig
     batches: Iterable[tuple[int, Any]]
-    """Every update that is left, with its batch."""
+    """The remaining updates, each (index, batch)."""
     update: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]]
     loss: str
-    """The metric that is the loss."""
+    """Name of the metric that is the loss."""
     log: Callable[[Logged, tqdm], object]
     save: Callable[[int, TrainState, float], object]
-    """Takes how many updates are done, the state after them, and the mean loss seen since the save before."""
+    """Called with the number of updates done, the state, and the mean of the losses read since the previous save."""
     stops: Callable[[int], bool] = lambda done: False
-    """Whether to checkpoint and end early."""
+    """Called with the number of updates done. Returns whether to write a checkpoint and end early."""
 
 
 def run_updates(run: Loop, state: TrainState, first: int, bar: tqdm) -> tuple[TrainState, int]:
-    """Makes the updates from `first` on; returns the state and how many updates are done: all, or those until a stop.
+    """Makes the updates from `first` on. Returns the state and the number of updates done, which is smaller than
+    `train.updates` after an early stop.
 
-    Metrics are read, which waits for the devices, at the first update, at those logged and at those saved. Raises
-    Diverged at the first of these whose metrics are not all numbers, so that none of them is saved.
+    Metrics are read, which waits for the devices, only at the first update and at updates that are logged or saved.
+    Raises Diverged when metrics that are read are not finite; such a state is never saved.
     """
     last_time, last_logged, saved, done, losses = time.monotonic(), first, first, first, []
     for update, batch in run.batches:

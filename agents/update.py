@@ -1,4 +1,4 @@
-"""One update: the first state, and the jitted step from a state to the next."""
+"""The training update: the initial state, and the jitted step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,16 +16,16 @@ from rlring.sharding import TOKENS, state_sharding
 
 
 def new_state(agent: Agent, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """Returns the state before the first update."""
+    """Returns the initial state: new weights, and the optimizer state."""
     weights = agent.init(key)
     return TrainState(weights, optimizer.init(weights))
 
 
 def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None):
-    """Returns new_state() on its devices, and where each of their arrays lives."""
+    """Returns the initial state on its devices, and its sharding (one for all arrays, or with FSDP a tree)."""
 
     init, key = partial(new_state, agent, optimizer), jax.random.key(config.seed)
-    if mesh is not None and config.model.fsdp:  # no device, and no host, ever holds it all
+    if mesh is not None and config.model.fsdp:  # no device and no host ever holds all of it
         sharding = state_sharding(jax.eval_shape(init, key), mesh, fsdp=True)
         return jax.jit(init, out_shardings=sharding)(key), sharding
     sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
@@ -34,7 +34,7 @@ def first_state(config: Config, agent: Agent, optimizer: optax.GradientTransform
 
 
 def _summed(differentiate: Callable, params, parts: Batch, batch: Batch):
-    """Returns the metrics and the gradients of a batch: those of its parts, added up."""
+    """Returns the metrics and the gradients of a batch, summed over its micro-batches `parts`."""
 
     def add(total, part):
         (_, metrics), gradients = differentiate(params, part, batch)
@@ -48,14 +48,15 @@ def _summed(differentiate: Callable, params, parts: Batch, batch: Batch):
 def make_update(
     agent: Agent, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, sharding=None, *, accumulate=1
 ):
-    """Returns the jitted step `(TrainState, batch) -> (TrainState, metrics)`; the old state's memory is reused.
+    """Returns the jitted step `(TrainState, batch) -> (TrainState, metrics)`, which donates the old state.
 
-    accumulate: parts of the batch whose gradients are added up, as if it had been one. sharding: of the state.
+    accumulate: number of micro-batches; their gradients add up to those of the whole batch. sharding: sharding of the
+    state, as returned by `first_state`.
     """
     differentiate = jax.value_and_grad(agent.loss, has_aux=True)
 
     def in_parts(x: jax.Array) -> jax.Array:
-        # Each part has rows of every device.
+        # Every micro-batch has rows on each device.
         x = x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
         return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *TOKENS)))
 

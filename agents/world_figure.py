@@ -1,4 +1,4 @@
-"""The picture of a map: return against tokens of history, a line a world, beside what a perfect memory would earn."""
+"""The plot of map tasks: return against tokens of history, a line per world size, with the perfect memory's return."""
 
 import math
 import textwrap
@@ -21,7 +21,7 @@ from agents.statistics import SummaryRow, summarize, summary_notes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's; each world has a marker too, so that nothing hangs on colour.
+# Okabe and Ito's palette; each world size has its marker too, for readers who cannot tell the colours apart.
 WORLDS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#A8488A", "^"), ("#7A5C00", "v"), ("#222222", "P"))
 WIDTH, HEIGHT, MARGIN = 5.4, 3.5, 0.9  # inches of a panel, and right of it
 HEAD, BETWEEN, COLUMNS = 0.95, 1.0, 3  # inches above the panels and between their rows; panels in a row
@@ -35,18 +35,18 @@ def plot_worlds(
     trained: int | None = None,
     resamples: int = RESAMPLES,
 ) -> PlotResult:
-    """Draws the mean return on maps into `out` (.png, .svg or .pdf), a panel an agent, and returns its caption.
+    """Draws the mean return in map tasks into `out` (.png, .svg or .pdf), one panel per agent, and returns its caption.
 
-    Solid: measured, with 95 % intervals, and every seed as a thin line where there are several. Dashed: predicted, from
-    what was measured without history and where all of the smallest world was seen. `trained`, trajectories, marks the
-    longest chain of training. ConfigError when no result is of a map.
+    Solid lines are measured, with 95 % intervals; with several seeds, each seed is a thin line. Dashed lines are the
+    prediction of `agents.prediction`. `trained`, in trajectories, marks the longest training chain. Raises ConfigError
+    when there are no results of a map task.
     """
     from matplotlib.figure import Figure  # slow to import
 
     check_suffix(out)
     shown = named([result for result in results if result.places or result.agent == ORACLE])
     rows = summarize(shown, statistics=["mean"], resamples=resamples)
-    # Who sees no history is a level in everybody's panel, as is the oracle, and has no panel of its own.
+    # Agents without history and the oracle get no panel: they are horizontal lines in all others.
     agents = list(dict.fromkeys(result.agent for result in shown if result.context_trajectories))
     if not agents:
         raise ConfigError("there is nothing to draw: none of these results is of a map, such as 'point_mass-map'.")
@@ -128,7 +128,7 @@ def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], a
 
 
 def _draw_seeds(axes: "Axes", results: Sequence[Result], place: dict[int, float], colour: str) -> None:
-    """Draws each training seed as a thin line where there are 2 to 9 of them."""
+    """Draws a thin line for each training seed, if there are 2 to 9 of them."""
     seeds = sorted({result.seed for result in results})
     if not 1 < len(seeds) < 10:
         return
@@ -144,7 +144,7 @@ def _draw_seeds(axes: "Axes", results: Sequence[Result], place: dict[int, float]
 
 
 def _name(axes: "Axes", x: float, y: float, text: str, colour: str, *, below: bool = False) -> None:
-    """Names a line at its end, in bold; or what a control is, below it, where no line's name stands."""
+    """Labels the end of a line, above it in bold; a control is labelled `below`, where no line has its label."""
     axes.annotate(text, (x, y), (0, -9 if below else 9), textcoords="offset points", ha="center", fontsize=9,
                   va="top" if below else "bottom", color=colour, fontweight="normal" if below else "bold",
                   annotation_clip=False)  # fmt: skip

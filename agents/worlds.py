@@ -1,6 +1,6 @@
-"""Evaluation on maps: an agent has seen the last n of a world's M places, and comes back to one of them all.
+"""Evaluation in map tasks: the context holds the last n visits to a world's M places, and a query asks for any of them.
 
-The queries of one world share its history: it is read once, and its keys and values serve them all.
+The queries of a world share its history, which is read once: they use copies of its KV cache.
 """
 
 import sys
@@ -27,12 +27,12 @@ from data.worlds import Queries
 if TYPE_CHECKING:
     from agents.evaluate import Loaded
 
-PREFILLED = 1 << 16  # tokens read at a time, of as many worlds as they are; one world is read whole
+PREFILLED = 1 << 16  # timesteps read at a time, over several worlds; a single longer world is read as a whole
 GIB = 1 << 30
 
 
 class History(NamedTuple):
-    """What an agent has seen of a world of so many places."""
+    """A context of a map task: the last `seen` visits in a world of `places` places."""
 
     task: str
     places: int
@@ -40,22 +40,21 @@ class History(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some worlds, evaluated together."""
+    """Worlds that are evaluated together, all with the same kind of history."""
 
     history: History
     worlds: np.ndarray  # i64[W]; the last is repeated where there are fewer
-    missing: np.ndarray  # of the rows, those without results
+    missing: np.ndarray  # indices into worlds of those without results
 
 
 def is_map(task: str) -> bool:
-    """Whether a task has places, and so is evaluated here."""
+    """Whether a task is a map task, which this module evaluates."""
     hidden = goal_task(task)
     return hidden is not None and hidden.sign_size > 0
 
 
 def histories(config: Config, *, context: bool = True) -> Iterator[History]:
-    """Yields every history that a config asks for, the cheapest first; only the empty ones to who has no use for them
-    (`Agent.context`)."""
+    """Yields every history that a config asks for. Agents without context (`Agent.context`) get the empty ones only."""
     settings = config.evaluate
     seen = settings.seen if context else [0.0]
     for task in filter(is_map, config.data.tasks):
@@ -71,9 +70,10 @@ def evaluate_worlds(
     *,
     progress: bool = True,
 ) -> int:
-    """Appends the missing results of all worlds to `path`, piece by piece, and returns how many they were.
+    """Plays what is missing in `before`, appends the results to `path` piece by piece, and returns their number.
 
-    `result` makes one of what is particular to its episode. Says on stderr what memory will be taken.
+    result: makes a Result from the fields that differ between episodes. With `progress`, prints the memory needed to
+    stderr.
     """
     config = loaded.config
     has_maps = any(map(is_map, config.data.tasks))
@@ -97,7 +97,7 @@ def evaluate_worlds(
 
 
 class _Player:
-    """Plays the queries of worlds; what is compiled and loaded serves all pieces."""
+    """Plays the queries of worlds. Compiled functions and loaded stores are reused for all pieces."""
 
     def __init__(self, loaded: "Loaded", result: Callable[..., Result]) -> None:
         self.loaded, self.result = loaded, result
@@ -109,7 +109,7 @@ class _Player:
         self.samplers = {task: self._sampler(task) for task in filter(is_map, loaded.config.data.tasks)}
 
     def described(self, pieces: Sequence[Piece]) -> str:
-        """Returns what is about to be evaluated, and the memory that it takes."""
+        """Returns a message with the number of histories and the memory needed."""
         largest = max(pieces, key=lambda piece: _rows(self.loaded, piece) * _row_bytes(self.loaded, piece.history))
         size = (_rows(self.loaded, largest) + len(largest.worlds)) * _row_bytes(self.loaded, largest.history) / GIB
         worlds = sum(len(piece.missing) for piece in pieces)
@@ -120,8 +120,8 @@ class _Player:
         )
 
     def check(self, pieces: Sequence[Piece]) -> None:
-        """Finds what cannot be played before anything is: another world where there is one, episodes longer than
-        those learnt from, places that no held-out episode has been to."""
+        """Raises errors before anything is played: for a foreign context when there is only one world, for episodes
+        longer than the agent supports, and for a store whose held-out episodes share no place of rest."""
         if self.settings.foreign and any(piece.history.seen for piece in pieces):
             _refuse_one_world(self.loaded.config)
         for task in {piece.history.task for piece in pieces}:
@@ -129,7 +129,7 @@ class _Player:
             self.samplers[task].history(self.settings.seed, 1, 1, 0, 1)
 
     def play(self, piece: Piece) -> list[Result]:
-        """Returns the results of a piece: every query of every world that misses some, and the foreign ones."""
+        """Returns the results of all queries of the piece's missing worlds, and those of the foreign control."""
         settings, agent, history = self.settings, self.loaded.agent, piece.history
         sampler = self.samplers[history.task]
         prompt, asked = sampler.history(settings.seed, piece.worlds, history.places, history.seen, settings.queries)
@@ -165,7 +165,7 @@ class _Player:
         return results
 
     def _answers(self, history: History, memory: Memory, groups: np.ndarray, asked: Queries):
-        """Returns return and steps [W, Q] of every query, as many at a time as there is memory for."""
+        """Returns the return and the steps [W, Q] of every query. Plays as many at a time as fit into memory."""
         count = self.settings.queries
         at_once = max(1, min(count, _limit(self.loaded, history) // len(groups)))
         while count % at_once:
@@ -178,7 +178,7 @@ class _Player:
         return (np.concatenate(values, axis=1) for values in zip(*parts, strict=True))
 
     def _episodes(self, history: History, memory: Memory, groups: np.ndarray, goals: np.ndarray, signs: np.ndarray):
-        """Returns return and steps [W, q] of an episode a query; memory has W * q rows."""
+        """Returns the return and the steps [W, q] of one episode per query. memory: W * q rows."""
         rows, settings = groups.size, self.settings
         key = history.task, rows
         if key not in self.environments:
@@ -199,7 +199,7 @@ class _Player:
 
 
 def _shared(memory: Memory, times: int) -> Memory:
-    """Returns the memory of every row, `times` times."""
+    """Returns the memory with every row repeated `times` times."""
     return jax.tree.map(lambda leaf: leaf.repeat(times, axis=0) if leaf.ndim else leaf, memory)
 
 
@@ -222,7 +222,7 @@ def _refuse_one_world(config: Config) -> None:
 
 
 def _pieces(loaded: "Loaded", before: Sequence[Result]) -> Iterator[Piece]:
-    """Yields the worlds that miss results, in pieces of one size a history."""
+    """Yields the worlds without results in pieces, which for each history have the same size."""
     settings, worlds = loaded.config.evaluate, np.arange(_worlds(loaded.config))
     there = {(r.task, r.places, r.context_trajectories, r.context, r.group) for r in before}
 
@@ -239,7 +239,7 @@ def _pieces(loaded: "Loaded", before: Sequence[Result]) -> Iterator[Piece]:
     for history in histories(loaded.config, context=loaded.agent.context):
         rows = _limit(loaded, history) // settings.queries
         size = max(1, min(len(worlds), rows, PREFILLED // max(1, history.seen * loaded.meta.episode_steps)))
-        for first in range(0, len(worlds), size):  # the same pieces however much of them is there: as is their noise
+        for first in range(0, len(worlds), size):  # fixed pieces: action noise depends on them
             part = worlds[first : first + size]
             missing = np.array([row for row, world in enumerate(part) if not is_played(history, int(world))], int)
             if len(missing):
@@ -247,7 +247,7 @@ def _pieces(loaded: "Loaded", before: Sequence[Result]) -> Iterator[Piece]:
 
 
 def _row_bytes(loaded: "Loaded", history: History) -> int:
-    """Returns the bytes of the keys and values of one query."""
+    """Returns the size of the KV cache of one query in bytes."""
     model, timesteps = loaded.config.model, (history.seen + 1) * loaded.meta.episode_steps
     size = {"float32": 4, "bfloat16": 2}[model.compute_type]
     kept = model.layers * 2 * (model.kv_heads or model.heads) * (model.width // model.heads) * size
@@ -255,7 +255,7 @@ def _row_bytes(loaded: "Loaded", history: History) -> int:
 
 
 def _limit(loaded: "Loaded", history: History) -> int:
-    """Returns how many queries may be played at a time."""
+    """Returns how many queries fit into memory at a time."""
     room = int(loaded.config.evaluate.memory_gib * GIB) // _row_bytes(loaded, history)
     return max(1, min(loaded.config.evaluate.groups, room))
 
@@ -267,6 +267,6 @@ def _rows(loaded: "Loaded", piece: Piece) -> int:
 
 
 def _cost(config: Config, piece: Piece) -> float:
-    """Returns about how long a piece takes, in tokens of a short prompt; attention over 64K tokens takes most."""
+    """Returns an estimate of a piece's run time, in tokens of a short prompt. Attention dominates at 64K tokens."""
     tokens = piece.history.seen * 16
     return len(piece.worlds) * (tokens * (1 + tokens / 8192) + config.evaluate.queries * (256 + tokens / 8))

@@ -14,7 +14,7 @@ from data.cli import Parser, named_path
 from data.tasks.catalogue import check_task, task_names
 from rlring.cli import count
 
-# The task whose rewards are written beside, of the bodies that ExoRL and URLB explore: URLB's own where it has one.
+# The task whose rewards are recorded in the episodes, for each body of ExoRL and URLB; URLB's choice where it has one.
 PRIMAL = {
     "walker": "walker-stand",
     "quadruped": "quadruped-walk",
@@ -29,7 +29,7 @@ PRIMAL = {
 
 
 def full_task(name: str) -> str:
-    """Returns the task that a body, or a task, names. ConfigError for a body of which none is the first."""
+    """Returns the task of this name, or the default task of a body. Raises ConfigError for a body that has none."""
     tasks = [task for task in task_names() if task.split("-")[0] == name]
     if name not in PRIMAL and tasks:
         raise ConfigError(f"--task {name} names a body only. Choose one of its tasks: {', '.join(tasks)}.")

@@ -1,13 +1,13 @@
-"""Active pre-training with successor features (Liu and Abbeel 2021, arXiv 2108.13956): to cover states, each in a way
-that a vector asks for.
+"""Active pre-training with successor features (Liu and Abbeel 2021, arXiv 2108.13956): covers states in ways that a
+skill vector selects.
 
     phi     = f(s') / |f(s')|
     L       = - mean <phi, z>                                   z: the skill, a vector of length 1
     r       = log(1 + 1/k sum_j max(d_j / mean d - clip, 0)) + <phi, z>
-    Q(s, a) = <psi(s, a, z), z>                                 psi: the successor features, the critic's numbers
+    Q(s, a) = <psi(s, a, z), z>                                 psi: the successor features, the critic's outputs
 
-d_j are the distances of f(s') to its k nearest in the batch, mean d that of all distances so far. A skill is drawn anew
-every `every` steps.
+d_j are the distances of f(s') to its k nearest neighbours in the batch, mean d is the mean of all distances so far. A
+new skill is drawn every `every` steps.
 """
 
 from typing import Annotated, Any
@@ -25,15 +25,15 @@ from agents.section import Section, Size
 
 class APSSettings(Section):
     features: Size = 10
-    """Numbers in a skill and in the features of a state."""
+    """Size of a skill and of the features of a state."""
     every: Size = 5
-    """Steps of a skill."""
+    """Steps until a new skill is drawn."""
     neighbours: Size = 12
     clip: Annotated[float, Field(ge=0, le=1e30)] = 1e-4
 
 
 class APS(Bonus):
-    """Pays for the distance to the nearest others, and for features along the skill. Settings: `aps`."""
+    """Rewards the distance to the nearest neighbours, and features along the skill. Settings: `aps`."""
 
     skill_name = "task"
 

@@ -1,4 +1,4 @@
-"""What every intrinsic reward offers: networks that learn, a memory that they do not learn, a loss, a payment."""
+"""The base class of intrinsic rewards: networks, a memory that is not trained, a loss, and the reward."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +14,7 @@ from rlring.language_model import TrainState
 
 
 class Sizes(NamedTuple):
-    """Numbers in an observation and in an action, and of units in a hidden layer."""
+    """Sizes of observations, actions and hidden layers."""
 
     observation: int
     action: int
@@ -22,87 +22,87 @@ class Sizes(NamedTuple):
 
 
 class Transitions(NamedTuple):
-    """B transitions of n steps each: from s, by a and what was done after it, to s'."""
+    """B n-step transitions: from s, by a and the n - 1 actions after it, to s'."""
 
     observation: Float[Array, "*B O"]
     action: Float[Array, "*B A"]
     reward: Float[Array, "*B"]
-    """What the task paid on the way, discounted."""
+    """Discounted sum of the task's rewards over the n steps."""
     discount: Float[Array, "*B"]
-    """Of what comes after s': gamma^n, 0 where the episode ended."""
+    """Discount of the value of s': gamma^n, or 0 where the episode terminated."""
     next_observation: Float[Array, "*B O"]
     skill: Float[Array, "*B Z"]
-    """What the agent meant to do, one of its own; Z is 0 where it has none."""
+    """Skill that the agent followed. Z is 0 for algorithms without skills."""
 
 
 class BonusState(NamedTuple):
-    """What a bonus has learnt."""
+    """The state of an intrinsic reward."""
 
     learnt: TrainState
     memory: Any
-    """Running statistics, a queue."""
+    """Untrained state, such as running statistics or a queue."""
 
 
 class Bonus:
-    """An intrinsic reward. Its subclasses say what it learns and what it pays.
+    """An intrinsic reward. Subclasses define its networks, loss and reward.
 
-    As in URLB one payment is made for a transition of n steps, after the update of its batch.
+    As in URLB, an n-step transition gets one intrinsic reward, computed after the update on its batch.
     """
 
     skill_name: ClassVar[str | None] = None
-    """The key of the skill in the episodes."""
+    """The key of the skill in the episode files. None: no skills."""
     skill_size = 0
     skill_every: int | None = None
-    """Steps until another skill is drawn; None: one an episode."""
+    """Steps until a new skill is drawn. None: one skill per episode."""
     values = 1
-    """Numbers that the critic estimates of an action."""
+    """Number of critic outputs per action."""
 
     def __init__(self, settings: Any, sizes: Sizes, learning_rate: float):
         self.settings, self.sizes, self.learning_rate = settings, sizes, learning_rate
         self.graph = nnx.graphdef(nnx.eval_shape(lambda key: self.networks(nnx.Rngs(key)), jax.random.key(0)))
 
     def networks(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Returns what learns, with new weights."""
+        """Returns the networks with newly initialised weights."""
         raise NotImplementedError
 
     def loss(self, networks: Any, batch: Transitions, key: Array) -> Float[Array, ""]:
-        """Returns the loss of a batch."""
+        """Returns the loss of the networks on a batch."""
         raise NotImplementedError
 
     def reward(self, networks: Any, memory: Any, batch: Transitions, key: Array) -> tuple[Float[Array, " B"], Any]:
-        """Returns what is paid for each transition, and the memory after it."""
+        """Returns the reward of each transition, and the updated memory."""
         raise NotImplementedError
 
     def memory(self) -> Any:
-        """Returns the memory before the first update."""
+        """Returns the initial memory."""
         return ()
 
     def settle(self, networks: Any) -> None:
-        """Changes what follows the networks and does not learn itself, after an update, in place."""
+        """Updates untrained weights in place after an update, such as target networks."""
 
     def optimizer(self) -> optax.GradientTransformation:
         return optax.adam(self.learning_rate)
 
     def value(self, outputs: Float[Array, "*B U"], skill: Float[Array, "*B Z"]) -> Float[Array, "*B"]:
-        """Returns the value that the critic's numbers say."""
+        """Returns the value of an action from the critic's outputs."""
         return outputs[..., 0]
 
     def draw_skill(self, rng: np.random.Generator) -> Float32[np.ndarray, " Z"]:
-        """Returns a new skill: one of `skill_size`, each as likely."""
+        """Returns a new skill, by default a uniformly drawn one-hot vector of size `skill_size`."""
         skill = np.zeros(self.skill_size, np.float32)
         if self.skill_size:
             skill[rng.integers(self.skill_size)] = 1
         return skill
 
     def init(self, key: Array) -> BonusState:
-        """Returns the state before the first update."""
+        """Returns the initial state."""
         weights = nnx.state(self.networks(nnx.Rngs(key)))
         return BonusState(TrainState(weights, self.optimizer().init(weights)), self.memory())
 
     def update(
         self, state: BonusState, batch: Transitions, key: Array
     ) -> tuple[BonusState, Float[Array, " B"], dict[str, Array]]:
-        """Returns the state after learning from a batch, what that pays for it, and metrics."""
+        """Updates on a batch. Returns the new state, the batch's rewards under it, and metrics."""
 
         def loss(weights: nnx.State) -> Array:
             return self.loss(nnx.merge(self.graph, weights), batch, key)
@@ -117,14 +117,14 @@ class Bonus:
 
 
 class NoSettings(Section):
-    """Nothing to set."""
+    """The settings of algorithms that have none."""
 
 
 def length(x: Float[Array, "*B U"]) -> Float[Array, "*B"]:
-    """Returns the Euclidean lengths; their gradient at 0 is 0."""
+    """Returns the Euclidean norms. Their gradient at 0 is 0."""
     return optax.safe_norm(x, 0.0, axis=-1)
 
 
 def directions(x: Float[Array, "*B U"]) -> Float[Array, "*B U"]:
-    """Returns the vectors at length 1."""
+    """Returns the vectors normalised to length 1."""
     return x / jnp.maximum(optax.safe_norm(x, 0.0, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""The settings of a collector: URLB's numbers, and a small preset for two CPU cores."""
+"""The settings of a collector: URLB's values as defaults, and a small preset for two CPU cores."""
 
 import copy
 import difflib
@@ -32,45 +32,45 @@ BONUSES: dict[str, type[Bonus]] = {
     "aps": APS,
     "td3": TaskReward,
 }
-"""By algorithm, what it pays itself."""
+"""The intrinsic reward of each algorithm."""
 ALGORITHMS = ("random", *BONUSES)
-"""All; "random" pays nothing and learns nothing."""
+"""The names of all algorithms. "random" has no reward and learns nothing."""
 
 
 class LearnerConfig(Section):
-    """DDPG as URLB has it."""
+    """Settings of DDPG, with URLB's defaults."""
 
     width: Size = 1024
-    """Units in a hidden layer, of all networks."""
+    """Units of the hidden layers of all networks."""
     batch: Annotated[int, Field(ge=2, le=2**20)] = 1024
     learning_rate: Positive = 1e-4
     target_rate: Chance = 0.01
-    """Share of the way that the target network goes to the critic in an update."""
+    """Rate of the target network's update towards the critic (often called tau)."""
     discount: Fraction = 0.99
     nstep: Size = 3
-    """Steps of a transition."""
+    """Number of steps n of a transition."""
     noise: Positive = 0.2
-    """Standard deviation of the noise on actions."""
+    """Standard deviation of the action noise."""
     noise_clip: Positive = 0.3
-    """Of the noise on actions that are learnt from."""
+    """Bound of the action noise in the losses."""
     update_every: Size = 2
-    """Steps of the environment for an update."""
+    """Environment steps per update."""
     updates_per_call: Size = 8
-    """Updates made in one call of the device; URLB: 1. The policy acts unchanged meanwhile."""
+    """Updates per compiled call (URLB: 1). The policy does not change in between."""
     seed_steps: Whole = 4000
-    """Uniform actions before the first update."""
+    """Steps with uniform actions before the first update."""
     replay: Count = 1_000_000
-    """Steps that are remembered, in whole episodes."""
+    """Capacity of the replay buffer in steps, rounded down to whole episodes."""
 
 
 class ExploreConfig(Section):
-    """One collector."""
+    """The settings of one collector."""
 
     task: Text
     algorithm: Text
     seed: Seed = 0
     episode_steps: Count | None = None
-    """Steps of an episode. None: the task's own."""
+    """Steps per episode. None: the task's default."""
     checkpoint_every: Count = 10
     """Episodes between two checkpoints."""
     learner: LearnerConfig = LearnerConfig()
@@ -116,12 +116,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "smm": {"code": 16, "units": 64},
     },
 }
-"""Settings that differ from the defaults, by name."""
+"""Settings that differ from the defaults, by preset name."""
 
 
 def made(settings: dict[str, Any], preset: str, overrides: Sequence[str] = ()) -> ExploreConfig:
-    """Returns the config of a preset with these settings, then these `section.key=value`, laid over it. ConfigError for
-    what no setting can be."""
+    """Returns the config of a preset, updated with `settings`, then with the overrides `section.key=value`. Raises
+    ConfigError for an unknown preset or an invalid setting."""
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} does not exist. Choose one of {', '.join(PRESETS)}.")
     whole = merge(copy.deepcopy(PRESETS[preset]), settings)

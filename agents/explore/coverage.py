@@ -1,9 +1,9 @@
-"""How much of a body's states a collector has been to: the share of cells that it has visited.
+"""State coverage of a collector: the share of cells that it has visited.
 
-A point mass moves on a square: its cells are those of a grid of 40 by 40, without those within the walls of the maze.
-Of every other body a cell is a code of 16 bits, the signs of 16 random directions of the observation (SimHash; Tang et
-al. 2017, arXiv 1611.04717): 65,536 cells, the same for all collectors of a body, most of which nothing can reach. There
-a share says something beside another one only.
+A point mass moves on a square. Its cells are a grid of 40 by 40, without those inside the walls of the maze. For all
+other bodies, a cell is a code of 16 bits: the signs of 16 random projections of the observation (SimHash; Tang et al.
+2017, arXiv 1611.04717). All collectors of a body have the same 65,536 cells. Most of them are unreachable, so these
+shares can only be compared with each other.
 """
 
 from collections.abc import Callable
@@ -15,29 +15,29 @@ from data import Trajectory
 from data.tasks.catalogue import body
 
 SIDE = 40  # cells along a side of the square
-HALF = 0.29  # metres from its middle to where the joints end
+HALF = 0.29  # metres from its centre to the joint limits
 BITS = 16
 
 
 class Coverage:
-    """The cells of a body, and which of them have been visited."""
+    """The cells of a body, and which of them have been visited. cell: returns the cells of an episode's states."""
 
     def __init__(self, cell: Callable[[Trajectory], Int[np.ndarray, " N"]], reachable: Bool[np.ndarray, " C"]):
         self.cell, self.reachable = cell, reachable
         self.visited = np.zeros(len(reachable), bool)
 
     def add(self, episode: Trajectory) -> None:
-        """Visits where an episode has been."""
+        """Marks the cells of an episode as visited."""
         self.visited[self.cell(episode)] = True
 
     @property
     def share(self) -> float:
-        """The visited share of the cells, 0 to 1."""
+        """The share of the reachable cells that have been visited, 0 to 1."""
         return float((self.visited & self.reachable).sum() / self.reachable.sum())
 
 
 def make_coverage(task: str, observation_size: int) -> Coverage:
-    """Returns the cells of a task's body, none of them visited."""
+    """Returns the coverage of a task's body, with no cell visited."""
     if body(task) in ("point_mass", "point_mass_maze"):
         return Coverage(_square, _open(walls=body(task) == "point_mass_maze"))
     directions = np.random.default_rng(observation_size).normal(size=(observation_size, BITS))
@@ -53,7 +53,7 @@ def _square(episode: Trajectory) -> Int[np.ndarray, " N"]:
 
 
 def _open(*, walls: bool) -> Bool[np.ndarray, " C"]:
-    """Returns the cells whose middle the mass can stand in: it is a ball of 0.01 m, and the walls are a cross."""
+    """Returns the cells whose centres the mass, a ball of radius 0.01 m, can reach. The walls form a cross."""
     middle = (np.arange(SIDE) + 0.5) / SIDE * 2 * HALF - HALF
     x, y = (axis.ravel() for axis in np.meshgrid(middle, middle, indexing="ij"))
     return ~(walls & (_within(x, y) | _within(y, x)))

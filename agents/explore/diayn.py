@@ -1,9 +1,10 @@
-"""Diversity is all you need (Eysenbach et al. 2018, arXiv 1802.06070): skills that can be told from their states.
+"""Diversity is all you need (Eysenbach et al. 2018, arXiv 1802.06070): skills that their states reveal.
 
     L   = - mean log q(z | s')
     r   = scale (log q(z | s') - log p(z))              p uniform (equation 3)
 
-As in URLB a skill is drawn anew every `every` steps; in the paper it lasts for the episode.
+q is a classifier of the skill z. As in URLB, a new skill is drawn every `every` steps; in the paper, a skill lasts for
+an episode.
 """
 
 from typing import Any
@@ -21,12 +22,12 @@ from agents.section import Positive, Section, Size
 class DIAYNSettings(Section):
     skills: Size = 16
     every: Size = 50
-    """Steps of a skill."""
+    """Steps until a new skill is drawn."""
     scale: Positive = 1.0
 
 
 class DIAYN(Bonus):
-    """Pays for states that tell the skill. Settings: `diayn`."""
+    """Rewards states that reveal the skill. Settings: `diayn`."""
 
     skill_name = "skill"
 

@@ -1,10 +1,10 @@
-"""Disagreement (Pathak et al. 2019, arXiv 1906.04161): new is where models that learnt the same say different things.
+"""Disagreement (Pathak et al. 2019, arXiv 1906.04161): the variance of an ensemble of forward models.
 
     L   = mean_k mean |s' - f_k(s, a)|                  k = 1 .. models
     r   = mean_i var_k f_k(s, a)_i                      (equation 1)
 
-As in URLB the distance is learnt and not its square, the variance is the unbiased one, and the models see the same
-batches: they differ by their first weights.
+As in URLB, the loss is the distance and not its square, the variance is the unbiased one, and the models are trained on
+the same batches: they differ only in their initial weights.
 """
 
 from typing import Annotated, Any
@@ -29,14 +29,14 @@ class Networks(nnx.Module):
 
 
 class Disagreement(Bonus):
-    """Pays for the variance of several predictions. Settings: `disagreement`."""
+    """Rewards the variance of several predictions. Settings: `disagreement`."""
 
     def networks(self, rngs: nnx.Rngs) -> nnx.Module:
         observation, action, width = self.sizes
         return Networks((observation + action, width, observation), self.settings.models, rngs=rngs)
 
     def predictions(self, networks: Any, batch: Transitions) -> Float[Array, "K B O"]:
-        """Returns what each model says comes next."""
+        """Returns the next observation that each of the K models predicts."""
         x = jnp.concatenate([batch.observation, batch.action], axis=-1)
         return jnp.stack([model(x) for model in networks.models])
 

@@ -1,10 +1,10 @@
-"""A collection of episodes by a collector: what it writes where, and how it goes on after an interruption.
+"""Runs a collector: the files that it writes, and continuing after an interruption.
 
-OUT/episode_000000_1000.npz ..      ExoRL's files, as data.collect writes them
-OUT/collect.json                    of what they are
+OUT/episode_000000_1000.npz ..      episodes in ExoRL's format, as written by data.collect
+OUT/collect.json                    a description of the collection
 OUT/explore/config.json             the settings
-OUT/explore/metrics.jsonl           a line an episode
-OUT/explore/checkpoints/            the learner, every `checkpoint_every` episodes, and at an end or an interruption
+OUT/explore/metrics.jsonl           one line per episode
+OUT/explore/checkpoints/            the learner: every `checkpoint_every` episodes, at the end and at an interruption
 """
 
 import json
@@ -36,11 +36,12 @@ from data.exorl import episode_index, read_episode, write_episode
 
 
 def explore(config: ExploreConfig, steps: int, out: Path, *, resume: bool = False, progress: bool = True) -> int:
-    """Writes episodes into `out` until there are `steps` steps, and returns how many there are.
+    """Writes episodes into `out` until they have at least `steps` steps, and returns their number of steps.
 
-    An episode is a function of the config, and of the versions of the simulator and of JAX: what was killed and resumed
-    writes the episodes of what was not. Raises ConfigError when the folder holds another collection, or this one and
-    `resume` is not set; DataError when another process collects into it; Diverged when a number is none any more.
+    Episodes depend only on the config and on the versions of the simulator and of JAX: a collection that was killed and
+    resumed has the same episodes as an uninterrupted one. Raises ConfigError when the folder holds another collection,
+    or this one without `resume`; DataError when another process is collecting into it; Diverged when a metric or an
+    action is not finite.
     """
     environment = make(config.task, episode_steps=config.episode_steps)
     _check_length(config, environment)
@@ -56,7 +57,7 @@ def explore(config: ExploreConfig, steps: int, out: Path, *, resume: bool = Fals
 
 
 class _Collection:
-    """One run of the command."""
+    """One run of `explore`."""
 
     def __init__(self, out: Path, config: ExploreConfig, environment: Environment):
         self.out, self.folder, self.config, self.environment = out, out / "explore", config, environment
@@ -85,7 +86,7 @@ class _Collection:
         return done
 
     def _episode(self, index: int, done: int, file: TextIO) -> int:
-        """Makes and writes an episode; returns its steps."""
+        """Plays and writes episode `index`, logs it, and returns its number of steps."""
         began = time.monotonic()
         trajectory, metrics = self.explorer.episode(index, done)
         write_episode(self.out, index, trajectory)
@@ -111,7 +112,7 @@ class _Collection:
         checkpoints.save(index, args=ocp.args.StandardSave(arrays), custom_metadata=kept)
 
     def _restore(self, checkpoints: ocp.CheckpointManager) -> tuple[int, int]:
-        """Returns how many episodes and steps the newest checkpoint has, having read it, and their last episodes."""
+        """Restores the newest checkpoint and refills the replay. Returns its numbers of episodes and steps."""
         index = checkpoints.latest_step()
         if index is None:
             return 0, 0
@@ -129,7 +130,7 @@ class _Collection:
         return index, int(kept["steps"])
 
     def _last_episodes(self, count: int) -> Iterable[tuple[int, Trajectory]]:
-        """Yields the last of so many episodes, as many as the replay holds."""
+        """Yields the last of the first `count` episodes, as many as the replay holds."""
         paths = {episode_index(path): path for path in self.out.glob("episode_*_*.npz")}
         places = getattr(getattr(self.explorer, "replay", None), "places", 0)
         for index in range(max(0, count - places), count):
@@ -150,7 +151,7 @@ def _check_length(config: ExploreConfig, environment: Environment) -> None:
 
 
 def _check_folder(folder: Path, config: ExploreConfig, *, resume: bool) -> None:
-    """ConfigError when the folder is not this collection's, or is and shall not go on."""
+    """Raises ConfigError when the folder holds another collection, or this one without `resume`."""
     if not (folder / "config.json").exists():
         if any(folder.parent.glob("*.npz")):
             raise ConfigError(
@@ -159,7 +160,7 @@ def _check_folder(folder: Path, config: ExploreConfig, *, resume: bool) -> None:
             )
         return
     before, now = (flat(one.model_dump()) for one in (load(ExploreConfig, folder / "config.json"), config))
-    # How often there is a checkpoint changes no episode.
+    # The interval of checkpoints does not change episodes.
     told = (name for name in before if before[name] != now[name] and name != "checkpoint_every")
     changed = [f"{name}={before[name]} (now {now[name]})" for name in told]
     if changed:

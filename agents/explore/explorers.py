@@ -1,4 +1,4 @@
-"""How an episode comes about: uniform actions, or a learner that acts and learns as it goes."""
+"""The sources of episodes: uniform actions, or a learner that acts and learns online."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,11 +19,11 @@ from data import Trajectory
 from data.collect import roll_out, start, step_through
 from data.dmc import Environment
 
-_EPISODE, _SAMPLE = 0xE1, 0xE2  # what random numbers are for, beside a seed and an episode or a step
+_EPISODE, _SAMPLE = 0xE1, 0xE2  # the use of random numbers, part of their seeds
 
 
 class Random:
-    """Uniform actions: the episodes of `data.collect --policy uniform`, in one call of the simulator where it can."""
+    """Acts uniformly, as `data.collect --policy uniform` does. An episode is one simulator call where possible."""
 
     state: Any = ()
 
@@ -31,20 +31,20 @@ class Random:
         self.config, self.environment, self.on_steps = config, environment, on_steps
 
     def episode(self, index: int, steps: int) -> tuple[Trajectory, dict[str, float]]:
-        """Returns episode `index`, which begins after so many steps, and metrics."""
+        """Returns episode `index`, which begins after `steps` steps, and no metrics."""
         trajectory = roll_out(self.environment, "uniform", self.config.seed, index)
         self.on_steps(trajectory.length)
         return trajectory, {}
 
     def remember(self, index: int, trajectory: Trajectory) -> None:
-        """Takes an episode that is there already."""
+        """Does nothing: there is no replay."""
 
 
 class Learning:
-    """Acts by the learner's policy, which learns on the way from the episodes before.
+    """Acts with the learner's policy, which is trained meanwhile on the earlier episodes.
 
-    Every random number is a function of the seed and of the step or the episode that it is for, so that an episode is a
-    function of the learner's state at its beginning and of the episodes before.
+    All random numbers depend only on the seed and on the step or the episode that uses them. So an episode depends only
+    on the learner's state at its beginning and on the earlier episodes.
     """
 
     def __init__(self, config: ExploreConfig, environment: Environment, on_steps: Callable[[int], object]):
@@ -68,7 +68,7 @@ class Learning:
         self._name = f"{config.task}, {config.algorithm}, seed {config.seed}"
 
     def episode(self, index: int, steps: int) -> tuple[Trajectory, dict[str, float]]:
-        """Returns episode `index`, which begins after so many steps, and metrics."""
+        """Returns episode `index`, which begins after `steps` steps, and the means of the updates' metrics."""
         self._before, self._metrics, self._skills = steps, [], []
         self._policy = self.learner.policy(self.state)
         self._rng = np.random.default_rng((_EPISODE, self.config.seed, index))
@@ -79,7 +79,7 @@ class Learning:
         observation, info = start(self.environment, self.config.seed, index)
         trajectory = step_through(self.environment, observation, info, self._act, self._source)
         if self.bonus.skill_name:
-            # As in URLB's files: a row an observation, beside the action that led to it.
+            # As in URLB's files: one row per observation, with the skill of the action that led to it.
             trajectory.extras[self.bonus.skill_name] = np.stack(self._skills[:1] + self._skills)
         self.remember(index, trajectory)
         metrics = jax.tree.map(lambda *values: float(np.mean(values)), *self._metrics) if self._metrics else {}
@@ -89,7 +89,7 @@ class Learning:
         return trajectory, metrics
 
     def remember(self, index: int, trajectory: Trajectory) -> None:
-        """Takes an episode into the replay."""
+        """Adds an episode to the replay."""
         name = self.bonus.skill_name
         skill = trajectory.extras[name][1:] if name else np.zeros((trajectory.length, 0), np.float32)
         self.replay.add(index, trajectory, skill)
@@ -124,12 +124,12 @@ class Learning:
 
 @lru_cache(maxsize=1)
 def make_learner(algorithm: str, of_algorithm: Section, settings: LearnerConfig, sizes: Sizes) -> Learner:
-    """Returns the learner, whose programs a process compiles once."""
+    """Returns the learner, cached so that a process compiles it once."""
     return Learner(settings, BONUSES[algorithm](of_algorithm, sizes, settings.learning_rate))
 
 
 def diverged(what: str, where: str) -> Diverged:
-    """Returns the error of numbers that are none."""
+    """Returns the error for values `what` that are not finite."""
     return Diverged(f"{what} is not a number in {where}. Lower learner.learning_rate, and choose another --out.")
 
 
@@ -137,6 +137,6 @@ Explorer = Random | Learning
 
 
 def make_explorer(config: ExploreConfig, environment: Environment, on_steps: Callable[[int], object]) -> Explorer:
-    """Returns what makes the episodes of a config. on_steps: called with the steps made since its last call."""
+    """Returns the explorer of a config. on_steps: called with the number of steps made since its last call."""
     kind = Random if config.algorithm == "random" else Learning
     return kind(config, environment, on_steps)

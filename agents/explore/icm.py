@@ -1,10 +1,11 @@
-"""Curiosity (Pathak et al. 2017, arXiv 1705.05363), as in URLB: new is what cannot be foretold.
+"""Curiosity (Pathak et al. 2017, arXiv 1705.05363), as in URLB: the prediction error of a forward model.
 
     L   = mean |s' - f(s, a)| + mean |a - g(s, s')|
     r   = log(1 + scale |s' - f(s, a)|)
 
-URLB predicts the observation itself, with its distance and not the square, and pays the logarithm; the paper predicts
-features that g has learnt, and pays half the square (equation 6).
+f is the forward model, g the inverse model. URLB predicts the observation itself, with the distance and not its square,
+and the reward is a logarithm. The paper predicts features learnt by g, and the reward is half the squared error
+(equation 6).
 """
 
 from typing import Any
@@ -29,13 +30,13 @@ class Networks(nnx.Module):
 
 
 class ICM(Bonus):
-    """Pays for the error of predicting what an action leads to. Settings: `icm`."""
+    """Rewards the error of predicting the next observation. Settings: `icm`."""
 
     def networks(self, rngs: nnx.Rngs) -> nnx.Module:
         return Networks(*self.sizes, rngs=rngs)
 
     def error(self, networks: Any, batch: Transitions) -> Float[Array, " B"]:
-        """Returns the distance of the prediction."""
+        """Returns the distance between the predicted and the next observation."""
         predicted = networks.forward(jnp.concatenate([batch.observation, batch.action], axis=-1))
         return length(batch.next_observation - predicted)
 

@@ -2,9 +2,9 @@
 
     z       = trunk(s)
     L       = mean |z(s') - f(z(s), a)| + mean |a - g(z(s), z(s'))|         (Pathak et al. 2017, arXiv 1705.05363)
-    r       = log(1 + 1/k sum_j max(|z - z_j| - clip, 0))                   j: the k nearest of the batch
+    r       = log(1 + 1/k sum_j max(|z - z_j| - clip, 0))                   j: the k nearest in the batch
 
-The features know what an action decides. As in URLB the nearest of all is the state itself, at distance 0.
+The features hold what actions affect. As in URLB, the nearest neighbour is the state itself, at distance 0.
 """
 
 from typing import Annotated, Any
@@ -22,10 +22,10 @@ from agents.section import Section, Size
 
 class ICMAPTSettings(Section):
     representation: Size = 512
-    """Numbers in a feature vector."""
+    """Size of a feature vector."""
     neighbours: Size = 12
     clip: Annotated[float, Field(ge=0, le=1e30)] = 0.0
-    """What is taken off a distance."""
+    """Subtracted from each distance."""
 
 
 class Networks(nnx.Module):
@@ -36,7 +36,7 @@ class Networks(nnx.Module):
 
 
 class ICMAPT(Bonus):
-    """Pays for the distance to the nearest others of a batch. Settings: `icm_apt`."""
+    """Rewards the distance to the nearest neighbours in the batch. Settings: `icm_apt`."""
 
     def networks(self, rngs: nnx.Rngs) -> nnx.Module:
         sizes = self.sizes

@@ -5,8 +5,8 @@
     L(actor)    = - mean min_i Q_i(s, pi(s) + e)
     w'          <- w' + rate (w - w')
 
-r is what the bonus pays for a transition of n steps, from s to s'; a skill is part of what the networks see. One after
-the other: the bonus learns, pays, the critic learns from that, the actor from the critic, and the target follows.
+r is the reward of the bonus (`agents.explore.bonus`) for an n-step transition from s to s'. Actor and critic also see
+the skill. The order of an update: train the bonus, compute r, train the critic, train the actor, update the target.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from rlring.language_model import TrainState
 
 
 class LearnerState(NamedTuple):
-    """All that is learnt."""
+    """The state of training."""
 
     actor: TrainState
     critic: TrainState
@@ -37,7 +37,7 @@ class LearnerState(NamedTuple):
 
 
 class Learner:
-    """Acts, and learns from batches of transitions."""
+    """The policy, and its updates on batches of transitions."""
 
     def __init__(self, settings: LearnerConfig, bonus: Bonus):
         self.settings, self.bonus = settings, bonus
@@ -58,7 +58,7 @@ class Learner:
         self.update = jax.jit(self._updates, donate_argnums=0)
 
     def _init(self, key: Array) -> LearnerState:
-        """Returns the state before the first update."""
+        """Returns the initial state."""
         keys = jax.random.split(key, 3)
         actor, critic = (
             nnx.state(made(rngs=nnx.Rngs(one))) for made, one in zip(self.networks.values(), keys[:2], strict=True)
@@ -67,8 +67,8 @@ class Learner:
         return LearnerState(*learnt, jax.tree.map(jnp.copy, critic), self.bonus.init(keys[2]))
 
     def policy(self, state: LearnerState) -> Callable[[Float32[np.ndarray, " I"]], Float32[np.ndarray, " A"]]:
-        """Returns the policy: the mean of the actions, by observation and skill in one vector."""
-        weights = jax.tree.leaves(state.actor.weights)  # once: to take weights apart costs more than to use them
+        """Returns the policy: a function from observation and skill, concatenated, to the mean action."""
+        weights = jax.tree.leaves(state.actor.weights)  # flattened once: it costs more than a forward pass
         return lambda seen: np.asarray(self.mean(weights, seen))
 
     def _mean(self, weights: list[Array], seen: Float[Array, " I"]) -> Float[Array, " A"]:
@@ -76,7 +76,7 @@ class Learner:
         return nnx.merge(self.graphs["actor"], actor)(seen)
 
     def _updates(self, state: LearnerState, batches: Transitions, key: Array) -> tuple[LearnerState, dict[str, Array]]:
-        """Returns the state after the updates of several batches, [U, B, ...], and the means of their metrics."""
+        """Returns the state after one update per batch of `batches`, [U, B, ...], and the means of the metrics."""
         keys = jax.random.split(key, len(batches.reward))
         state, metrics = jax.lax.scan(lambda state, one: self._update(state, *one), state, (batches, keys))
         return state, jax.tree.map(jnp.mean, metrics)

@@ -1,4 +1,4 @@
-"""The networks of URLB's agents: orthogonal weights, zero biases."""
+"""The networks of URLB's agents, initialised with orthogonal weights and zero biases."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,12 +10,12 @@ from jaxtyping import Array, Float
 
 
 def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
-    """Returns a layer with orthogonal weights."""
+    """Returns a linear layer with orthogonal weights."""
     return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=nnx.initializers.orthogonal(), rngs=rngs)
 
 
 class MLP(nnx.Module):
-    """Linear layers of these sizes, a ReLU between any two."""
+    """Linear layers of the given sizes, with a ReLU between any two."""
 
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
         self.layers = nnx.List([linear(*pair, rngs=rngs) for pair in pairwise(sizes)])
@@ -38,7 +38,7 @@ class Trunk(nnx.Module):
 
 
 class Actor(nnx.Module):
-    """The mean of the actions, in (-1, 1)."""
+    """The policy network: the mean action, in (-1, 1)."""
 
     def __init__(self, inputs: int, actions: int, width: int, *, rngs: nnx.Rngs):
         self.trunk = Trunk(inputs, width, rngs=rngs)
@@ -49,7 +49,7 @@ class Actor(nnx.Module):
 
 
 class Critic(nnx.Module):
-    """Two estimates of an action, on one trunk."""
+    """Two Q heads on a shared trunk, with `outputs` outputs each."""
 
     def __init__(self, inputs: int, actions: int, outputs: int, width: int, *, rngs: nnx.Rngs):
         self.trunk = Trunk(inputs + actions, width, rngs=rngs)

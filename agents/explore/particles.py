@@ -1,4 +1,4 @@
-"""Entropy of a batch by its particles: how far each is from its nearest neighbours (URLB's `PBE` and `RMS`)."""
+"""Particle-based entropy: distances to the nearest neighbours in a batch (URLB's `PBE` and `RMS`)."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 
 
 class Running(NamedTuple):
-    """Mean and variance of all numbers seen so far (Chan et al. 1979); it begins with mean 0, variance 1, and a count
-    of 1e-4."""
+    """Running mean and variance of all numbers seen (Chan et al. 1979). The initial mean is 0, the variance 1 and the
+    count 1e-4."""
 
     mean: Float[Array, ""]
     variance: Float[Array, ""]
@@ -20,7 +20,7 @@ class Running(NamedTuple):
         return cls(jnp.zeros(()), jnp.ones(()), jnp.full((), 1e-4))
 
     def seen(self, x: Float[Array, " N"]) -> "Running":
-        """Returns the statistics with N more numbers."""
+        """Returns the statistics updated with the numbers `x`."""
         n, more = self.count, float(x.size)
         delta = x.mean() - self.mean
         total = n + more
@@ -29,8 +29,8 @@ class Running(NamedTuple):
 
 
 def neighbours(x: Float[Array, "B U"], others: Float[Array, "N U"], k: int) -> Float[Array, "B k"]:
-    """Returns the distances to the k nearest of the others, ascending. A vector that is among them is its own first."""
-    # By differences, which XLA adds up as it makes them: products would round the short distances away.
+    """Returns the distances to the k nearest of `others`, ascending. A vector in `others` is its own nearest."""
+    # XLA fuses the differences with the sum. A formula with inner products would lose small distances to rounding.
     squares = jnp.square(x[:, None] - others[None]).sum(axis=-1)
     nearest, _ = jax.lax.top_k(-squares, k)
     return jnp.sqrt(-nearest)
@@ -39,10 +39,11 @@ def neighbours(x: Float[Array, "B U"], others: Float[Array, "N U"], k: int) -> F
 def entropy(
     x: Float[Array, "B U"], k: int, clip: float, running: Running | None = None
 ) -> tuple[Float[Array, " B"], Running | None]:
-    """Returns log(1 + mean_j max(d_j - clip, 0)) of the k distances of each vector to its nearest in the batch.
+    """Returns log(1 + mean_j max(d_j - clip, 0)) for each vector, and the updated `running`. d_j are the distances to
+    its k nearest neighbours in the batch.
 
-    With `running`, distances are first divided by the mean of all so far, theirs included (Liu and Abbeel 2021, arXiv
-    2103.04551, with the constant 1).
+    With `running`, distances are first divided by the mean of all distances so far, these included (Liu and Abbeel
+    2021, arXiv 2103.04551, with the constant 1).
     """
     distances = neighbours(x, x, k)
     if running is not None:

@@ -1,14 +1,15 @@
-"""Prototypes (Yarats et al. 2021, arXiv 2102.11271): new is what is far from examples of every kind of state.
+"""Proto-RL (Yarats et al. 2021, arXiv 2102.11271): the distance to examples of learnt prototypes.
 
     z       = f(s) / |f(s)|,    t = f'(s') / |f'(s')|
     p       = softmax(C g(f(s)) / |g(f(s))| / temperature)      C: the prototypes, vectors of length 1
-    q       = sinkhorn(C t / temperature)                       every prototype is given as many states
+    q       = sinkhorn(C t / temperature)                       all prototypes get equal shares of the states
     L       = - mean sum_c q_c log p_c
     f'      <- f' + rate (f - f')
-    queue   <- for each prototype c a state of the batch, drawn with softmax(C_c z')
-    r       = distance of z' to the k-th nearest of the queue
+    queue   <- for each prototype c, a state of the batch drawn with softmax(C_c z')
+    r       = distance of z' to its k-th nearest neighbour in the queue
 
-z' is that of s'. As in URLB there is no encoder below f where states and not pixels are seen.
+z' is z of s'. k is the setting `neighbour`. As in URLB, there is no encoder before f, since observations are states and
+not pixels.
 """
 
 from typing import Any, NamedTuple
@@ -27,12 +28,12 @@ from agents.section import Chance, Positive, Section, Size
 
 class ProtoSettings(Section):
     representation: Size = 128
-    """Numbers in f(s)."""
+    """Size of f(s)."""
     projection: Size = 512
     """Hidden units of g."""
     prototypes: Size = 512
     queue: Size = 2048
-    """States that are remembered, of which every update replaces as many as there are prototypes."""
+    """Number of states in the queue. Every update replaces `prototypes` of them."""
     neighbour: Size = 3
     temperature: Positive = 0.1
     target_rate: Chance = 0.05
@@ -64,7 +65,7 @@ class Networks(nnx.Module):
 
 
 class Proto(Bonus):
-    """Pays for the distance to examples of prototypes. Settings: `proto`."""
+    """Rewards the distance to examples of prototypes. Settings: `proto`."""
 
     def networks(self, rngs: nnx.Rngs) -> nnx.Module:
         return Networks(self.sizes.observation, self.settings, rngs=rngs)
@@ -96,8 +97,8 @@ class Proto(Bonus):
 
 
 def sinkhorn(scores: Float[Array, "B C"]) -> Float[Array, "B C"]:
-    """Returns shares of each state in the prototypes, by the scores, that give every prototype as much (Cuturi 2013;
-    three rounds of Sinkhorn and Knopp's normalisation of columns and rows)."""
+    """Returns soft assignments of B states to C prototypes by their scores. Rows sum to 1, and all columns have about
+    the same sum (Cuturi 2013; three rounds of Sinkhorn and Knopp's normalisation of columns and rows)."""
     q = jnp.exp(scores - scores.max())
     rows, columns = scores.shape
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""What a collector learns from: its last episodes in memory, and transitions of several steps drawn from them."""
+"""The replay buffer of a collector: its last episodes in memory, and n-step transitions drawn from them."""
 
 import numpy as np
 from jaxtyping import Float32
@@ -8,9 +8,9 @@ from data import Trajectory
 
 
 class Replay:
-    """The last `capacity` steps, in whole episodes of at most `episode_steps`.
+    """The last episodes of at most `episode_steps` steps each, up to `capacity` steps.
 
-    Episode i has place i modulo the number of places, so that the content is a function of the episodes alone.
+    Episode i is stored at place i modulo the number of places, so that the content depends on the episodes alone.
     """
 
     def __init__(
@@ -19,14 +19,14 @@ class Replay:
         self.nstep, self.discount = nstep, discount
         self.places = max(1, capacity // episode_steps)
         self.lengths = np.zeros(self.places, np.int64)
-        # The system gives the memory when it is written to.
+        # The operating system allocates these pages when they are first written to.
         self.observation = np.zeros((self.places, episode_steps + 1, sizes.observation), np.float32)
         self.action = np.zeros((self.places, episode_steps, sizes.action), np.float32)
         self.skill = np.zeros((self.places, episode_steps, skill_size), np.float32)
         self.reward, self.ends = (np.zeros((self.places, episode_steps), np.float32) for _ in range(2))
 
     def add(self, index: int, episode: Trajectory, skill: Float32[np.ndarray, "M Z"]) -> None:
-        """Remembers episode `index` in place of the oldest. skill: that of each action."""
+        """Stores episode `index`, replacing the oldest if full. skill: the skill of each action."""
         place, steps = index % self.places, episode.length
         self.lengths[place] = steps
         self.observation[place, : steps + 1] = episode.observation
@@ -35,11 +35,11 @@ class Replay:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no episode is long enough for a transition."""
+        """Whether no episode is long enough for an n-step transition."""
         return not (self.lengths >= self.nstep).any()
 
     def sample(self, rng: np.random.Generator, updates: int, batch: int) -> Transitions:
-        """Returns transitions [updates, batch, ...]: of episodes as likely each, and anywhere in them."""
+        """Returns transitions [updates, batch, ...] from uniformly drawn episodes, at uniformly drawn steps."""
         rows = updates * batch
         places = np.flatnonzero(self.lengths >= self.nstep)
         place = places[rng.integers(0, len(places), rows)]

@@ -1,11 +1,11 @@
-"""Random network distillation (Burda et al. 2018, arXiv 1810.12894): new is what a random network surprises with.
+"""Random network distillation (Burda et al. 2018, arXiv 1810.12894): the error of predicting a random network.
 
     x       = clip((s - mean) / std, -5, 5)                     mean, std of the batch
     e(s)    = mean_i (f(x) - g(x))_i^2                          g random and fixed (section 2.2)
     L(f)    = mean e(s)
     r       = scale e(s) / std of all errors so far             (section 2.4)
 
-As in URLB, f learns from the replay, and s is the state before the action; the paper pays for the one after.
+As in URLB, f is trained on the replay, and s is the state before the action; the paper uses the state after it.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from agents.section import Positive, Section, Size
 
 class RNDSettings(Section):
     representation: Size = 512
-    """Numbers that the random network tells."""
+    """Output size of the networks."""
     scale: Positive = 1.0
     clip: Positive = 5.0
 
@@ -34,7 +34,7 @@ class Networks(nnx.Module):
 
 
 class RND(Bonus):
-    """Pays for the error of predicting a random network. Settings: `rnd`."""
+    """Rewards the error of predicting a random network. Settings: `rnd`."""
 
     def networks(self, rngs: nnx.Rngs) -> nnx.Module:
         width = self.sizes.width
@@ -44,7 +44,7 @@ class RND(Bonus):
         return Running.new()
 
     def error(self, networks: Any, observation: Float[Array, "B O"]) -> Float[Array, " B"]:
-        """Returns e(s)."""
+        """Returns the error e(s)."""
         mean = observation.mean(axis=0, keepdims=True)
         std = jnp.sqrt(observation.var(axis=0, keepdims=True) + 1e-5)
         x = jnp.clip((observation - mean) / std, -self.settings.clip, self.settings.clip)

@@ -1,13 +1,13 @@
-"""State marginal matching (Lee et al. 2019, arXiv 1906.05274): states that are rare, in parts that skills share out.
+"""State marginal matching (Lee et al. 2019, arXiv 1906.05274): rare states, which skills divide up.
 
     L(v)    = mean_i (x - v(x))_i^2 + beta KL(code | N(0, 1))           x = (s, z), v a variational autoencoder
     L(d)    = - mean log d(z | s)
     r       = a sum_i (x - v(x))_i^2 + b log(number of skills) + c log d(z | s)
 
-The first term stands for - log of the density of s under the skill z, the second is - log p(z), and with the third they
-are the paper's reward of a skill, with a uniform target density. As in URLB the square error is summed in r and
-averaged in L. URLB has the third term with the other sign, as if c were -1, and draws skills by the rewards of a task;
-here, as in the paper, a skill is uniform and lasts for an episode.
+d is a classifier of the skill z. The first term estimates - log of the density of s under the skill z, the second is
+- log p(z). With the third term, this is the paper's reward of a skill for a uniform target density. As in URLB, the
+squared error is summed in r and averaged in L. URLB has the third term with the opposite sign, as if c were -1, and
+draws skills by the rewards of a task; here, as in the paper, a skill is drawn uniformly and lasts for an episode.
 """
 
 from typing import Annotated, Any
@@ -28,19 +28,19 @@ from agents.section import Positive, Return, Section, Size
 class SMMSettings(Section):
     skills: Size = 4
     code: Size = 128
-    """Numbers in a code of the autoencoder."""
+    """Size of the autoencoder's code."""
     units: Size = 150
     """Hidden units of the autoencoder."""
     beta: Annotated[float, Field(ge=0, le=1e30)] = 0.5
     learning_rate: Positive = 1e-2
-    """Of the autoencoder."""
+    """Learning rate of the autoencoder."""
     discriminator_learning_rate: Positive = 1e-3
     state: Return = 1.0
     """a: the weight of rare states."""
     skill: Return = 1.0
-    """b."""
+    """b: the weight of log(number of skills)."""
     told: Return = 1.0
-    """c: the weight of states that tell the skill."""
+    """c: the weight of states that reveal the skill."""
 
 
 class Autoencoder(nnx.Module):
@@ -50,7 +50,7 @@ class Autoencoder(nnx.Module):
         self.decoder = MLP((code, units, units, inputs), rngs=rngs)
 
     def __call__(self, x: Float[Array, "B I"], noise: Float[Array, "B C"]) -> tuple[Array, Array, Array]:
-        """Returns what it says x is, and the mean and the log variance of the code."""
+        """Returns the reconstruction of x, and the mean and the log variance of the code."""
         features = jax.nn.relu(self.encoder(x))
         mean, log_variance = self.mean(features), self.log_variance(features)
         return self.decoder(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance
@@ -64,7 +64,7 @@ class Networks(nnx.Module):
 
 
 class SMM(Bonus):
-    """Pays for states that are rare, and tell the skill. Settings: `smm`."""
+    """Rewards states that are rare and reveal the skill. Settings: `smm`."""
 
     skill_name = "z"
 
@@ -94,7 +94,7 @@ class SMM(Bonus):
         return settings.state * rare + share + settings.told * self._told(networks, batch), memory
 
     def _described(self, networks: Any, batch: Transitions, key: Array) -> tuple[Array, Array, Array]:
-        """Returns the square errors of the autoencoder, and the mean and the log variance of its codes."""
+        """Returns the squared errors of the autoencoder [B, O + Z], and the mean and the log variance of its codes."""
         x = jnp.concatenate([batch.observation, batch.skill], axis=-1)
         noise = jax.random.normal(key, (len(x), self.settings.code))
         said, mean, log_variance = networks.autoencoder(x, noise)
@@ -107,5 +107,5 @@ class SMM(Bonus):
 
 
 def _part(weights: Any) -> Any:
-    """Returns the name of its network for each of the weights."""
+    """Returns the name of the network for each weight, as optax.partition needs it."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, weights)

@@ -1,8 +1,8 @@
-"""The task's own reward instead of an intrinsic one: what is left behind is a learning history.
+"""The task's reward instead of an intrinsic one: the episodes are a learning history.
 
-    r_t .. r_(t+n-1)    discounted and added up, as the replay has them
+    r   = sum_{i<n} gamma^i r_{t+i}                     as in the replay
 
-The learner is then TD3 as ExoRL has it (Fujimoto et al. 2018, arXiv 1802.09477; see `agents.td3`): two critics, noise
+The learner is then TD3 as in ExoRL (Fujimoto et al. 2018, arXiv 1802.09477; see `agents.td3`): two critics, noise
 on the next action, and a policy that learns in every update.
 """
 
@@ -16,7 +16,7 @@ from agents.explore.bonus import Bonus, Transitions
 
 
 class TaskReward(Bonus):
-    """Pays what the task pays. It learns nothing."""
+    """Rewards what the task rewards, without training anything."""
 
     def networks(self, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Module()
