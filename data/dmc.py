@@ -31,7 +31,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
 
     Observations are dm_control's, flattened in dm_control's order, float32 [O]. An action in [-1, 1] is mapped linearly
     to the actuators' range, as in ExoRL; actuators without a range take it unchanged. At the time limit an episode is
-    truncated, with discount 1. An episode terminates only where the task itself ends it, with the task's discount.
+    truncated, with discount 1. An episode terminates only where the task itself ends it, with discount 0.
 
     `info` holds `physics` (MuJoCo's state: positions, velocities, activations; float64 [P]) and `discount`.
     """
