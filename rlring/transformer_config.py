@@ -90,8 +90,8 @@ class TransformerConfig:
             )
 
     def layer_group(self, mesh: Mesh | None = None) -> tuple[Layer, ...]:
-        """Returns the settings of each layer of a group; all groups are equal. With `dense_every`, a group has that many
-        layers, the last of which is dense; otherwise it is one layer."""
+        """Returns the settings of each layer of a group; all groups are equal. With `dense_every`, a group has that
+        many layers, and the last one is dense; otherwise it is one layer."""
         whole = Layer(self.attention, None, self.rope_fraction)
         if self.dense_every is None:
             return (whole,)
