@@ -43,7 +43,7 @@ class ChainSampler:
 
     `sort`: the order within a chain: by return, "time" (as in the store; with annealed goals, as drawn) or "random".
     `target`: the return that conditions a trajectory: "max" (of the chain's best), "own" (its own) or a number.
-    `split`: "train", "held_out" (a share `held_out` of the episodes, the same for every seed) or "all".
+    `split`: "train", "held_out" or "all"; "held_out" is a share `held_out`, the same for every seed, "train" the rest.
     `best`: draws only the trajectories of highest return that make up this share of the split's time steps ("%BC" of
     Chen et al. 2021); where the goal is hidden, their return for the place where each came to rest counts.
     `lengths`: "full" for chains of `trajectories`, "mixed" for chains of random length that add up to `trajectories`.
@@ -115,14 +115,14 @@ class ChainSampler:
         """Returns the batch rows `rows` of training step `step` (a number n means rows 0 to n-1). With `places`, only
         the timesteps at these positions of each row, as `ChainBatch.take` would.
 
-        A timestep does not depend on which others are requested, and only requested timesteps are read from the store.
-        So several hosts or workers can share a batch, or a chain.
+        A timestep does not depend on which others are requested, and observations and actions are read from the store
+        only around those requested. So several hosts or workers can share a batch, or a chain.
         """
         indices = row_indices(rows)
         places = np.arange(self.timesteps) if places is None else np.asarray(places, np.int64)
         batch = self._stored().empty(len(indices), places)
         for length, cuts in sorted(self._cuts(step, indices).items()):
-            # Chains of one length are drawn together, which is fast. Chains of which no timestep is requested are not.
+            # Chains of one length are drawn together, which is fast. Chains without a requested timestep are skipped.
             cuts = [cut for cut in cuts if ((places >= cut.start) & (places < cut.start + length * self.longest)).any()]
             if not cuts:
                 continue

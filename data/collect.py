@@ -4,7 +4,7 @@
 
 Episode `i` is a function of (task, policy, seed, i) and of the simulator versions. It does not depend on the number of
 workers or on interruptions: the same command, run again, keeps the complete episodes and makes the missing ones. If the
-simulator versions have changed in between, it goes on, and collect.json names all versions.
+simulator versions have changed in between, it continues, and collect.json names all versions.
 """
 
 import sys

@@ -126,7 +126,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         observation = self._observe()
         self._steps_left -= 1
         truncated = self._steps_left == 0
-        # As in dm_control, at the time limit the task is not asked whether it terminates.
+        # As in dm_control, the last step before the time limit always truncates and never terminates.
         discount = None if truncated else self._task.get_termination(self._physics)
         terminated = discount is not None
         if terminated:

@@ -21,7 +21,7 @@ Submit = Callable[..., Future[Any]]
 
 
 def check_workers(workers: int) -> None:
-    """Raises DataError unless `workers` is from 1 to 8 per processor, or to 32 if that is more."""
+    """Raises DataError unless `workers` is at least 1 and at most 8 times the number of processors (or 32 if more)."""
     processors = os.cpu_count() or 1
     most = max(32, 8 * processors)
     if not 1 <= workers <= most:

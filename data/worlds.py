@@ -2,7 +2,7 @@
 
 A place has a sign, which the observation shows in every timestep of a visit, and a hidden goal, which gives the reward.
 In training each place of a chain is visited twice, at random times, by two different stored trajectories that come to
-rest within the goal's radius. The second visit is the query: the first visit has shown where the goal is.
+rest within the goal's radius. The second visit is the query, because the first one has shown where the goal is:
 
     place              2  0  1  0  3  2  3  1
     last               0  0  0  1  0  1  1  1        1 in the queries

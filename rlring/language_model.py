@@ -100,7 +100,7 @@ class LanguageModel(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the features of every token, from which the head predicts the next token."""
         dtype = self.config.transformer.compute_type
-        # Gathered weights are rounded to the compute type; float32 here, so that gradients of a token are summed in it.
+        # Gathering rounds to the compute type. After the cast to float32, the gradients of a token are summed in it.
         embedding = self._whole(self.embedding[...], mesh).astype(jnp.float32)
         return self.transformer(jnp.take(embedding, tokens, axis=0).astype(dtype), Mask.causal(position), mesh=mesh)
 
