@@ -7,7 +7,7 @@ from data.interrupts import guard_imports, is_command
 if is_command():
     guard_imports()
 
-# Nothing here renders, and without a display dm_control would warn of it at import. To render: MUJOCO_GL=egl or osmesa.
+# Nothing here renders, and dm_control warns at import when there is no display. To render, set MUJOCO_GL=egl or osmesa.
 os.environ.setdefault("MUJOCO_GL", "disabled")
 
 from data.chains import ChainBatch, ChainSampler, GoalSampling

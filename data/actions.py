@@ -1,4 +1,4 @@
-"""The range of actions, [-1, 1], and how far a number outside of it may be a rounding."""
+"""The range of actions, [-1, 1], and the tolerance for rounding errors outside it."""
 
 import numpy as np
 from jaxtyping import Float
@@ -9,12 +9,12 @@ ROUNDING = 1e-6  # eight times the distance from 1 to the next float32
 
 
 def clipped_actions(actions: Float[np.ndarray, "M A"], source: str) -> Float[np.ndarray, "M A"]:
-    """Returns the actions within [-1, 1]: the very same array, or where some are off by up to ROUNDING a clipped copy.
+    """Returns the same array if all actions are within [-1, 1], else a copy clipped to it.
 
-    DataError, with `source` and the step, when one is further outside or not a number.
+    DataError, which names `source` and the step, when an action is more than ROUNDING outside, or NaN.
     """
     size = np.abs(actions)
-    # Written so that NaN fails too.
+    # This form of the comparison also catches NaN.
     if (size <= 1.0).all():
         return actions
     wrong = ~(size <= 1.0 + ROUNDING).all(axis=1)

@@ -1,4 +1,6 @@
-"""Files and folders that exist whole or not at all, also when the disk is full or the writer is killed."""
+"""Atomic writes of files and folders: they appear complete or not at all, even if the disk is full or the writer is
+killed.
+"""
 
 import errno
 import fcntl
@@ -14,11 +16,11 @@ from data.errors import DataError
 
 
 class Sink(io.FileIO):
-    """A file that remembers its first failure instead of raising it.
+    """A file that stores its first write error instead of raising it; `check` raises it.
 
-    HDF5 keeps inconsistent state after a failed write and crashes the interpreter on exit (measured: segmentation fault
-    after ENOSPC). So it never sees a failure: once one happened, writes go nowhere, and `check` raises it to us.
-    An interrupt counts as one, because it may arrive in the middle of a write.
+    After a failed write, HDF5 keeps inconsistent state and crashes the interpreter on exit (measured: segmentation
+    fault after ENOSPC). So HDF5 must not see the error: after the first one, writes are discarded. A KeyboardInterrupt
+    is treated alike, because it may arrive in the middle of a write.
     """
 
     failure: OSError | KeyboardInterrupt | None = None
@@ -50,14 +52,14 @@ class Sink(io.FileIO):
 def atomic_file(path: Path, *, check_old: Callable[[Path], None] | None = None) -> Iterator[Sink]:
     """Yields a file that becomes `path` if the body succeeds, and vanishes if it does not.
 
-    What is at `path` is replaced. Where the user names it, `check_old` says whether it may be: it raises DataError for
-    a file that is not ours, and is asked before the work and, since that may take hours, after it. DataError too when
-    `path` is no file at all (a folder, a device, a link to nothing), and when another process writes to it.
+    An existing file at `path` is replaced. `check_old(path)` may prevent that by raising DataError. It is called before
+    the body and again after it, because the body may take hours. DataError also when `path` exists and is not a file (a
+    folder, a device, a broken link), and when another process is writing to it.
     """
     _check_old(path, check_old)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One fixed temporary name, held by a lock that dies with its process: what a killed writer leaves is overwritten by
-    # the next one, and two writers at once notice each other. Nobody but us gives a file such a name.
+    # The temporary name is fixed, and locked until this process ends. So the next writer overwrites what a killed one
+    # left, and two writers at once notice each other.
     temporary = temporary_name(path)
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -81,17 +83,17 @@ def atomic_file(path: Path, *, check_old: Callable[[Path], None] | None = None) 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small text file, whole or not at all."""
+    """Writes a small text file atomically."""
     with atomic_file(path) as file:
         file.write(memoryview(text.encode()))
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `path` if the body succeeds, and vanishes if it does not; what a killed writer left
-    is cleared away.
+    """Yields a folder that becomes `path` if the body succeeds, and is deleted if it does not.
 
-    DataError when there is something at `path`, and when another process writes to it.
+    A folder left by a killed writer is deleted first. DataError when `path` exists, and when another process is writing
+    to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -113,13 +115,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """DataError when there is something at `path`."""
+    """Raises DataError when `path` exists."""
     if os.path.lexists(path):
         raise DataError(f"{path} exists already; choose another --out, or delete it")
 
 
 def temporary_name(path: Path) -> Path:
-    """Returns the name that a file has until it is whole: hidden, in the same folder, and plainly ours."""
+    """Returns the name that a file has until it is complete: hidden, in the same folder, and used by nobody else."""
     return path.with_name(f".{path.name}.rlring-partial")
 
 
@@ -131,24 +133,25 @@ def _check_old(path: Path, check_old: Callable[[Path], None] | None) -> None:
 
 
 def lock(file: BinaryIO, message: str, *, shared: bool = False) -> None:
-    """Locks an open file, until it is closed or its process ends; DataError with `message` when another has it."""
+    """Locks an open file until it is closed or the process ends; DataError with `message` if another process holds the
+    lock."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise DataError(message) from None
     except OSError as error:
-        # Some network file systems have no locks; there, two writers at once are the user's to avoid.
+        # Some network file systems have no locks. There, the user must avoid two writers at once.
         if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS):
             raise
 
 
 @contextmanager
 def held(path: Path, message: str) -> Iterator[None]:
-    """Holds a lock file while the body runs; DataError with `message` when another process has it. It is gone then."""
+    """Holds a lock file while the body runs, then deletes it; DataError with `message` if another process holds it."""
     with path.open("ab") as file:
         lock(file, message)
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise DataError(message)  # the other one ended between our opening and our locking
+            raise DataError(message)  # another holder deleted the file between our open and our lock
         try:
             yield
         finally:
@@ -157,6 +160,6 @@ def held(path: Path, message: str) -> Iterator[None]:
 
 def _lock(file: io.FileIO, temporary: Path, path: Path) -> None:
     lock(file, f"another process is writing {path} right now; wait for it, or choose another path")
-    # Between our opening and our locking the other writer may have finished, and what we hold is then its result.
+    # Between our open and our lock another writer may have finished; then the file that we hold is its result.
     if not temporary.exists() or not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
         raise DataError(f"another process has just written {path}; use that, or run this again")

@@ -1,10 +1,10 @@
-"""Builds a store from a folder of ExoRL episodes, rewards computed anew for one task.
+"""Builds a store from a folder of ExoRL episodes, with rewards computed for one task.
 
     python -m data.build --exorl datasets/walker/rnd --task walker-walk --out stores/walker_walk_rnd.h5
 
-Safe to kill: the store appears when it is whole, and the same command goes on with the rewards that were computed. Once
-the store is there, the same command finds that it is up to date and does nothing. `--shard I/N` builds one of N parts,
-on as many machines, and `python -m data.merge` makes one store of them.
+The command can be killed at any time. The store appears under its name only when it is complete, and the same command,
+run again, continues with the rewards computed so far. If the store is up to date, it does nothing. `--shard I/N` builds
+one of N parts, so that several machines can share the work; `python -m data.merge` joins the parts.
 """
 
 import hashlib
@@ -50,14 +50,16 @@ def build(
     shard: str | None = None,
     skip_bad: bool = False,
 ) -> bool:
-    """Writes the episodes of folder `exorl`, relabelled for `task`, to a store at `out`; False if it is there already.
+    """Writes the episodes of folder `exorl`, with rewards of `task`, to a store at `out`; False if it is up to date.
 
-    "There already" means made from the same bytes and by the same settings and simulator versions. `skip_steps`,
-    `limit_steps` and `spread` choose episodes (`Selection`), and the store keeps how. `control` decides what the
-    reward's control cost sees: the "actual" actions, or none, as "exorl" has it. With `shard`, "I/N", it is one of N
-    parts, and lies beside `out` (`Shard.path`). A task with a hidden goal is not relabelled here: it keeps its physics,
-    and goals are chosen when chains are drawn. DataError names the episode that cannot be used; `skip_bad` leaves such
-    out, and the store keeps which.
+    A store is up to date if it was made from the same bytes with the same settings and simulator versions. `workers` is
+    the number of processes. `skip_steps`, `limit_steps` and `spread` choose episodes (see `Selection`). `control` says
+    which control a reward's control cost is computed from: "actual" (the stored actions) or "exorl" (zero, as in
+    ExoRL's own code). With `shard`, "I/N", only part I of N is built, and stored beside `out` (see `Shard.path`).
+
+    For a task with a hidden goal no rewards are computed: the store keeps the physics states, and goals are chosen when
+    chains are drawn. DataError names the episode that cannot be used. With `skip_bad`, such episodes are left out, and
+    the store lists them.
     """
     check_workers(workers)
     selection = Selection(skip_steps, limit_steps, spread)
@@ -134,11 +136,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check_collected_for(folder: Path, task: str, hides_goal: bool) -> None:
-    """Compares with what `data.collect` wrote about the folder; ExoRL's own zips say nothing."""
+    """Raises DataError if collect.json says that the episodes cannot serve `task`. ExoRL's own zips have none."""
     on = collected(folder).get("task")
     if on is None:
         return
-    # Rewards can be computed anew for any task of a body; a hidden-goal task also fixes start and action length.
+    # Rewards can be computed for any task of the same body. A hidden-goal task also fixes the start and how long an
+    # action is held.
     same = body(on) == body(task)
     if hides_goal:
         of = goal_task(on)

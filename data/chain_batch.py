@@ -1,4 +1,4 @@
-"""ChainBatch: what a chain of trajectories looks like to a model."""
+"""ChainBatch: chains of trajectories as arrays, the input of a sequence model."""
 
 from typing import NamedTuple
 
@@ -6,26 +6,27 @@ import numpy as np
 
 
 class ChainBatch(NamedTuple):
-    """B rows of M timesteps: one chain each, or several side by side, told apart by their segment.
+    """B rows of M timesteps. A row holds one chain, or several chains side by side with different `segment` indices.
 
-    Padding, always at the end of a chain, has segment -1 and zeros elsewhere.
+    Padding stands at the end of each chain. It has segment -1, keeps its `position`, and is 0 in all other fields.
     """
 
     observation: np.ndarray  # f32[B, M, O]
     action: np.ndarray  # f32[B, M, A]
     reward: np.ndarray  # f32[B, M]
     return_to_go: np.ndarray  # f32[B, M]
-    previous_action: np.ndarray  # f32[B, M, A], of the chain's timestep before; zeros at timestep 0
+    previous_action: np.ndarray  # f32[B, M, A], of the previous timestep of the chain; zeros at timestep 0
     previous_reward: np.ndarray  # f32[B, M], likewise
     step: np.ndarray  # i32[B, M], time step within its trajectory
-    last: np.ndarray  # f32[B, M], 1 in the last trajectory of the chain; of a map, in every second visit to a place
-    position: np.ndarray  # i32[B, M], timestep index within the chain, padding counted on
+    last: np.ndarray  # f32[B, M], 1 in the last trajectory of the chain; in map tasks, in each place's second visit
+    position: np.ndarray  # i32[B, M], timestep index within the chain; padding continues the count
     segment: np.ndarray  # i32[B, M], index of the chain within the row, or -1 for padding
 
     def take(self, order: np.ndarray) -> "ChainBatch":
-        """Returns the timesteps in another order: place i holds timestep `order[i]`.
+        """Returns the timesteps in another order: column i of the result is timestep `order[i]`.
 
-        An index outside 0..M-1 gives padding, so an order longer than M pads (`zigzag_order` of the padded length).
+        An index outside 0..M-1 gives padding. So an order longer than M pads the rows, for example
+        `zigzag_order` of the padded length.
         """
         order = np.asarray(order)
         inside = (order >= 0) & (order < self.segment.shape[1])

@@ -1,20 +1,20 @@
-"""ChainSampler: (seed, step, row) -> a chain of N trajectories, by default sorted from worst to best.
+"""ChainSampler draws chains of N trajectories by (seed, step, row), by default sorted from lowest to highest return.
 
-A chain of hindsight (Liu and Abbeel 2023, arXiv 2305.16554) is whole trajectories of one task, one after the other,
-each asked to reach the return R* of the best of them. Three trajectories of two steps:
+A chain of hindsight (Liu and Abbeel 2023, arXiv 2305.16554) is a sequence of whole trajectories of one task. All of
+them are conditioned on the return R* of the best one. Three trajectories of two steps:
 
     trajectory         0  0    1  1    2  2
     reward             0  0    0  1    1  1        R* = 2
     return_to_go       2  2    2  2    2  1        R* - sum_{k<t} r_k within each trajectory
-    previous_reward    0  0    0  0    1  1        of the timestep before, across trajectories
+    previous_reward    0  0    0  0    1  1        of the previous timestep, across trajectories
 
-With `lengths="mixed"` every row is cut at random into shorter chains that stand side by side as segments, so that a
-model learns to act after any number of trajectories, and from several last ones a row:
+With `lengths="mixed"` every row is cut at random into shorter chains, which stand side by side as segments. So a model
+learns to act after any number of trajectories, and a row holds several last trajectories:
 
     segment            0  0  0  0    1  1  1  1  1  1    2  2
     trajectory         0  0  1  1    0  0  1  1  2  2    0  0
 
-Where the task hides a goal, the goal of a chain is chosen in hindsight: where a trajectory of it came to rest.
+Where the task hides a goal, the goal of a chain is the place where one of its trajectories came to rest.
 """
 
 from collections.abc import Sequence
@@ -41,14 +41,14 @@ _TARGET_CHAINS = 512
 class ChainSampler:
     """Draws chains of `trajectories` trajectories from a store; every draw is a pure function of its arguments.
 
-    `sort`: order within a chain, by return, or "time" (order in the store; of annealed goals, of the history) or
-    "random". `target`: the return that a trajectory is told to reach: "max" the chain's best, "own" its own, or a
-    number. `split`: the `held_out` share of episodes is the same for every seed, and no training chain holds any of it.
-    `best`: only the trajectories of highest return that make up this share of the split's time steps are drawn (the
-    "%BC" of Chen et al. 2021); where the goal is hidden, by what each earns for the place it came to rest in.
-    `lengths`: "full" chains of `trajectories`, or "mixed" ones of 1 to `trajectories` that add up to as many; `growth`
-    makes both shorter at first. `goals` only where the store's goals are chosen in hindsight (None = the defaults).
-    Pickle-safe: a copy reads the store again in its own process.
+    `sort`: the order within a chain: by return, "time" (as in the store; with annealed goals, as drawn) or "random".
+    `target`: the return that conditions a trajectory: "max" (of the chain's best), "own" (its own) or a number.
+    `split`: "train", "held_out" or "all"; "held_out" is a share `held_out`, the same for every seed, "train" the rest.
+    `best`: draws only the trajectories of highest return that make up this share of the split's time steps ("%BC" of
+    Chen et al. 2021); where the goal is hidden, their return for the place where each came to rest counts.
+    `lengths`: "full" for chains of `trajectories`, "mixed" for chains of random length that add up to `trajectories`.
+    `growth` shortens chains early in training. `goals`: how hidden goals are chosen (None: the defaults); only for
+    stores with hidden goals. Can be pickled: a copy reads the store again in its own process.
     """
 
     def __init__(
@@ -101,28 +101,28 @@ class ChainSampler:
 
     @property
     def timesteps(self) -> int:
-        """M of a sampled chain: `trajectories` times the longest episode of the store."""
+        """M, the timesteps of a sampled row: `trajectories` times the length of the store's longest episode."""
         return self.trajectories * self.longest
 
     @property
     def pool(self) -> np.ndarray:
-        """Episodes of the store that this sampler draws from, ascending; i64."""
+        """The indices of the episodes that this sampler draws from, ascending; i64."""
         return self._pools[self.split]
 
     def sample(
         self, step: int, rows: int | Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray | None = None
     ) -> ChainBatch:
-        """Returns the chains of training step `step` with these row indices (a number n means rows 0 to n-1), or of
-        each only the timesteps at these places, as `ChainBatch.take` would.
+        """Returns the batch rows `rows` of training step `step` (a number n means rows 0 to n-1). With `places`, only
+        the timesteps at these positions of each row, as `ChainBatch.take` would.
 
-        A timestep is the same whichever others are asked for with it, and of the store no others are read: hosts and
-        workers may share a batch, and a chain.
+        A timestep does not depend on which others are requested, and observations and actions are read from the store
+        only around those requested. So several hosts or workers can share a batch, or a chain.
         """
         indices = row_indices(rows)
         places = np.arange(self.timesteps) if places is None else np.asarray(places, np.int64)
         batch = self._stored().empty(len(indices), places)
         for length, cuts in sorted(self._cuts(step, indices).items()):
-            # Chains of one length are drawn together, which is fast; those of other hosts not at all.
+            # Chains of one length are drawn together, which is fast. Chains without a requested timestep are skipped.
             cuts = [cut for cut in cuts if ((places >= cut.start) & (places < cut.start + length * self.longest)).any()]
             if not cuts:
                 continue
@@ -136,7 +136,7 @@ class ChainSampler:
         return batch
 
     def _cuts(self, step: int, indices: np.ndarray) -> dict[int, list["_Cut"]]:
-        """Returns the chains that stand side by side in each row, by their number of trajectories."""
+        """Returns where each chain of each row begins, grouped by the number of trajectories of the chain."""
         most = self.growth.at(step, self.trajectories)
         if self.lengths == "full":
             chains = range(self.trajectories // most)
@@ -158,12 +158,12 @@ class ChainSampler:
         goal: np.ndarray | None,
         target: float,
     ) -> ChainBatch:
-        """Returns contexts for evaluation: `trajectories` random episodes of the split a row, sorted as in training.
+        """Returns contexts for evaluation: per row, `trajectories` random episodes of the split, sorted as in training.
 
-        Rewards are those under each row's `goal` [B, G] (None where the task hides none); every trajectory is told to
-        reach `target`. The draw depends on neither goal (but where
-        `goals.met` says how many have met it) nor target, and the episodes drawn for n trajectories are among those
-        drawn for more (but where `goals.met` is "annealed"). With 0 trajectories, M is 0.
+        Rewards are computed for each row's `goal` [B, G] (None where the task hides none). Every trajectory is
+        conditioned on the return `target`. The draw does not depend on `target`, and depends on `goal` only if
+        `goals.met` is set. The episodes drawn for n trajectories are among those drawn for more, unless `goals.met` is
+        "annealed". With 0 trajectories, M is 0.
         """
         indices, met = row_indices(rows), self.goals.met
         if trajectories < 0 or (met is None and trajectories > len(self.pool)):
@@ -196,8 +196,8 @@ class ChainSampler:
         return batch
 
     def typical_target(self) -> float:
-        """Returns what a good chain is told to reach: the 90th percentile of R* over 512 chains of the train split, or
-        the target itself where it is a number.
+        """Returns a return to condition on in evaluation: `target` if it is a number, else the 90th percentile of R*
+        over 512 chains of the train split.
         """
         if isinstance(self.target, float):
             return self.target
@@ -215,11 +215,11 @@ class ChainSampler:
         return float(np.percentile(np.concatenate(best), 90))
 
     def typical_targets(self) -> dict[str, float]:
-        """Returns `typical_target` by the task of the store."""
+        """Returns {task of the store: `typical_target()`}."""
         return {self.store.task: self.typical_target()}
 
     def _highest(self, pool: np.ndarray, best: float) -> np.ndarray:
-        """Returns the episodes of highest return, until they make up `best` of the pool's time steps; ties by index."""
+        """Returns the episodes of highest return that make up a share `best` of the pool's steps; ties by index."""
         hindsight = self._hindsight()
         returns = self.store.returns[pool]
         if hindsight is not None:
@@ -242,7 +242,7 @@ class ChainSampler:
     def _draw(
         self, generators: list[np.random.Generator], pool: np.ndarray, trajectories: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns the episodes [B, N] of each row, in random order, and the goal [B, G] of each."""
+        """Returns the episodes [B, N] of each row, unsorted, and the goal [B, G] of each row."""
         hindsight = self._hindsight()
         if hindsight is not None:
             return hindsight.draw(generators, pool, trajectories)
@@ -250,8 +250,8 @@ class ChainSampler:
         return np.asarray(drawn, np.int64).reshape(len(generators), trajectories), None
 
     def _rewards(self, episodes: np.ndarray, goal: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns the returns f64[C, N] of `episodes` under `goal` [C, G], and where there is one what each step is
-        paid for it, f32[C, N, longest]."""
+        """Returns the episode returns f64[C, N] of `episodes` for `goal` [C, G], and the rewards of their steps
+        f32[C, N, longest]; None in place of these where the store has the rewards."""
         hindsight = self._hindsight()
         if hindsight is None or goal is None:
             return self.store.returns[episodes], None
@@ -259,7 +259,7 @@ class ChainSampler:
         return reward.sum(-1, dtype=np.float64), reward
 
     def _arranged(self, episodes: np.ndarray, goal: np.ndarray | None, target: float | None = None) -> Chains:
-        """Returns chains of `episodes` [C, N], sorted; `target` overrides the sampler's."""
+        """Returns chains of `episodes` [C, N], sorted; `target` overrides `self.target`."""
         total, reward = self._rewards(episodes, goal)
         order = self._order(episodes, total)
         episodes, total = (np.take_along_axis(values, order, 1) for values in (episodes, total))
@@ -274,7 +274,7 @@ class ChainSampler:
         )
 
     def _order(self, episodes: np.ndarray, total: np.ndarray) -> np.ndarray:
-        # Stable sorts, so that ties keep the order of the draw, which is random and reproducible.
+        # The sorts are stable, so that ties keep the order of the draw, which is random and reproducible.
         if self.sort == "random" or (self.sort == "time" and self.goals.met == "annealed"):
             return np.broadcast_to(np.arange(episodes.shape[1]), episodes.shape)
         key = {"ascending": total, "descending": -total, "time": episodes}[self.sort]

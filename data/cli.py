@@ -1,4 +1,4 @@
-"""How every command of this package ends: an exit status, and one line on stderr for what the user can mend."""
+"""Exit statuses and error messages of this package's commands: one line on stderr for errors that a user can mend."""
 
 import argparse
 import errno
@@ -16,25 +16,26 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, like all others."""
+    """An argparse parser that reports an error in one line, as the commands report all errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the message and ends with status 2."""
+        """Prints the message and exits with status 2."""
         self.exit(2, f"error: {message}; `{self.prog} --help` lists what there is\n")
 
 
 def named_path(name: str, value: str | Path) -> Path:
-    """Returns the path that a setting names; DataError when it names none, which would be the current folder."""
+    """Returns `value` as a path; DataError when it is empty, because Path("") would be the current folder."""
     if not str(value).strip():
         raise DataError(f"{name} is empty; name a path")
     return Path(value)
 
 
 def run(body: Callable[[], object], *errors: type[Exception]) -> int:
-    """Runs `body` and returns the exit status: 0 done, 2 the user's data, arguments or disk at fault, 130 interrupted.
+    """Runs `body` and returns the exit status: 0 for success, 2 for an error in the user's data, arguments or disk, 130
+    for an interrupt.
 
-    Only DataError, OSError and the caller's own `errors` become a one-line message; everything else is a bug of ours
-    and keeps its traceback.
+    DataError, OSError and the exception types `errors` become a one-line message. Any other exception is a bug, and
+    keeps its traceback.
     """
     try:
         end_guard()
@@ -52,14 +53,14 @@ def run(body: Callable[[], object], *errors: type[Exception]) -> int:
 
 
 def say(text: str) -> None:
-    """Prints a line of its own: progress bars, which end without one, are closed first."""
+    """Prints a line to stderr. Closes open progress bars first, because they do not end with a newline."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print(text, file=sys.stderr)
 
 
 def describe(error: OSError) -> str:
-    """Returns an error of the system in words."""
+    """Returns a one-line message for an error of the operating system."""
     where = f" {error.filename}" if error.filename else ""
     if error.errno in DISK_FULL:
         return f"the disk is full: could not write{where} ({error.strerror}); free some space or choose another --out"

@@ -2,9 +2,9 @@
 
     python -m data.collect --task point_mass-dark --policy waypoints --episodes 6000 --seed 0 --out datasets/dark
 
-Episode `i` is a function of (task, policy, seed, i) and of the versions of the simulator, whatever the workers and
-however often the work was interrupted: the same command again keeps the whole episodes and makes the missing ones, with
-other versions too, which collect.json then names.
+Episode `i` is a function of (task, policy, seed, i) and of the simulator versions. It does not depend on the number of
+workers or on interruptions: the same command, run again, keeps the complete episodes and makes the missing ones. If the
+simulator versions have changed in between, it continues, and collect.json names all versions.
 """
 
 import sys
@@ -30,7 +30,7 @@ from data.trajectory import Trajectory
 from data.worker_pool import check_workers, worker_pool
 
 _CHUNK = 50  # episodes handed to a worker at once
-_STREAM = 0xC011EC7  # keeps the episodes of a dataset apart from those of an evaluation with the same seed
+_STREAM = 0xC011EC7  # makes the episodes of a dataset differ from those of an evaluation with the same seed
 
 
 def collect(
@@ -46,13 +46,13 @@ def collect(
 ) -> None:
     """Writes `episodes` episodes of `policy` in `task` to the folder `out`, and `collect.json` beside them.
 
-    `workers` processes share the work; they are spawned, so a script that calls this with more than one needs the usual
-    `if __name__ == "__main__"`. DataError for an unknown task or policy, a policy that does not fit the task, and a
-    folder that holds episodes of something else.
+    `episode_steps` replaces the task's time limit. `workers` processes share the work. They are spawned, so a script
+    that calls this with more than one worker needs `if __name__ == "__main__"`. DataError for an unknown task or
+    policy, a policy that does not fit the task, and a folder whose episodes have another task, policy, seed or length.
     """
     out = named_path("--out", out)
     _check(task, policy, episodes, seed, workers, episode_steps)
-    # Made here too, so that a policy that does not fit the task fails before a worker starts.
+    # The policy is created here too, so that one that does not fit the task fails before a worker starts.
     environment = make(task, episode_steps=episode_steps)
     environment.reset(seed=seed)
     POLICIES[policy](environment, np.random.default_rng(seed))
@@ -76,7 +76,7 @@ def collect(
 
 
 def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Trajectory:
-    """Returns episode `index` of a policy, physics states and the environment's extras included."""
+    """Returns episode `index` of a policy as a Trajectory, with physics states and the environment's extras."""
     observation, info = start(environment, seed, index)
     act = POLICIES[policy](environment, np.random.default_rng((_STREAM, seed, index, 2)))
     source = f"{environment.task_name}, policy {policy}, seed {seed}, episode {index}"
@@ -95,7 +95,7 @@ def roll_out(environment: Environment, policy: str, seed: int, index: int) -> Tr
 
 
 def start(environment: Environment, seed: int, index: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Returns the first observation and info of episode `index` of a dataset with this seed."""
+    """Resets the environment to the start of episode `index` of a dataset with this seed; returns observation, info."""
     return environment.reset(seed=(_STREAM, seed, index, 1))
 
 
@@ -106,8 +106,10 @@ def step_through(
     act: Callable[[int, np.ndarray, np.ndarray], np.ndarray],
     source: str,
 ) -> Trajectory:
-    """Returns an episode from its first observation and info on, to its end. act: takes the step, the observation and
-    the physics state."""
+    """Steps the environment from its first observation and info to the end of the episode, and returns the episode.
+
+    `act(step, observation, physics)` returns the action.
+    """
     observations, physics = [observation], [info["physics"]]
     actions, rewards, discounts = [], [], []
     is_over = False
@@ -153,7 +155,7 @@ def _check(task: str, policy: str, episodes: int, seed: int, workers: int, episo
     if policy not in POLICIES:
         raise DataError(f"policy {policy!r} does not exist; choose one of {', '.join(POLICIES)}")
     check_workers(workers)
-    # Six digits in a name, so that the order of names is that of episodes; an episode is held in memory.
+    # File names have six digits, so that they sort in the order of episodes; and an episode is held in memory.
     limits = {"episodes": (episodes, 1, 10**6), "seed": (seed, 0, 2**63), "episode_steps": (episode_steps, 1, 10**6)}
     for name, (value, least, most) in limits.items():
         if value is not None and not least <= value <= most:
@@ -161,7 +163,7 @@ def _check(task: str, policy: str, episodes: int, seed: int, workers: int, episo
 
 
 def _missing(out: Path, episodes: int) -> list[int]:
-    """Returns the indices below `episodes` that have no whole file. Longer leftovers of a bigger run stay."""
+    """Returns the indices below `episodes` that have no complete file. Files of higher indices stay."""
     present = {episode_index(path) for path in out.glob("episode_*_*.npz") if is_whole(path)}
     return [index for index in range(episodes) if index not in present]
 
@@ -169,7 +171,7 @@ def _missing(out: Path, episodes: int) -> list[int]:
 def _spread(
     task: str, policy: str, seed: int, episode_steps: int | None, out: Path, missing: list[int], workers: int
 ) -> Iterator[int]:
-    """Yields how many episodes a worker has written, chunk by chunk."""
+    """Yields the number of episodes of each chunk when a worker has written it."""
     chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
     with worker_pool(max(1, min(workers, len(chunks)))) as submit:
         for future in as_completed(

@@ -1,4 +1,4 @@
-"""A folder of episodes that are being collected: `collect.json`, which says of what, and one process at a time."""
+"""The folder of episodes that `data.collect` writes: its note `collect.json`, and a lock for one process at a time."""
 
 import json
 import sys
@@ -14,12 +14,15 @@ NOTE = "collect.json"
 
 
 def describe(task: str, policy: str, seed: int, episode_steps: int) -> dict[str, object]:
-    """Returns what `collect.json` says."""
+    """Returns the content of `collect.json` for a dataset, with the installed versions."""
     return {"task": task, "policy": policy, "seed": seed, "episode_steps": episode_steps, "versions": _versions()}
 
 
 def claim(out: Path, description: Mapping[str, object]) -> None:
-    """Makes the folder and its note, or checks that its own says the same; DataError when it does not."""
+    """Creates the folder and its `collect.json`. If they exist, checks that everything but the versions agrees.
+
+    DataError when something disagrees, and when the folder holds episodes without a readable `collect.json`.
+    """
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; --out names a folder. Choose another")
     out.mkdir(parents=True, exist_ok=True)
@@ -44,8 +47,10 @@ def claim(out: Path, description: Mapping[str, object]) -> None:
 
 
 def note_versions(out: Path, locks: ExitStack) -> None:
-    """Adds to collect.json the versions that make the missing episodes, and tells where they are others than before:
-    that is no reason not to go on. The file is then another one, which is locked too (`alone`)."""
+    """Adds the installed versions to collect.json, and prints a note if they differ from those recorded.
+
+    Collecting may go on with other versions. Writing replaces collect.json, so the new file is locked too (`alone`).
+    """
     path = out / NOTE
     present = json.loads(path.read_text())
     before, now = present.get("versions") or {}, _versions()
@@ -61,7 +66,7 @@ def note_versions(out: Path, locks: ExitStack) -> None:
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """DataError when another process collects into the same folder: the two would write the same files."""
+    """Locks the folder; DataError when another process collects into it, because both would write the same files."""
     with open(out / NOTE, "rb") as note:
         lock(note, f"another process collects into {out} right now; wait for it, or choose another --out")
         yield

@@ -1,9 +1,9 @@
-"""Takes episodes from one format to another: InFOM's flat HDF5, Minari, metamotivo's buffers, ExoRL's npz, stores.
+"""Converts episodes between formats: InFOM's flat HDF5, Minari, metamotivo's buffers, ExoRL's npz, and stores.
 
     python -m data.convert datasets/walker/rnd --to flat --out rnd_walker_run.hdf5 --task walker-run --relabel
     python -m data.convert walker-walk-v0 --to store --out stores/walker_walk.h5
 
-What SOURCE is, its files say. One episode is in memory at a time.
+The format of SOURCE is found from its files. One episode is in memory at a time.
 """
 
 import json
@@ -47,12 +47,12 @@ def convert(
     spread: bool = False,
     progress: bool = True,
 ) -> None:
-    """Writes the episodes of `source` to `out` in another format.
+    """Writes the episodes of `source` to `out` in the format `to`.
 
-    `task` says whose rewards they hold, where the source does not; with `relabel` its rewards are computed from the
-    physics (`control` as for `data.build`). `skip_steps`, `limit_steps` and `spread` choose episodes (`Selection`).
-    DataError when the source is damaged or nothing known, when it lacks what the format needs, and when something is at
-    `out`.
+    `task` names the task whose rewards the source holds, if the source does not name it. With `relabel`, the rewards of
+    `task` are computed from the physics states (`control` as for `data.build`). `skip_steps`, `limit_steps` and
+    `spread` choose episodes (see `Selection`). DataError when the source is damaged or has no known format, when it
+    lacks data that the new format needs, and when `out` exists.
     """
     selection = Selection(skip_steps, limit_steps, spread)
     for name, value, known in (("--to", to, Format), ("--control", control, Control)):
@@ -139,7 +139,7 @@ def _write(to: Format, out: Path, episodes: Iterable[Trajectory], notes: Mapping
     if to == "store":
         write_store(out, episodes, task=notes["task"], source=notes["source"], control=notes["control"] or None)
     elif to == "episodes":
-        with atomic_folder(out) as folder:  # a part of them would pass for all
+        with atomic_folder(out) as folder:  # atomic, because an incomplete folder looks like a complete one
             for index, episode in enumerate(episodes):
                 write_episode(folder, index, episode)
     else:

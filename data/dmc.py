@@ -1,7 +1,7 @@
-"""dm_control's tasks as gymnasium environments: flat float32 observations, actions in [-1, 1], physics state beside.
+"""dm_control's tasks as gymnasium environments: flat float32 observations, actions in [-1, 1], physics states in info.
 
-The environments pay the very same rewards as dm_control's own (`tests/data/test_dmc.py` holds it), and an episode is a
-function of its seed alone.
+The rewards equal those of dm_control's own environments (checked in `tests/data/test_dmc.py`), and an episode is a
+function of its seed and actions.
 """
 
 import copy
@@ -22,24 +22,27 @@ from data.states import outcomes_of, rewards_of
 from data.tasks.catalogue import load_task, task_names
 from data.tasks.custom import HiddenGoal, SignedPlace
 
-_UNLIMITED = 1e9  # dm_control's action specification says 1e10 for an actuator without a range
-_STEPS_WITHOUT_LIMIT = 1000  # dm_control's lqr runs until it is terminated; ours needs an end
+_UNLIMITED = 1e9  # dm_control's action specification has bounds of 1e10 for an actuator without a range
+_STEPS_WITHOUT_LIMIT = 1000  # the time limit of dm_control's lqr, which has none of its own
 
 
 class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, " A"]]):
-    """One task of dm_control or of ours, `domain-task`.
+    """A task of dm_control's suite or of `data.tasks`, named `domain-task`.
 
-    `observation` is dm_control's, flattened in dm_control's own order. An action in [-1, 1] is mapped to the actuators'
-    range as ExoRL maps it; actuators without a range take it as it is. The end of the time limit truncates, with
-    discount 1; only a task that really ends terminates, with discount 0.
+    Observations are dm_control's, flattened in dm_control's order, float32 [O]. An action in [-1, 1] is mapped linearly
+    to the actuators' range, as in ExoRL; actuators without a range take it unchanged. At the time limit an episode is
+    truncated, with discount 1. An episode terminates only where the task itself ends it, with discount 0.
 
-    `info` holds `physics` (float64 state of MuJoCo: positions, velocities, activations) and `discount`.
+    `info` holds `physics` (MuJoCo's state: positions, velocities, activations; float64 [P]) and `discount`.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
     def __init__(self, task: str, *, episode_steps: int | None = None, render_mode: str | None = None) -> None:
-        """Loads the task; `episode_steps` replaces its own time limit. DataError when there is no such task."""
+        """Loads the task. `episode_steps` replaces the task's time limit. `render_mode` is "rgb_array" or None.
+
+        DataError when there is no such task, or a setting is invalid.
+        """
         if episode_steps is not None and episode_steps < 1:
             raise DataError(f"episode_steps must be at least 1; got {episode_steps}")
         if render_mode not in (None, "rgb_array"):
@@ -66,12 +69,12 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
 
     @property
     def physics(self) -> engine.Physics:
-        """dm_control's simulation of the task, for those who know what they do: `step` expects it as it left it."""
+        """dm_control's physics object. Do not change it between steps: `step` continues from the state it left."""
         return self._physics
 
     @property
     def has_goal(self) -> bool:
-        """Whether the task hides a goal, which `reset` may be given."""
+        """Whether the task hides a goal. If so, `reset` accepts a goal."""
         return isinstance(self._task, HiddenGoal)
 
     def reset(
@@ -79,10 +82,10 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
     ) -> tuple[Float32[np.ndarray, " O"], dict[str, Any]]:
         """Returns the first observation and info of a new episode.
 
-        The episode depends on the seed (one integer, or several that name it together) and the options alone; without a
-        seed the random stream goes on. `options={"goal": array}` gives a hidden-goal task its goal and leaves
-        the start as it was; `{"sign": array}` gives a map its sign. DataError for an option, a goal or a sign that does
-        not fit.
+        The episode depends only on the seed (an integer, or a sequence of integers) and the options. Without a seed the
+        random stream continues. `options={"goal": array}` sets the goal [G] of a hidden-goal task and does not change
+        the start state. `options={"sign": array}` sets the sign [S] of a map task. DataError for a negative seed, an
+        unknown option, and a goal or sign that does not fit the task.
         """
         if seed is not None and np.min(seed) < 0:
             raise DataError(f"{self.task_name}: a seed is not negative; got {seed}")
@@ -108,8 +111,8 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
     ) -> tuple[Float32[np.ndarray, " O"], float, bool, bool, dict[str, Any]]:
         """Returns observation, reward, terminated, truncated and info after one action.
 
-        gymnasium.error.ResetNeeded when the episode is over (or never began); DataError for an action of another shape,
-        outside [-1, 1] or not a number.
+        gymnasium.error.ResetNeeded when the episode is over or no episode was started. DataError for an action that has
+        another shape, lies outside [-1, 1] or is NaN.
         """
         if self._steps_left == 0:
             raise gymnasium.error.ResetNeeded(
@@ -123,7 +126,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         observation = self._observe()
         self._steps_left -= 1
         truncated = self._steps_left == 0
-        # dm_control asks for termination only before the time limit, and so do we.
+        # As in dm_control, the last step before the time limit always truncates and never terminates.
         discount = None if truncated else self._task.get_termination(self._physics)
         terminated = discount is not None
         if terminated:
@@ -131,9 +134,10 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         return observation, reward, terminated, truncated, self._info(discount if terminated else 1.0)
 
     def render(self) -> np.ndarray | None:
-        """Returns a frame, uint8 [240, 320, 3], with the hidden goal shown; None when render_mode is None.
+        """Returns a frame, uint8 [240, 320, 3], which shows the hidden goal if there is one; None if render_mode is
+        None.
 
-        RuntimeError by dm_control when MUJOCO_GL is "disabled": set it to "egl" or "osmesa".
+        dm_control raises RuntimeError when MUJOCO_GL is "disabled": set it to "egl" or "osmesa".
         """
         if self.render_mode is None:
             return None
@@ -142,11 +146,14 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         return self._physics.render(height=240, width=320, camera_id=0)
 
     def native_action(self, action: Float[np.ndarray, "*M A"]) -> Float64[np.ndarray, "*M A"]:
-        """Returns the actuators' control for actions in [-1, 1], roundings beyond it clipped; DataError if none."""
+        """Returns the actuators' controls for actions in [-1, 1]; rounding errors up to 1e-6 beyond are clipped.
+
+        DataError for another number of action dimensions, actions further outside, and NaN.
+        """
         action = np.asarray(action, np.float64)
         if action.shape[-1:] != self._action_low.shape:
             raise DataError(f"{self.task_name}: an action has shape {self._action_low.shape}; got {action.shape}")
-        # Written so that NaN fails too.
+        # This form of the comparison also catches NaN.
         outside = ~(np.abs(action) <= 1.0 + ROUNDING).all(axis=-1)
         if outside.any():
             first = action[outside][0]
@@ -158,7 +165,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         return self._physics.get_state()
 
     def set_physics_state(self, state: Float64[np.ndarray, " P"]) -> None:
-        """Puts the body into a state, at rest of any control; the episode's step count and goal stay."""
+        """Sets MuJoCo's state, with zero control. The episode's step count and goal do not change."""
         size = self._physics.get_state().size
         if np.shape(state) != (size,):
             raise DataError(f"{self.task_name}: a physics state has {size} numbers; got shape {np.shape(state)}")
@@ -168,10 +175,10 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
     def rewards_at(
         self, states: Float64[np.ndarray, "M P"], actions: Float[np.ndarray, "M A"] | None
     ) -> Float64[np.ndarray, " M"]:
-        """Returns what the task pays where an action has led to a state, for M of them in any order.
+        """Returns the rewards of M pairs of a state and the action that led to it, in any order.
 
-        Without actions the control is 0, as ExoRL has it. Whatever the model draws anew for an episode is as it is now
-        (`set_extras`). The present episode, if there is one, is over afterwards. DataError when the shapes do not fit.
+        If `actions` is None, the control is 0, as in ExoRL. What the task draws for an episode keeps its current value
+        (see `set_extras`). Ends the current episode: a reset is needed afterwards. DataError when shapes do not fit.
         """
         physics = self._physics
         size = physics.get_state().size
@@ -186,22 +193,25 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
     def outcomes_at(
         self, states: Float64[np.ndarray, "M P"], actions: Float[np.ndarray, "M A"]
     ) -> tuple[Float32[np.ndarray, "M O"], Float64[np.ndarray, " M"]]:
-        """Returns what M states show, and what is paid where the actions have led to them: `rewards_at` and more, of
-        the tasks in `data.states.SHOWN_AT_ONCE`."""
+        """Returns the observations of M states, and the rewards of these states and the actions that led to them.
+
+        Only for the tasks in `data.states.SHOWN_AT_ONCE`. Ends the current episode.
+        """
         self._steps_left = 0
         return outcomes_of(self.task_name, self._task, self._physics, states, self.native_action(actions))
 
     def extras(self) -> dict[str, Float64[np.ndarray, " E"]]:
-        """Returns what was drawn for this episode and neither action nor physics state can tell, by name.
+        """Returns the values drawn for this episode that neither actions nor physics states contain, by name.
 
-        `goal` of a hidden-goal task, `target` of a suite task that moves its target, `gains` of `point_mass-hard`.
+        These are `goal` of a hidden-goal task, `target` of a suite task that moves its target, and `gains` of
+        `point_mass-hard`; other tasks have none.
         """
         if self.has_goal:
             return {"goal": np.array(self._task.goal)}
         return episode_randomization.read(self.task_name, self._physics)
 
     def set_extras(self, extras: Mapping[str, Float[np.ndarray, " E"]]) -> None:
-        """Restores what `extras()` returned; DataError when the task's own value is missing or of another size."""
+        """Restores the values that `extras()` returned; DataError when a value is missing or has another size."""
         restored = {}
         for key, present in self.extras().items():
             if key not in extras:
@@ -219,9 +229,9 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
             episode_randomization.write(self.task_name, self._physics, restored)
 
     def clone(self) -> "Environment":
-        """Returns another environment of the same task, much faster than loading one; it needs a reset().
+        """Returns another environment of the same task, much faster than loading one. Call its reset() first.
 
-        The compiled model is shared where no episode changes it.
+        The compiled model is shared unless episodes of the task change it.
         """
         other = copy.copy(self)
         other._physics = self._physics.copy(share_model=not episode_randomization.changes_model(self.task_name))
@@ -241,7 +251,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
         self._task.next_sign = self._numbers("sign", np.asarray(sign, np.float32), self._task.goal_task.sign_size)
 
     def _numbers(self, name: str, numbers: np.ndarray, size: int) -> np.ndarray:
-        """Returns the numbers; raises DataError unless they are `size` finite ones."""
+        """Returns `numbers`; raises DataError unless they are `size` finite numbers."""
         if numbers.shape != (size,) or not np.isfinite(numbers).all():
             raise DataError(f"{self.task_name}: a {name} is {size} finite numbers; got {numbers.tolist()}")
         return numbers
@@ -255,7 +265,7 @@ class Environment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, "
 
 
 def make(task: str, **options: Any) -> Environment:
-    """Returns the environment of a task, named `domain-task`; options as `Environment` takes them."""
+    """Returns the environment of a task named `domain-task`; `options` are passed to `Environment`."""
     return Environment(task, **options)
 
 
@@ -268,6 +278,6 @@ def register() -> None:
 
 
 def _own_steps(environment: control.Environment) -> int:
-    # dm_control counts up to a float quotient, which rounding may leave a hair above a whole number.
+    # dm_control's step limit is a quotient of floats, which rounding may leave slightly above an integer.
     limit = environment._step_limit
     return math.ceil(limit - 1e-6) if math.isfinite(limit) else _STEPS_WITHOUT_LIMIT

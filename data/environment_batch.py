@@ -1,4 +1,4 @@
-"""EnvironmentBatch: many environments of one task, stepped in lock step."""
+"""EnvironmentBatch: several environments of one task, stepped together."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from data.errors import DataError
 
 
 class BatchStep(NamedTuple):
-    """What one action in every environment of a batch gave; a row per environment."""
+    """The result of one step of every environment of a batch; a row per environment."""
 
     observation: Float32[np.ndarray, "B O"]
     reward: Float64[np.ndarray, " B"]
@@ -20,14 +20,14 @@ class BatchStep(NamedTuple):
 
 
 class EnvironmentBatch:
-    """Environments of one task stepped in lock step, bitwise the same as that many single ones.
+    """Environments of one task, stepped together; the results are bitwise those of separate environments.
 
-    It loads the task once and clones it, because loading is what takes long. A row whose episode is over rests until
-    the next reset: it is paid 0 and keeps its last observation and flags, so that rows may end at different times.
+    The task is loaded once and cloned, because loading is slow. Rows may end at different times: a row whose episode is
+    over is not stepped until the next reset. Its reward is 0, and it keeps its last observation and flags.
     """
 
     def __init__(self, task: str, count: int, *, episode_steps: int | None = None) -> None:
-        """DataError when there is no such task, or count is below 1."""
+        """Creates `count` environments; DataError when there is no such task, or count is below 1."""
         if count < 1:
             raise DataError(f"a batch needs at least one environment; got count={count}")
         first = Environment(task, episode_steps=episode_steps)
@@ -44,7 +44,7 @@ class EnvironmentBatch:
 
     @property
     def over(self) -> Bool[np.ndarray, " B"]:
-        """Which rows rest until the next reset."""
+        """A mask of the rows whose episode is over."""
         return self._terminated | self._truncated
 
     def reset(
@@ -53,8 +53,11 @@ class EnvironmentBatch:
         goals: Float[np.ndarray, "B G"] | None = None,
         signs: Float[np.ndarray, "B S"] | None = None,
     ) -> Float32[np.ndarray, "B O"]:
-        """Returns the first observations of new episodes, a seed (a goal, a sign) per row; fewer leave the rest
-        over."""
+        """Returns the first observations of new episodes, with one seed (and goal, and sign) per row.
+
+        With fewer seeds than rows, the remaining rows count as over, and their observation is 0. DataError for too many
+        seeds, or for seeds and goals of different numbers.
+        """
         count = len(self)
         if len(seeds) > count or (goals is not None and len(goals) != len(seeds)):
             raise DataError(
@@ -70,7 +73,7 @@ class EnvironmentBatch:
         return self._observation.copy()
 
     def step(self, actions: Float[np.ndarray, "B A"]) -> BatchStep:
-        """Returns what every row's action gave. Rows whose episode is over ignore theirs."""
+        """Steps every row with its action. Rows whose episode is over ignore their action."""
         if np.shape(actions) != (len(self), self.action_size):
             raise DataError(
                 f"actions of this batch have shape {(len(self), self.action_size)}; got {np.shape(actions)}"
@@ -82,5 +85,5 @@ class EnvironmentBatch:
         return BatchStep(self._observation.copy(), reward, self._terminated.copy(), self._truncated.copy())
 
     def physics_states(self) -> Float64[np.ndarray, "B P"]:
-        """Returns every row's MuJoCo state."""
+        """Returns the MuJoCo state of every row."""
         return np.stack([environment.physics_state() for environment in self.environments])

@@ -1,4 +1,4 @@
-"""What a suite task draws into the compiled model for every episode: read it to keep it, write it to restore it."""
+"""Reads and restores the values of MuJoCo's compiled model that a suite task draws for every episode."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,15 +9,16 @@ from jaxtyping import Float, Float64
 
 
 class EpisodeRandomization(NamedTuple):
-    """Entries of the compiled model that a task draws anew for every episode; the physics state does not hold them."""
+    """Entries of the compiled model that a task draws for every episode, and that the physics state does not hold."""
 
     field: str
     row: str | slice
     columns: tuple[str, ...] | None
 
 
-# What an episode must keep beside its physics state so that its rewards can be computed again. Found by reading every
-# task's initialize_episode; tests/data/test_relabel.py compares whole models of two episodes.
+# The entries that must be stored with an episode, besides its physics states, so that its rewards can be computed
+# again. Found by reading every task's initialize_episode; tests/data/test_relabel.py compares whole models of two
+# episodes.
 EPISODE_RANDOMIZATIONS: dict[str, tuple[EpisodeRandomization, ...]] = {
     "finger-turn_easy": (EpisodeRandomization("site_pos", "target", ("x", "z")),),
     "finger-turn_hard": (EpisodeRandomization("site_pos", "target", ("x", "z")),),
@@ -51,7 +52,7 @@ EPISODE_RANDOMIZATIONS: dict[str, tuple[EpisodeRandomization, ...]] = {
     "swimmer-swimmer15": (EpisodeRandomization("geom_pos", "target", ("x", "y")),),
 }
 
-# Entries as above, or a terrain, which no reward depends on and which is too large to keep.
+# The tasks above, and one that draws a terrain, which is too large to store and on which no reward depends.
 _CHANGES_MODEL = {*EPISODE_RANDOMIZATIONS, "quadruped-escape"}
 
 
@@ -61,13 +62,13 @@ def changes_model(task: str) -> bool:
 
 
 def read(task: str, physics: mujoco.Physics) -> dict[str, Float64[np.ndarray, " E"]]:
-    """Returns the present episode's values by name: `target`, or `gains` of `point_mass-hard`; none for most tasks."""
+    """Returns the current episode's values by name: `target`, or `gains` of `point_mass-hard`; {} for most tasks."""
     entries = EPISODE_RANDOMIZATIONS.get(task, ())
     return {_key(task): np.concatenate([np.ravel(_entries(physics, entry)) for entry in entries])} if entries else {}
 
 
 def write(task: str, physics: mujoco.Physics, values: Mapping[str, Float[np.ndarray, " E"]]) -> None:
-    """Puts what `read` returned back into the model; the next computation of the physics sees it."""
+    """Writes values from `read` back into the model; they take effect when the physics is next computed."""
     for entry in EPISODE_RANDOMIZATIONS.get(task, ()):
         value = values[_key(task)]
         size = _entries(physics, entry).size
@@ -76,7 +77,7 @@ def write(task: str, physics: mujoco.Physics, values: Mapping[str, Float[np.ndar
 
 
 def _entries(physics: mujoco.Physics, entry: EpisodeRandomization, value: np.ndarray | None = None) -> np.ndarray:
-    """Returns the model's present entries, after writing them if a value is given."""
+    """Returns the model's current entries; if `value` is given, writes it first."""
     if entry.columns is None:
         array, index = getattr(physics.model, entry.field), entry.row
     else:

@@ -1,5 +1,5 @@
-"""The one exception a user of the data package can cause."""
+"""The exception for errors that a user of the data package can cause."""
 
 
 class DataError(ValueError):
-    """Data or arguments that cannot work: the message says what is wrong, what we got and what to do."""
+    """Invalid data or arguments. The message says what is wrong, what was given and what to do."""

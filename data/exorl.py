@@ -1,7 +1,8 @@
-"""ExoRL's episodes on disk, read and written: one compressed npz each, named `<anything>_<index>_<length>.npz`.
+"""Reads and writes ExoRL's episode files: a compressed npz per episode, named `<anything>_<index>_<length>.npz`.
 
 Row 0 of action, reward and discount is a dummy; row t holds the action that led *to* observation t (Yarats et al. 2022,
-`ExtendedTimeStepWrapper`). A `Trajectory` has no dummy, so a step t here is row t + 1 there:
+`ExtendedTimeStepWrapper`). A `Trajectory` has no dummy, so its step t is row t + 1 of the file (left: file, right:
+`Trajectory`):
 
     row          0      1      2                      step        0      1
     observation  o0     o1     o2                     observation o0     o1     o2
@@ -28,17 +29,17 @@ from data.errors import DataError
 from data.trajectory import Trajectory
 
 _NAME = re.compile(r".*_(\d+)_(\d+)\.npz")
-# What zipfile and NumPy raise for an archive that is damaged or holds pickled objects. Their only word for much of it
-# is ValueError or RuntimeError; nothing of ours runs where this is caught.
+# The exceptions of zipfile and NumPy for an archive that is damaged or holds pickled objects. They often raise only
+# ValueError or RuntimeError; so catch these only around calls of those libraries.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 _ROWS = ("observation", "action", "reward", "discount")
-TASK_REWARDS = "task_rewards"  # the extra that holds the rewards of several tasks, a column each
+TASK_REWARDS = "task_rewards"  # the key in `extras` of the rewards of several tasks, one column per task
 
 
 def write_episode(folder: str | Path, index: int, trajectory: Trajectory) -> Path:
     """Writes `trajectory` as `folder/episode_<index>_<length>.npz` and returns that path.
 
-    Atomic: the file appears under its name only when it is whole; a failed write leaves nothing behind.
+    Atomic: the file appears under its name only when it is complete; a failed write leaves nothing behind.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +55,8 @@ def write_episode(folder: str | Path, index: int, trajectory: Trajectory) -> Pat
     taken = sorted(set(trajectory.extras) & {*_ROWS, "physics"})
     if taken:
         raise DataError(f"{trajectory.source}: extras may not use the episode's own keys; got {taken}; rename them")
-    # A fixed name, so that a killed writer's leftover is overwritten when the same episode is written again. (Not
-    # atomic_file, which waits for the disk: thousands of small files would take far longer.)
+    # The temporary name is fixed, so that the file of a killed writer is overwritten when the same episode is written
+    # again. (atomic_file calls fsync, which would take far longer for thousands of small files.)
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
@@ -70,13 +71,13 @@ def write_episode(folder: str | Path, index: int, trajectory: Trajectory) -> Pat
 
 
 def read_episode(path: str | Path) -> Trajectory:
-    """Returns the episode at `path`, dummy row dropped.
+    """Returns the episode at `path`, without the dummy row.
 
-    Unknown keys with a row per observation (a skill) go to `extras`; others are left out. Where several tasks are paid
-    at once, as in ExoRL's maze, `reward` is the first one's, and `extras` holds all as TASK_REWARDS. Actions up to 1e-6
-    outside of [-1, 1], eight roundings of float32, are clipped to it. DataError, which names the file, when it is cut
-    off, damaged or no npz, holds Python objects, lacks a key, has wrong shapes or a length other than its name says,
-    holds NaN, or an action further outside.
+    Unknown keys with a row per observation (such as a skill) go to `extras`; other unknown keys are left out. If the
+    file has rewards of several tasks, as in ExoRL's maze, `reward` is that of the first task, and `extras` holds all as
+    TASK_REWARDS. Actions up to 1e-6 (eight float32 rounding errors) outside [-1, 1] are clipped. DataError, which names
+    the file, when it is truncated, damaged or no npz, holds Python objects, lacks a key, has wrong shapes or a length
+    other than in its name, or holds NaN or an action further outside.
     """
     path = Path(path)
     arrays = _read_arrays(path)
@@ -106,7 +107,7 @@ def read_episode(path: str | Path) -> Trajectory:
 
 
 def read_reward(path: str | Path) -> Float32[np.ndarray, " M"]:
-    """Returns the rewards of the episode at `path` as `read_episode` does, without reading the rest of it."""
+    """Returns the rewards of the episode at `path`, as in `read_episode`, without decoding the other arrays."""
     path = Path(path)
     arrays = _read_arrays(path, only="reward")
     _check_keys(path, ("reward",), arrays)
@@ -118,9 +119,10 @@ def read_reward(path: str | Path) -> Float32[np.ndarray, " M"]:
 
 
 def list_episodes(folder: str | Path) -> list[Path]:
-    """Returns the episodes of `folder` (or of `folder/buffer`, as in ExoRL's zips) in file-name order, ExoRL's own.
+    """Returns the paths of the episodes in `folder` (or in `folder/buffer`, as in ExoRL's zips), sorted by file name.
 
-    DataError when there are none, or when an npz file there is not named like an episode.
+    ExoRL's own loader has the same order. DataError when there are no episodes, or an npz file has another kind of
+    name.
     """
     folder = Path(folder)
     if (folder / "buffer").is_dir():
@@ -143,8 +145,8 @@ def list_episodes(folder: str | Path) -> list[Path]:
 
 
 def collected(folder: Path) -> dict[str, Any]:
-    """Returns what `data.collect` wrote about a folder of episodes: task, policy, seed, versions; nothing where it was
-    made by others. DataError when `collect.json` is something else."""
+    """Returns the content of a folder's `collect.json`: task, policy, seed, episode_steps and versions; {} if there is
+    none. DataError when the file was not written by `data.collect`."""
     note = folder / "collect.json"
     if not note.is_file():
         return {}
@@ -158,7 +160,7 @@ def collected(folder: Path) -> dict[str, Any]:
 
 
 def episode_length(path: str | Path) -> int:
-    """Returns the number of steps that the name of an episode from `list_episodes` says."""
+    """Returns the number of steps, as given in an episode's file name; DataError for any other name."""
     named = _NAME.fullmatch(Path(path).name)
     if named is None:
         raise DataError(f"{path}: not named like an ExoRL episode, <name>_<index>_<length>.npz")
@@ -166,16 +168,16 @@ def episode_length(path: str | Path) -> int:
 
 
 def episode_index(path: str | Path) -> int | None:
-    """Returns the number that the name of an episode says; None when it is not named like one."""
+    """Returns the index given in an episode's file name; None for any other name."""
     named = _NAME.fullmatch(Path(path).name)
     return None if named is None else int(named[1])
 
 
 def is_whole(path: str | Path) -> bool:
-    """Returns whether an archive with observations in it has its directory, which stands at the end of the file.
+    """Returns whether the file is a zip archive that lists an observation array; the list is at the end of the file.
 
-    An episode appears under its name only when complete, so what is left is what a lost power supply can do. To read
-    every array would take as long as to collect them.
+    An episode appears under its name only when it is complete, so this only has to find files truncated by a power
+    failure. Reading every array would take as long as collecting the episodes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -219,7 +221,7 @@ def _read_arrays(path: Path, only: str | None = None) -> dict[str, np.ndarray]:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    # Read to the end, where zipfile compares the checksum; np.load stops before it.
+    # Reads to the end of the member, where zipfile compares the checksum; np.load stops before that.
     content = io.BytesIO(archive.read(name))
     return np.lib.format.read_array(content, allow_pickle=False)
 

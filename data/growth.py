@@ -1,4 +1,7 @@
-"""Chains that grow in the course of training: short ones teach to look up, long ones to find it among many."""
+"""A curriculum of chain lengths: training starts with short chains and ends with long ones.
+
+Short chains teach a model to look up earlier timesteps; long ones teach it to find them among many.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,21 +11,21 @@ from data.errors import DataError
 
 @dataclass(frozen=True)
 class Growth:
-    """Trajectories of a chain by training step: each of `lengths` for an equal share of the first `steps`.
+    """The number of trajectories of a chain, by training step: each of `lengths` for an equal share of the first
+    `steps` steps.
 
-    A row of a batch then holds as many short chains side by side as there is room for, so that every step costs the
-    same.
+    While chains are short, a row of a batch holds several of them side by side, so that every step costs the same.
     """
 
     lengths: tuple[int, ...] = ()
     steps: int = 0
 
     def at(self, step: int, longest: int) -> int:
-        """Returns the trajectories of a chain at a step; `longest` once the growing is over."""
+        """Returns the number of trajectories of a chain at training step `step`; `longest` from step `steps` on."""
         return self.lengths[step * len(self.lengths) // self.steps] if step < self.steps and self.lengths else longest
 
     def check(self, longest: int) -> None:
-        """Raises DataError unless rows of `longest` trajectories can be cut into each of the lengths."""
+        """Raises DataError unless `lengths` ascend and all divide `longest`, the number of trajectories of a row."""
         misfit: Sequence[int] = [length for length in self.lengths if length < 1 or longest % length]
         if misfit or list(self.lengths) != sorted(self.lengths):
             raise DataError(

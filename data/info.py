@@ -1,4 +1,4 @@
-"""Says what a store or a folder of episodes holds, on one screen.
+"""Summarises a store or a folder of episodes on one screen.
 
 python -m data.info stores/walker_walk_rnd.h5 datasets/walker/rnd
 """
@@ -20,19 +20,20 @@ _WIDTH = 50  # of the longest bar
 
 
 def describe(path: str | Path, progress: bool = False) -> str:
-    """Returns what the store, or the folder of ExoRL episodes, at `path` holds: at most 25 lines.
+    """Returns a summary of the store, or of the folder of ExoRL episodes, at `path`: text of at most 25 lines.
 
-    Of a folder all rewards are read (a millisecond an episode), and one episode whole. DataError when there is neither,
-    and when one of them is damaged.
+    For a folder, the rewards of all episodes are read (a millisecond per episode), and one whole episode. DataError
+    when `path` is neither a store nor such a folder, and when a file is damaged.
     """
     path = Path(path)
     return _of_folder(path, progress) if path.is_dir() else _of_store(path)
 
 
 def histogram(values: Float[np.ndarray, " N"]) -> list[str]:
-    """Returns a line for each of ten equal ranges: from, to, a bar, how many; one line where all are (nearly) equal."""
+    """Returns a text histogram: a line for each of ten equal bins, with its bounds, a bar and the count. If all values
+    are equal up to rounding, returns one line."""
     low, high = float(values.min()), float(values.max())
-    # Below the precision of float32 sums, equal returns differ by their roundings.
+    # Differences below the precision of float32 sums are rounding errors.
     if high - low <= 1e-6 * max(1.0, abs(low), abs(high)):
         return [f"  all {low:.6g}"]
     counts, edges = np.histogram(values, bins=_BINS)

@@ -1,4 +1,4 @@
-"""LazyField: one field of a store, read from disk where it is asked for and then kept."""
+"""LazyField: one field of a store, whose rows are read from disk when first used and then kept in memory."""
 
 import numpy as np
 
@@ -8,16 +8,16 @@ BLOCK = 256  # rows read at a time
 
 
 class LazyField:
-    """The rows of one field; `field[rows]` reads those that it has not read yet.
+    """The rows of one field. `field[rows]` reads the blocks of rows that were not read before.
 
-    So a host that works on a part of every chain never reads the rest. A copy that is pickled reads for itself.
+    So a host that works on a part of every chain never reads the rest.
     """
 
     def __init__(self, store: TrajectoryStore, field: str) -> None:
         self.store, self.field = store, field
         shape, dtype = store.shape(field), store.dtype(field)
         self.is_read = np.zeros(-(-shape[0] // BLOCK), bool)
-        self._values = np.empty(shape, dtype)  # memory that nobody has touched takes no room
+        self._values = np.empty(shape, dtype)  # the system allocates pages of it only when they are written
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         blocks = rows // BLOCK

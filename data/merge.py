@@ -1,9 +1,9 @@
-"""Makes one store of the shards that `python -m data.build --shard I/N` wrote.
+"""Joins the shards that `python -m data.build --shard I/N` wrote into one store.
 
     python -m data.merge stores/walker_walk_rnd.h5
 
-It is the store that one build would have written: the same numbers in the same order, and that build finds it up to
-date. One episode is in memory at a time.
+The result holds the same numbers in the same order as the store that a single build would have written, and that build
+finds it up to date. One episode is in memory at a time.
 """
 
 import sys
@@ -24,9 +24,9 @@ from data.trajectory import Trajectory
 
 
 def merge(out: str | Path, *, delete: bool = False, progress: bool = True) -> TrajectoryStore:
-    """Writes the store `out` from its shards, which lie beside it, and returns it; `delete` removes them then.
+    """Writes the store `out` from the shards beside it, and returns it; with `delete`, then deletes the shards.
 
-    DataError when some are missing, damaged, or of different builds, and when something else than a store is at `out`.
+    DataError when shards are missing, damaged or of different builds, and when `out` exists and is not a store.
     """
     out = cli.named_path("OUT", out)
     check_own(out)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _whole_set(out: Path) -> list[Path]:
-    """Returns the shards in order; DataError unless they are all there, and of one number."""
+    """Returns the shards in order; DataError if some are missing, or belong to builds with different shard counts."""
     found = shards_of(out)
     counts = {shard.count for shard in found}
     if not counts:

@@ -1,4 +1,4 @@
-"""Whole episodes in one call: actions that are known beforehand need no Python between steps (`mujoco.rollout`)."""
+"""Plays a sequence of actions in one call of `mujoco.rollout`, without Python between steps."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from data.dmc import Environment
 from data.states import SHOWN_AT_ONCE
 
 _STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS
-_AT_ONCE = 1000  # actions in a call: memory stays flat
+_AT_ONCE = 1000  # actions per call, so that memory use does not grow with the episode
 
 
 class Played(NamedTuple):
-    """What M actions led to: a row after each of them."""
+    """The results of M actions, a row after each action."""
 
     observation: Float32[np.ndarray, "M O"]
     reward: Float32[np.ndarray, " M"]
@@ -23,14 +23,16 @@ class Played(NamedTuple):
 
 
 def can_play(task: str) -> bool:
-    """Returns whether `play` knows the task: walker, cheetah and point mass, which never end before their time."""
+    """Returns whether `play` supports the task. It does for tasks of walker, cheetah and point mass, which never
+    terminate before the time limit."""
     return task in SHOWN_AT_ONCE
 
 
 def play(environment: Environment, actions: Float[np.ndarray, "M A"]) -> Played:
-    """Returns what as many `step`s return, to the last bit, much faster; the episode is over. For tasks of `can_play`.
+    """Plays M actions from the environment's current state. The results equal those of M calls of `step` to the last
+    bit, and are computed much faster.
 
-    dm_control's PhysicsError when the simulation breaks down.
+    Only for tasks with `can_play`. Ends the current episode. dm_control's PhysicsError when the simulation diverges.
     """
     pieces = np.split(actions, range(_AT_ONCE, len(actions), _AT_ONCE))
     physics = np.concatenate([_checked(environment, piece) for piece in pieces])
@@ -39,10 +41,10 @@ def play(environment: Environment, actions: Float[np.ndarray, "M A"]) -> Played:
 
 
 def states_after(environment: Environment, actions: Float[np.ndarray, "M A"]) -> Float64[np.ndarray, "M P"]:
-    """Returns the physics state after each of the actions, from the environment's present state on.
+    """Returns the physics state after each action, starting from the environment's current state.
 
-    They are, to the last bit, those that as many `step`s lead to. The environment is left in the last of them. Nothing
-    is checked: a simulation that breaks down stays where it did.
+    The states equal those after calls of `step` to the last bit. The environment is left in the last state. Does not
+    check for divergence: a diverged simulation keeps its last state.
     """
     pieces = np.split(environment.native_action(actions), range(_AT_ONCE, len(actions), _AT_ONCE))
     return np.concatenate([_states_after(environment, piece) for piece in pieces])
@@ -58,8 +60,8 @@ def _states_after(environment: Environment, controls: Float64[np.ndarray, "M A"]
     start = np.empty((1, mujoco.mj_stateSize(model, _STATE)))
     mujoco.mj_getState(model, data, start[0], _STATE)
     held = np.repeat(controls, environment.substeps, axis=0)[None]
-    # The warm start of the constraint solver is no part of that state, and decides the last bits of a contact.
+    # The constraint solver's warm start is not part of that state, and affects the last bits of contact forces.
     states, _ = rollout.rollout(model, data, start, held, initial_warmstart=data.qacc_warmstart[None].copy())
     after = states[0, environment.substeps - 1 :: environment.substeps]
     size = environment.physics_state().size
-    return after[:, 1 : 1 + size]  # behind the time
+    return after[:, 1 : 1 + size]  # column 0 is the time

@@ -1,4 +1,4 @@
-"""Origin: what a store was made from, so that a builder knows its work again and shards become one store."""
+"""Origin: what a store was made from. It lets a build find a store up to date, and a merge find shards that match."""
 
 import hashlib
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ _DIGESTS = "source_digests"
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The episodes' files, each by a digest of name and bytes, and the settings that made a store of them, as JSON."""
+    """The sources of a store: a digest of the name and bytes of every episode file, and the build settings as JSON."""
 
     settings: str = ""
     digests: UInt8[np.ndarray, "F 32"] = field(default_factory=lambda: np.empty((0, 32), np.uint8))
@@ -27,7 +27,7 @@ class Origin:
 
     @property
     def made_from(self) -> str:
-        """The hash of all of it, 64 hex digits; empty where nothing is known."""
+        """The hash of all fields, 64 hex digits; "" if the origin is not known."""
         if not self.settings:
             return ""
         return hashlib.sha256(
@@ -35,14 +35,14 @@ class Origin:
         ).hexdigest()
 
     def write(self, file: h5py.File) -> None:
-        """Writes it into a store that is being made."""
+        """Writes the origin into the open file of a store."""
         file.attrs.update(made_from=self.made_from, settings=self.settings, shard=self.shard, whole=self.whole)
         if len(self.digests):
             file[_DIGESTS] = self.digests
 
     @classmethod
     def of(cls, path: Path) -> "Origin":
-        """Returns that of the store at `path`; empty where it was made before stores kept it."""
+        """Returns the origin of the store at `path`; an empty one if the store has none."""
         file, _ = open_store(path)
         with file:
             digests = file[_DIGESTS][:] if _DIGESTS in file else np.empty((0, 32), np.uint8)
@@ -51,11 +51,11 @@ class Origin:
 
 
 def whole_of(paths: Iterable[Path]) -> str:
-    """Returns the hash of names and sizes of episodes, which every machine that builds a shard of them sees alike."""
+    """Returns the hash of the names and sizes of all chosen episodes; it must agree between the shards of a store."""
     return hashlib.sha256("".join(f"{path.name}\n{path.stat().st_size}\n" for path in paths).encode()).hexdigest()
 
 
 def digest(path: Path) -> bytes:
-    """Returns a hash of a file's name and bytes, 32 bytes."""
+    """Returns the SHA-256 of a file's name and the hash of its bytes, 32 bytes."""
     with open(path, "rb") as file:
         return hashlib.sha256(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest()).digest()

@@ -1,8 +1,8 @@
-"""Behaviours that fill a dataset: noise without a task, wandering between waypoints, and scripted controllers.
+"""Policies that collect data: noise, wandering between waypoints, and scripted controllers.
 
-A policy is a function `(environment, rng) -> act`, called at the start of an episode, right after its reset. It draws
-from `rng` alone, so that an episode is a function of its seed. `act(step, physics)` returns the
-action, float32 in [-1, 1].
+A policy is a function `(environment, rng) -> act`, called once per episode, right after the reset. It draws random
+numbers only from `rng`, so that an episode is a function of its seed. `act(step, physics)` takes the index of the step
+and the physics state [P], and returns the action, float32 [A] in [-1, 1].
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Act = Callable[[int, Float[np.ndarray, " P"]], Float32[np.ndarray, " A"]]
 
 
 class Planned(NamedTuple):
-    """Actions that are known before the episode, whatever happens in it; an `Act`."""
+    """An `Act` whose actions are all fixed before the episode."""
 
     actions: Float32[np.ndarray, "M A"]
 
@@ -36,24 +36,25 @@ _WAYPOINT_NOISE = 0.2
 
 
 def uniform(environment: Environment, rng: np.random.Generator) -> Act:
-    """Returns a policy whose every action is uniform over the box."""
+    """Returns a policy whose actions are independent and uniform over [-1, 1]."""
     return Planned(_uniform_actions(environment, rng))
 
 
 def repeat(environment: Environment, rng: np.random.Generator) -> Act:
-    """Returns a policy that holds a uniform action for 1 to 10 steps, then draws another: it gets about more."""
+    """Returns a policy that holds a uniform action for 1 to 10 steps, then draws another, so that it moves farther."""
     steps = environment.episode_steps
     holds = rng.integers(1, _LONGEST_REPEAT + 1, steps)
     return Planned(np.repeat(_uniform_actions(environment, rng), holds, axis=0)[:steps])
 
 
 def pink(environment: Environment, rng: np.random.Generator) -> Act:
-    """Returns a policy of pink noise (power as 1/frequency) of unit variance, cut off at the box.
+    """Returns a policy of pink noise (power proportional to 1/frequency) of unit variance, clipped to [-1, 1].
 
-    Eberhard et al. 2023, "Pink Noise Is All You Need": between white noise, which stays where it is, and a random walk.
+    Eberhard et al. 2023, "Pink Noise Is All You Need". Pink noise lies between white noise, whose effects average out
+    near the start, and a random walk.
     """
     steps, size = environment.episode_steps, environment.action_space.shape[0]
-    # Drawn in the frequency domain (Timmer & Koenig 1995); the zero frequency has the weight of the lowest one.
+    # Drawn in the frequency domain (Timmer & Koenig 1995). Frequency 0 gets the weight of the lowest positive one.
     frequency = np.fft.rfftfreq(2 * steps)
     weight = 1.0 / np.sqrt(np.maximum(frequency, frequency[1]))
     spectrum = weight * (rng.standard_normal((size, weight.size)) + 1j * rng.standard_normal((size, weight.size)))
@@ -63,11 +64,12 @@ def pink(environment: Environment, rng: np.random.Generator) -> Act:
 
 
 def waypoints(environment: Environment, rng: np.random.Generator) -> Act:
-    """Returns a policy for a hidden-goal task: straight to a random place and stay there, or on to a second one.
+    """Returns a policy for a hidden-goal task: goes straight to a random place and stays, or goes on to a second one.
 
-    Half of the episodes know one waypoint, half two, with the change somewhere in the middle half of the episode.
-    Waypoints are drawn as goals are. A share of the actions, itself uniform up to 20 %, is replaced by uniform noise,
-    each on its own: noise that lasts would teach a model to copy its last action.
+    Half of the episodes have one waypoint, and half have two, with the change at a uniformly random step in the middle
+    half of the episode. Waypoints are drawn as goals are. Each action is independently replaced by uniform noise, with
+    a probability that is uniform up to 20 % over the episodes. Correlated noise would teach a model to copy its last
+    action. DataError for a task without a hidden goal.
     """
     task = goal_task(environment.task_name)
     if task is None:
@@ -87,10 +89,10 @@ def waypoints(environment: Environment, rng: np.random.Generator) -> Act:
 
 
 def scripted(environment: Environment, rng: np.random.Generator) -> Act:
-    """Returns a controller that knows the task (and what it hides), made worse by noise.
+    """Returns a scripted controller, which is given the task's hidden goal if there is one, with noise in its actions.
 
-    The share of actions replaced by uniform noise is uniform over the episodes, which spreads their returns from those
-    of chance to the controller's own. DataError for a task without a controller.
+    Each action is replaced by uniform noise with a probability that is uniform over the episodes. So their returns
+    range from those of random actions to those of the controller. DataError for a task without a controller.
     """
     noise = _noise(environment, rng, share=rng.uniform())
     control = controller(environment)
@@ -107,7 +109,7 @@ POLICIES: dict[str, Callable[[Environment, np.random.Generator], Act]] = {
 
 
 def controller(environment: Environment) -> Controller:
-    """Returns the scripted controller of the environment's present episode: what somebody who knows everything does.
+    """Returns a scripted controller for the environment's current episode; it uses the hidden goal and other extras.
 
     DataError for a task that has none.
     """
@@ -122,7 +124,7 @@ def controller(environment: Environment) -> Controller:
 
 
 def _point_mass(environment: Environment) -> Controller:
-    # The reward falls with the control, and the target is twice as wide as the steady error: small gains do.
+    # The reward falls with the control, so the gains are small: the target is still twice as wide as the steady error.
     gains = environment.extras()["gains"].reshape(2, 2) if environment.task_name == "point_mass-hard" else np.eye(2)
     mixing = np.linalg.inv(gains.T)  # joint force = gains^T control
 
@@ -139,7 +141,7 @@ def _reacher(environment: Environment) -> Controller:
 
 
 def _pendulum(environment: Environment) -> Controller:
-    """Pumps energy until the pole can reach the top (Astrom & Furuta 2000), and holds it there."""
+    """Pumps energy until the pole can reach the top (Astrom & Furuta 2000), then balances it there."""
     return _pendulum_action
 
 
@@ -149,14 +151,14 @@ def _pendulum_action(physics: Float[np.ndarray, " 2"]) -> Float32[np.ndarray, " 
     if abs(angle) < 0.3:
         torque = -8.0 * angle - 2.0 * speed
     else:
-        # A point mass on a rod of half a metre under g = 9.81, in units of its mass and length squared.
+        # The energy of a point mass on a rod of 0.5 m under g = 9.81 m/s^2, divided by its mass and length squared.
         energy = 0.5 * speed**2 + 9.81 / 0.5 * (np.cos(angle) - 1.0)
         torque = -np.sign(energy) * (1.0 if speed >= 0 else -1.0)
     return np.array([np.clip(torque, -1.0, 1.0)], np.float32)
 
 
 def _cartpole(environment: Environment) -> Controller:
-    """Pumps energy into the pole with the cart near the middle (Astrom & Furuta 2000), and balances it at the top."""
+    """Pumps energy into the pole with the cart near the middle (Astrom & Furuta 2000), then balances it at the top."""
     return _cartpole_action
 
 
@@ -164,8 +166,8 @@ def _cartpole_action(physics: Float[np.ndarray, " 4"]) -> Float32[np.ndarray, " 
     position, angle, velocity, speed = physics
     angle = (angle + np.pi) % (2 * np.pi) - np.pi  # 0 is upright
     if abs(angle) < 0.35 and abs(speed) < 4.0:
-        # The linear-quadratic regulator of dm_control's model (1 kg cart, 0.1 kg pole of 1 m, 10 N) about the top, for
-        # the costs 2, 10, 1, 1 of the state and 4 of the control.
+        # The linear-quadratic regulator of dm_control's model (1 kg cart, 0.1 kg pole of 1 m, 10 N) about the top, with
+        # costs of 2, 10, 1 and 1 for the state and 4 for the control.
         force = 0.707 * position + 6.949 * angle + 1.047 * velocity + 1.814 * speed
         return np.array([np.clip(force, -1.0, 1.0)], np.float32)
     energy = _POLE_INERTIA * speed**2 / 2 + 0.1 * 9.81 * 0.5 * (np.cos(angle) - 1.0)
@@ -173,7 +175,7 @@ def _cartpole_action(physics: Float[np.ndarray, " 4"]) -> Float32[np.ndarray, " 
     return np.array([np.clip(force, -1.0, 1.0)], np.float32)
 
 
-_POLE_INERTIA = 0.1 / 3  # of a 0.1 kg rod of 1 m about its end
+_POLE_INERTIA = 0.1 / 3  # moment of inertia of a 0.1 kg rod of 1 m about its end, kg m^2
 
 
 _CONTROLLERS: dict[str, Callable[[Environment], Controller]] = {
@@ -192,7 +194,7 @@ def _uniform_actions(environment: Environment, rng: np.random.Generator) -> Floa
 
 
 def _noise(environment: Environment, rng: np.random.Generator, *, share: float) -> dict[int, np.ndarray]:
-    """Returns the uniform actions of a share of the steps, by step; which steps they are is drawn one by one."""
+    """Returns {step: uniform random action}; each step is included independently with probability `share`."""
     chosen = np.flatnonzero(rng.random(environment.episode_steps) < share)
     actions = rng.uniform(-1.0, 1.0, (chosen.size, environment.action_space.shape[0])).astype(np.float32)
     return dict(zip(chosen.tolist(), actions, strict=True))

@@ -1,9 +1,9 @@
-"""The reward of stored physics states, under the task that paid them or any other of the same body.
+"""Computes the rewards of stored physics states, for any task of the same body.
 
-ExoRL's trick (Yarats et al. 2022): data gathered without a reward serves every task. Its own code drops the control: it
-computes rewards at control 0, although the actions are in the file, so that all tasks that charge for control come out
-too well paid (by up to a quarter in `cartpole-swingup`, `point_mass-easy`). `control="actual"` pays as the environment
-does, to 1e-6; `control="exorl"` is for comparisons with published numbers.
+This is ExoRL's idea (Yarats et al. 2022): data collected without rewards serves every task. ExoRL's own code computes
+rewards with control 0, although the actions are in the file. So the rewards of all tasks with a control cost come out
+too high (by up to a quarter in `cartpole-swingup` and `point_mass-easy`). With `control="actual"` rewards equal those
+of the environment to 1e-6; `control="exorl"` is for comparisons with published numbers.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from data.trajectory import Trajectory
 Control = Literal["actual", "exorl"]
 
 _DOG = "it pays for the forces under the paws, which follow from the step before and are not in the physics state"
-# Tasks whose reward is no function of state, control and what the episode drew; a test holds all others to 1e-6.
+# Tasks whose reward is not a function of state, control and extras. A test checks all other tasks to 1e-6.
 _REFUSED: dict[str, str] = {f"dog-{task}": _DOG for task in ("fetch", "run", "stand", "trot", "walk")}
 
 
 def why_refused(task: str) -> str | None:
-    """Returns why a task's rewards cannot be computed from what is stored; None where they can."""
+    """Returns the reason why a task's rewards cannot be computed from stored episodes; None if they can."""
     return _REFUSED.get(task)
 
 
@@ -39,11 +39,11 @@ def relabel(
     control: Control = "actual",
     goal: Float[np.ndarray, " G"] | None = None,
 ) -> Float32[np.ndarray, " M"]:
-    """Returns the reward that `task` pays for every step of the trajectory.
+    """Returns the reward of `task` for every step of the trajectory.
 
-    What the task draws for an episode (a hidden goal, a target) is taken from the trajectory's extras, or from `goal`.
-    DataError when the trajectory has no physics states or those of another body, when what was drawn is unknown, and
-    for the tasks whose reward is no function of all this.
+    Values that the task draws per episode (a hidden goal, a target) come from the trajectory's extras, or from `goal`.
+    DataError when the trajectory has no physics states or those of another body, when a drawn value is unknown, and for
+    the tasks of `why_refused`.
     """
     check_task(task)
     if control not in ("actual", "exorl"):
@@ -62,7 +62,7 @@ def relabel(
 
 
 def check_body(environment: Environment, trajectory: Trajectory) -> None:
-    """DataError when an episode has no physics states, or those of another body than the environment's."""
+    """Raises DataError when an episode has no physics states, or its sizes are not those of the environment's body."""
     if trajectory.physics is None:
         raise DataError(
             f"{trajectory.source}: no physics states, and nothing can be computed for {environment.task_name} without. "
@@ -85,7 +85,8 @@ def _environment(task: str) -> Environment:
 def drawn_for(
     task: str, environment: Environment, trajectory: Trajectory, goal: Float[np.ndarray, " G"] | None = None
 ) -> Mapping[str, np.ndarray]:
-    """Returns the values of this episode for what the task draws, by name; DataError when it did not keep them."""
+    """Returns by name the values that the task draws per episode, from `goal` or else from the trajectory's extras;
+    DataError when the extras lack them."""
     drawn = {}
     for key, present in environment.extras().items():
         if goal is not None:

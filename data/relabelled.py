@@ -1,4 +1,4 @@
-"""Episodes read and relabelled by a pool of processes, in their order, a few of them in memory at a time."""
+"""Reads and relabels episodes in a pool of processes, in order, with only a few episodes in memory at a time."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from data.reward_log import RewardLog
 from data.trajectory import Trajectory
 from data.worker_pool import worker_pool
 
-# Episodes in flight per worker: enough that none waits, few enough that memory stays flat.
+# Episodes in flight per worker: enough that no worker waits, and few enough that memory use stays small.
 _AHEAD = 4
 
 Reward = Float32[np.ndarray, " M"]
@@ -26,7 +26,10 @@ Read = Callable[[Path, Reward | None], Trajectory | DataError]
 
 
 def unlabelled_episodes(paths: Sequence[Path], skipped: list[str] | None) -> Iterator[Trajectory]:
-    """Yields the episodes of a task that hides its goal: with physics, and rewards of 0. See `relabelled_episodes`."""
+    """Yields the episodes of a task that hides its goal, with physics states and rewards of 0.
+
+    `skipped` is as for `relabelled_episodes`.
+    """
     for path in paths:
         yield from _kept(_attempt(_read_without_reward, path, tolerant=skipped is not None), skipped)
 
@@ -40,11 +43,11 @@ def relabelled_episodes(
     log: RewardLog,
     skipped: list[str] | None,
 ) -> Iterator[Trajectory]:
-    """Yields the episodes in order, with the task's rewards and without physics; rewards that the log knows are taken
-    from it, others added to it.
+    """Yields the episodes in order, with the task's rewards and without physics states.
 
-    DataError names the episode that cannot be used; where there is a list `skipped`, its message goes there and to
-    stderr, and the episode is left out.
+    Rewards in `log` are taken from it; others are computed and added to it. DataError names an episode that cannot be
+    used. If `skipped` is a list, such an episode is left out instead, and the message is added to the list and printed
+    to stderr.
     """
     one = partial(_relabel_episode, task, control, skipped is not None)
     known = ((path, log.get(digest)) for path, digest in zip(paths, digests, strict=True))
@@ -86,7 +89,7 @@ def _attempt(read: Callable[[Path], Trajectory], path: Path, *, tolerant: bool) 
 def _relabel_episode(
     task: str, control: Control, tolerant: bool, path: Path, reward: Reward | None
 ) -> Trajectory | DataError:
-    """Runs in a worker; physics stays behind, it would only be carried back to be dropped."""
+    """Runs in a worker. Drops the physics states, so that they are not sent back to the parent."""
 
     def labelled(path: Path) -> Trajectory:
         trajectory = _read_with_physics(path)
@@ -98,7 +101,7 @@ def _relabel_episode(
 
 def _read_without_reward(path: Path) -> Trajectory:
     trajectory = _read_with_physics(path)
-    # Without a sign, where there is one: chains give every visit another.
+    # Drops the sign of a map task from the observation, because the sampler of chains gives every visit a new sign.
     observation = trajectory.observation[:, : trajectory.physics.shape[1]]
     return replace(trajectory, observation=observation, reward=np.zeros_like(trajectory.reward))
 

@@ -1,10 +1,10 @@
-"""Plays stored actions again from the first physics state, and says how far today's simulator drifts from the file.
+"""Replays stored actions from the first physics state, and reports how far the simulator drifts from the stored states.
 
     python -m data.replay datasets/walker/rnd [--task walker-walk] [--limit-steps 100000 --spread] [--json drift.json]
 
-MuJoCo changes, and episodes stay: where the states drift apart early, rewards that are computed from the states are
-still those of the file, and an agent that learns from it meets another body in its evaluation. Actions that are off by
-one row are found too.
+MuJoCo's versions differ, and a stored episode was made with one of them. Where the states drift apart early, rewards
+computed from the stored states are still right, but an agent trained on the file is evaluated with different dynamics.
+The command also finds files whose actions are off by one row.
 """
 
 import json
@@ -36,15 +36,15 @@ from data.trajectory import Trajectory
 from data.worker_pool import check_workers, worker_pool
 
 THRESHOLDS = (1e-9, 1e-6, 1e-3)
-_WINDOW = 10  # steps beyond the first that differs, in which actions a row further must fit to be called off by one
-_FITS = 1e-3  # of the difference without the shift
-# What their episodes draw changes how the body moves, and no file keeps it.
+_WINDOW = 10  # steps after the first that differs; actions shifted by a row must fit there to be called off by one
+_FITS = 1e-3  # they fit if the shift reduces the largest difference to this share
+# Tasks that draw something for an episode which changes how the body moves and which no file stores.
 _REFUSED = {"quadruped-escape": "every episode draws a terrain, which is too large to be kept"}
 
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """How far an episode that is played again drifts from the stored one."""
+    """The difference between the physics states of a replayed episode and the stored ones."""
 
     episode: str
     by_step: Float64[np.ndarray, " M"]
@@ -54,18 +54,18 @@ class Drift:
 
     @property
     def largest(self) -> float:
-        """The largest difference of all steps."""
+        """The largest difference over all steps."""
         return float(self.by_step.max())
 
     def first_beyond(self, threshold: float) -> int | None:
-        """Returns the first step, counted from 1, whose difference is larger than that; None where there is none."""
+        """Returns the first step, counted from 1, whose difference exceeds `threshold` or is NaN; None if none does."""
         beyond = np.flatnonzero(~(self.by_step <= threshold))
         return int(beyond[0]) + 1 if beyond.size else None
 
 
 @dataclass(frozen=True, eq=False)
 class Replayed:
-    """The drift of the episodes of a folder."""
+    """The drift of every replayed episode of a folder."""
 
     folder: Path
     task: str
@@ -74,12 +74,12 @@ class Replayed:
     drifts: list[Drift]
 
     def by_step(self) -> Float64[np.ndarray, " M"]:
-        """Returns the largest difference of all episodes after each step."""
+        """Returns, for each step, the largest difference over all episodes; f64[M] with M of the longest episode."""
         longest = max(len(drift.by_step) for drift in self.drifts)
         return np.max([np.pad(drift.by_step, (0, longest - len(drift.by_step))) for drift in self.drifts], axis=0)
 
     def text(self) -> str:
-        """Returns the drift at a glance."""
+        """Returns a summary of the drift as text, several lines."""
         worst = max(self.drifts, key=lambda drift: drift.largest)
         steps = sum(len(drift.by_step) for drift in self.drifts)
         lines = [
@@ -102,7 +102,8 @@ class Replayed:
         return "\n".join(line.rstrip() for line in lines)
 
     def content(self) -> dict[str, Any]:
-        """Returns the same and more, as JSON has it; keys of `first_beyond` are the thresholds."""
+        """Returns the drift of the folder and of every episode as a JSON object; keys of `first_beyond` are the
+        thresholds."""
         return {
             "folder": str(self.folder),
             "task": self.task,
@@ -125,15 +126,15 @@ class Replayed:
 
 
 def replay(trajectory: Trajectory, task: str) -> Drift:
-    """Returns the drift of an episode whose actions are played in `task` (or another one of its body).
+    """Plays an episode's actions in `task`, which has the same body as the episode's own task, and returns the drift.
 
-    DataError when it has no physics states or those of another body, and when what the task draws for an episode, and
-    the body's motion depends on, was not kept.
+    DataError when the episode has no physics states or those of another body, and when it lacks a value that the task
+    draws per episode and that changes how the body moves.
     """
     _check_playable(task)
     environment = _environment(task)
     check_body(environment, trajectory)
-    if not environment.has_goal:  # which moves nothing
+    if not environment.has_goal:  # a hidden goal does not change how the body moves
         environment.set_extras(drawn_for(task, environment, trajectory))
     states, actions = trajectory.physics, clipped_actions(trajectory.action, trajectory.source)
     by_step = _difference(environment, states, actions)
@@ -147,9 +148,10 @@ def replay_folder(
     workers: int = 1,
     progress: bool = True,
 ) -> Replayed:
-    """Returns the drift of a folder's episodes; task: None for the one that collect.json names.
+    """Replays the selected episodes of a folder in `workers` processes and returns their drift.
 
-    DataError, which names the file, when an episode is damaged or cannot be played again.
+    If `task` is None, it is the task that collect.json names. DataError, which names the file, when an episode is
+    damaged or cannot be replayed; also when no task is known, or the folder was collected on a task of another body.
     """
     check_workers(workers)
     there = list_episodes(folder)
@@ -173,7 +175,7 @@ def replay_folder(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 2 also when actions are off by one row."""
+    """Runs the command and returns its exit status, which is 2 also when actions are off by one row."""
     parser = cli.Parser(prog="python -m data.replay", description="How far stored episodes drift when played again.")
     parser.add_argument("folder", help="folder of episodes, or one with a buffer/ in it")
     parser.add_argument("--task", help="domain-task; the one of collect.json where there is one")
@@ -210,17 +212,17 @@ def _check_playable(task: str) -> None:
 
 
 def _check_collected_for(folder: Path, on: str, task: str) -> None:
-    """DataError unless an action does in `task` what it did in the task that the folder was collected on."""
+    """Raises DataError unless actions have the same effect in `task` as in the task `on` of the folder."""
     hidden, asked = goal_task(on), goal_task(task)
     same = body(on) == body(task) and (hidden is None) == (asked is None)
-    if hidden is not None and asked is not None:  # which hold an action for longer, each for its own time
+    if hidden is not None and asked is not None:  # each hidden-goal task holds its actions for a time of its own
         same = hidden.collected_on == asked.collected_on
     if not same:
         raise DataError(f"{folder} was collected on {on!r}, whose actions are none of {task!r}; leave --task out")
 
 
 def _difference(environment: Environment, states: np.ndarray, actions: np.ndarray) -> Float64[np.ndarray, " M"]:
-    """Returns the largest difference after each step of actions that are played from the first state."""
+    """Plays actions from the first state, and returns the largest difference from `states` after each step."""
     environment.set_physics_state(states[0])
     return np.abs(states_after(environment, actions) - states[1:]).max(axis=1)
 
@@ -257,7 +259,7 @@ def _environment(task: str) -> Environment:
 
 
 def _marks(longest: int) -> list[int]:
-    """Returns the powers of ten up to the longest episode, and its end."""
+    """Returns the powers of ten up to the length of the longest episode, and that length."""
     powers = [10**exponent for exponent in range(len(str(longest)))]
     return sorted({*powers, longest})
 

@@ -1,10 +1,10 @@
-"""RewardLog: the rewards that a build has computed so far, on disk, so that a killed one goes on where it was.
+"""RewardLog: the rewards that a build has computed so far, on disk, so that a killed build can continue.
 
-To compute them takes twenty times as long as to read the episodes again. The file lies beside the store that is being
-built, hidden, and is gone when that is whole:
+Computing the rewards takes twenty times as long as reading the episodes again. The log is a hidden file beside the
+store that is being built, and is deleted when the store is complete:
 
-    32 bytes      what the rewards are of: task, control, versions
-    then, for each episode: 32 bytes of its digest, the number of its steps and a checksum (u32 each), its rewards (f32)
+    32 bytes      hash of the settings: task, control, store format, versions
+    then, for each episode: its digest (32 bytes), the number of steps and a checksum (u32 each), its rewards (f32)
 """
 
 import io
@@ -16,28 +16,29 @@ import numpy as np
 from jaxtyping import Float32
 
 _HEAD = struct.Struct("<32sII")
-_WORTH = 20_000  # steps that take a few seconds; fewer are computed anew
+_WORTH = 20_000  # steps per write; computing this many takes a few seconds, which a killed build may lose
 
 
 class RewardLog:
-    """Rewards by episode: those of before, and those that are added. What a killed writer cut off is left out."""
+    """The rewards of episodes by digest: those read from an existing log, and appended ones, which go to disk in
+    batches. A truncated record at the end of the log is ignored."""
 
     def __init__(self, out: Path, of: bytes) -> None:
-        """Reads the log of the store `out`, if it is `of` the same settings (32 bytes)."""
+        """Reads the log of the store `out`, if it begins with `of`, the 32-byte hash of the settings."""
         self.path = out.with_name(f".{out.name}.rlring-rewards")
         self._of = of
         self._known, self._size = _read(self.path, of)
         self._pending: list[bytes] = []
         self._steps = 0
         self._file: io.FileIO | None = None
-        self._is_full = False  # of a full disk
+        self._is_full = False  # the disk is full
 
     def get(self, digest: bytes) -> Float32[np.ndarray, " M"] | None:
-        """Returns the rewards of an episode, None where they are not known."""
+        """Returns the rewards of an episode that were in the log when it was opened; None if it had none."""
         return self._known.get(digest)
 
     def add(self, digest: bytes, reward: Float32[np.ndarray, " M"]) -> None:
-        """Keeps the rewards of an episode. On a full disk it does not, and the build goes on without."""
+        """Appends the rewards of an episode. If the disk is full, does nothing, so that the build can go on."""
         rows = np.ascontiguousarray(reward, "<f4").tobytes()
         self._pending.append(_HEAD.pack(digest, len(reward), zlib.crc32(digest + rows)) + rows)
         self._steps += len(reward)
@@ -50,7 +51,7 @@ class RewardLog:
             self._pending.clear()
 
     def close(self, *, delete: bool) -> None:
-        """Closes the file, and deletes it when the store is whole."""
+        """Closes the file; with `delete`, deletes it. Rewards added since the last write are not written."""
         if self._file is not None:
             self._file.close()
         if delete:
@@ -69,7 +70,8 @@ class RewardLog:
 
 
 def _read(path: Path, of: bytes) -> tuple[dict[bytes, np.ndarray], int]:
-    """Returns the whole records of a log, and how many bytes they take; none, 0, where it is of other settings."""
+    """Returns the complete records of a log, and the size of the log up to their end in bytes; ({}, 0) if the log has
+    other settings or does not exist."""
     known: dict[bytes, np.ndarray] = {}
     if not path.is_file():
         return known, 0

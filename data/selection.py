@@ -1,4 +1,4 @@
-"""Which episodes of a folder a store is built from: all, the first, a slice, or some spread over all; its shards."""
+"""Selects the episodes of a folder from which a store is built, and divides them into shards."""
 
 import re
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from data.errors import DataError
 
 @dataclass(frozen=True)
 class Selection:
-    """Episodes in file-name order, always whole: those that end after `skip_steps` and within `limit_steps` more.
+    """Selects whole episodes in file-name order: those that end after the first `skip_steps` steps, and within the
+    `limit_steps` steps that follow.
 
-    With `spread`, episodes at equal distances instead, as many as `limit_steps` has room for. (ExoRL's own loader reads
-    the first 1,000,000 steps; InFOM skips 5,000,000 and takes 500,000.)
+    With `spread`, it selects episodes at equal distances instead, as many as fit in `limit_steps`. (ExoRL's own loader
+    reads the first 1,000,000 steps; InFOM skips 5,000,000 and takes 500,000.)
     """
 
     skip_steps: int = 0
@@ -32,7 +33,8 @@ class Selection:
             raise DataError("--spread takes as many episodes as --limit-steps has room for; give that too")
 
     def choose(self, lengths: Sequence[int] | Int[np.ndarray, " E"], where: Path) -> list[int]:
-        """Returns which episodes are chosen, of those with so many steps at `where`; DataError when they are none."""
+        """Returns the indices of the selected episodes. `lengths` has the steps of every episode, and `where` is named
+        in errors. DataError when nothing is selected."""
         lengths = np.asarray(lengths)
         ends = np.cumsum(lengths)
         begin = int(np.searchsorted(ends, self.skip_steps, side="right")) if self.skip_steps else 0
@@ -51,7 +53,7 @@ class Selection:
         return (begin + _spread(lengths[begin:], self.limit_steps)).tolist()
 
     def describe(self, chosen: int, there: int) -> str:
-        """Returns in words which so many of the episodes that are there are chosen."""
+        """Returns the selection in words; `chosen` of `there` episodes were selected."""
         after = f", after the first {self.skip_steps} steps" if self.skip_steps else ""
         if self.spread:
             return f"{chosen} of {there} episodes, spread evenly{after}"
@@ -62,27 +64,27 @@ class Selection:
 
 @dataclass(frozen=True)
 class Shard:
-    """One of `count` parts of the chosen episodes: part `index`, counted from 0."""
+    """Part `index`, counted from 0, of the selected episodes divided into `count` parts."""
 
     index: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        """Returns the shard that `I/N` names; DataError when it names none."""
+        """Returns the shard for the text `I/N`; DataError when the text is not of this form, or I >= N."""
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         if found is None or int(found[1]) >= int(found[2]):
             raise DataError(f"--shard is I/N, with I from 0 to N - 1, such as 0/8; got {text!r}")
         return cls(int(found[1]), int(found[2]))
 
     def choose(self, paths: Sequence[Path]) -> list[Path]:
-        """Returns the shard's part of the chosen episodes; DataError when there are fewer of them than shards."""
+        """Returns the shard's part of `paths`; DataError when there are fewer paths than shards."""
         if len(paths) < self.count:
             raise DataError(f"--shard {self}: only {len(paths)} episodes are chosen; use at most as many shards")
         return [paths[row] for row in np.array_split(np.arange(len(paths)), self.count)[self.index]]
 
     def path(self, out: Path) -> Path:
-        """Returns where the shard of the store `out` lies: beside it."""
+        """Returns the path of this shard of the store `out`, in the same folder."""
         return out.with_name(f"{out.stem}.shard-{self.index}-of-{self.count}{out.suffix}")
 
     def __str__(self) -> str:
@@ -90,17 +92,18 @@ class Shard:
 
 
 def shards_of(out: Path) -> dict[Shard, Path]:
-    """Returns the shards of the store `out` that are there."""
+    """Returns the existing shards of the store `out` and their paths."""
     name = re.compile(re.escape(out.stem) + r"\.shard-(\d+)-of-(\d+)" + re.escape(out.suffix))
     found = {path: name.fullmatch(path.name) for path in sorted(out.parent.glob("*"))}
     return {Shard(int(match[1]), int(match[2])): path for path, match in found.items() if match}
 
 
 def _spread(lengths: np.ndarray, limit: int) -> np.ndarray:
-    """Returns the indices of as many episodes at equal distances as have at most `limit` steps together."""
+    """Returns the indices of episodes at equal distances, as many as have at most `limit` steps together (at least
+    one)."""
     count = min(len(lengths), int(limit / lengths.mean()) + 1)
     while True:
-        # Each stands in the middle of its equal part.
+        # The episodes are divided into `count` equal parts; the middle one of each part is selected.
         chosen = ((np.arange(count) + 0.5) * len(lengths) / count).astype(int)
         if count == 1 or lengths[chosen].sum() <= limit:
             return chosen

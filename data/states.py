@@ -1,4 +1,4 @@
-"""What tasks pay and show in many physics states: one after the other, or at once in dm_control's own formulas."""
+"""Computes rewards and observations of many physics states, one at a time or vectorised with dm_control's own code."""
 
 from collections.abc import Iterator
 from types import MethodType, SimpleNamespace
@@ -18,7 +18,8 @@ _BODIES = (
     *(f"walker-{name}" for name in ("stand", "walk", "run", "flip", "spin")),
     *(f"cheetah-{name}" for name in ("run", "run_backward", "walk", "walk_backward", "flip", "flip_backward")),
 )
-# Formulas that take numbers elementwise; a test holds each to the bits of one state after the other.
+# Tasks whose reward code works elementwise on arrays of states. A test checks that the results are bitwise equal to
+# those computed one state at a time. SHOWN_AT_ONCE is the same for observations.
 PAID_AT_ONCE = frozenset(
     {*_BODIES, *_POINT_MASSES, "hopper-hop", "pendulum-swingup"}
     | {f"quadruped-{name}" for name in ("stand", "walk", "run", "jump")}
@@ -26,9 +27,9 @@ PAID_AT_ONCE = frozenset(
 )
 SHOWN_AT_ONCE = frozenset({*_BODIES, *_POINT_MASSES, *maze.BUILDERS})
 
-_AT_ONCE = 1000  # states in memory with all that was computed from them
+_AT_ONCE = 1000  # states that are held in memory at a time, with all values computed from them
 _STATE = mujoco.mjtState.mjSTATE_QPOS | mujoco.mjtState.mjSTATE_QVEL | mujoco.mjtState.mjSTATE_ACT
-# What the formulas of a body read, beside positions, velocities and the control.
+# The fields of MuJoCo's data that the tasks of a body read, besides positions, velocities and the control.
 _COMPUTED = {
     "cheetah": ("sensordata", "subtree_angmom"),
     "hopper": ("xipos", "sensordata"),
@@ -48,7 +49,7 @@ def rewards_of(
     states: Float64[np.ndarray, "M P"],
     controls: Float64[np.ndarray, "M A"],
 ) -> Float64[np.ndarray, " M"]:
-    """Returns what the task of that name pays where a control has led to a state, for M of them in any order."""
+    """Returns the rewards of task `name` for M pairs of a state and the control that led to it, in any order."""
     if name in PAID_AT_ONCE:
         return np.concatenate([piece.rewards(name, task) for piece in _pieces(name, physics, states, controls)])
     return np.array([task.get_reward(physics) for _ in _visited(physics, states, controls)], np.float64)
@@ -61,7 +62,8 @@ def outcomes_of(
     states: Float64[np.ndarray, "M P"],
     controls: Float64[np.ndarray, "M A"],
 ) -> tuple[Float32[np.ndarray, "M O"], Float64[np.ndarray, " M"]]:
-    """Returns what a task of SHOWN_AT_ONCE shows of M states, flattened in dm_control's own order, and what it pays."""
+    """Returns observations, flattened in dm_control's order, and rewards of M pairs of a state and the control that led
+    to it. `name` is a task of SHOWN_AT_ONCE."""
     shown, paid = [], []
     for piece in _pieces(name, physics, states, controls):
         shown.append(piece.observations(task))
@@ -73,9 +75,10 @@ def outcomes_of(
 
 
 class States:
-    """The physics in M states at once, asked as dm_control's own is: every array has M as one more dimension, its last.
+    """M physics states with the interface of dm_control's Physics; every array has M as an additional last dimension.
 
-    The methods of a domain's physics (`walker.Physics.torso_height`) are dm_control's own code, run on these arrays.
+    The methods of a domain's Physics class, such as `walker.Physics.torso_height`, are dm_control's own code, run on
+    these arrays.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class States:
         states: Float64[np.ndarray, "M P"],
         controls: Float64[np.ndarray, "M A"],
     ) -> None:
-        """Computes what the task of that name reads of every state."""
+        """Computes for every state the fields of MuJoCo's data that the task `name` reads."""
         source = [(field, getattr(physics.data, field)) for field in _COMPUTED[name.split("-")[0]]]
         computed = {field: np.empty((len(states), *values.shape)) for field, values in source}
         for row in _visited(physics, states, controls):
@@ -110,23 +113,24 @@ class States:
         return MethodType(getattr(self._class, name), self)
 
     def mass_to_target_dist(self) -> Float64[np.ndarray, " M"]:
-        """Returns the point mass's distance from its target: dm_control's norm would be one number for all states."""
+        """Returns the point mass's distance from its target. (dm_control's method would return one norm over all
+        states.)"""
         offsets = np.ascontiguousarray(self.mass_to_target().T)
         return np.sqrt([offset.dot(offset) for offset in offsets])
 
     def rewards(self, name: str, task: control.Task) -> Float64[np.ndarray, " M"]:
-        """Returns what a task of PAID_AT_ONCE pays."""
+        """Returns the rewards of the states; `name` is a task of PAID_AT_ONCE."""
         paid = _point_mass_reward(self) if name in _POINT_MASSES else task.get_reward(self)
         return np.broadcast_to(paid, len(self))
 
     def observations(self, task: control.Task) -> Float32[np.ndarray, "M O"]:
-        """Returns what a task of SHOWN_AT_ONCE shows, flattened in dm_control's own order."""
+        """Returns the observations of the states, flattened in dm_control's order, for a task of SHOWN_AT_ONCE."""
         parts = task.get_observation(self).values()
         return np.concatenate([np.reshape(part, (-1, len(self))) for part in parts]).T.astype(np.float32)
 
 
 class _Named:
-    """dm_control's named access to a field of many states."""
+    """dm_control's access by name to a field, for many states."""
 
     def __init__(self, indexer: Any, values: np.ndarray) -> None:
         self._axes, self._values = indexer.axes, values
@@ -137,7 +141,7 @@ class _Named:
 
 
 def _point_mass_reward(states: States) -> Float64[np.ndarray, " M"]:
-    """`dm_control.suite.point_mass`, whose mean over the actions would be one over the states too."""
+    """Returns the reward of `dm_control.suite.point_mass`, whose own code would average over the states too."""
     size = states.named.model.geom_size["target", 0]
     near = rewards.tolerance(states.mass_to_target_dist(), bounds=(0, size), margin=size)
     small = rewards.tolerance(states.control(), margin=1, value_at_margin=0, sigmoid="quadratic").mean(axis=0)
@@ -147,12 +151,12 @@ def _point_mass_reward(states: States) -> Float64[np.ndarray, " M"]:
 def _visited(
     physics: engine.Physics, states: Float64[np.ndarray, "M P"], controls: Float64[np.ndarray, "M A"]
 ) -> Iterator[int]:
-    """Yields every row with the physics in its state and under its control, as a step would have left it."""
+    """Yields the index of each state while `physics` is in that state with its control, as after a step."""
     physics.reset()
     model, data = physics.model.ptr, physics.data.ptr
-    # dm_control steps physics so that a reward sees positions, velocities and their sensors of the state it led to, and
-    # nothing that depends on forces. The first half of a MuJoCo step computes just these; contacts and constraints only
-    # enter forces, and without them it takes half the time.
+    # After a dm_control step, a reward sees positions, velocities and the sensors that depend on them, all of the new
+    # state, and nothing that depends on forces. The first half of a MuJoCo step computes just these values. Contacts
+    # and constraints affect only forces; disabling them halves the time.
     with physics.model.disable("contact", "constraint"):
         for row in range(len(states)):
             mujoco.mj_setState(model, data, states[row], _STATE)
@@ -165,7 +169,7 @@ def _visited(
 def _pieces(
     name: str, physics: engine.Physics, states: Float64[np.ndarray, "M P"], controls: Float64[np.ndarray, "M A"]
 ) -> Iterator[States]:
-    """Yields the states in their order, so many at a time as memory has room for."""
+    """Yields the states in order, at most _AT_ONCE at a time."""
     for start in range(0, len(states), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         yield States(name, physics, states[part], controls[part])

@@ -1,13 +1,14 @@
 """TrajectoryStore: every trajectory of one task in one HDF5 file.
 
-Flat arrays plus offsets. Episode e has its steps at `start[e]:start[e + 1]`; what has a row per *observation* (one more
-than steps) is shifted by the episodes before, and lies at `start[e] + e : start[e + 1] + e + 1`:
+The file holds flat arrays and offsets. The steps of episode e are rows `start[e]:start[e + 1]`. Fields with a row per
+*observation* have one row more per episode than fields with a row per step, so there the rows of episode e are
+`start[e] + e : start[e + 1] + e + 1`:
 
     episode             0        1              steps 2 and 3
     action, reward      0 1      2 3 4          start = [0, 2, 5]
     observation         0 1 2    3 4 5 6
 
-`data.store_writer` writes it, `data.store_file` knows whether it is whole.
+`data.store_writer` writes the file; `data.store_file` checks that it is complete and undamaged.
 """
 
 import os
@@ -28,9 +29,9 @@ STEP_FIELDS = ("action", "reward", "discount")  # a row per step; every other fi
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """What normalisation and return targets need, of all observations and all returns in a store.
+    """Statistics of all observations and all returns in a store, for normalisation and for return targets.
 
-    `observation_std` is the true one: 0 where a dimension never changes. Divide by `observation_scale`, 1 there.
+    `observation_std` is 0 where a dimension is constant. To normalise, divide by `observation_scale`, which is 1 there.
     """
 
     observation_mean: np.ndarray  # f32[O]
@@ -42,16 +43,16 @@ class StoreStatistics:
 
     @property
     def observation_scale(self) -> np.ndarray:
-        """The standard deviation, with 1 in place of (numerically) nothing; f32[O]."""
+        """The standard deviation, with 1 for dimensions that are constant up to rounding; f32[O]."""
         constant = self.observation_std <= 1e-6 * np.maximum(1, np.abs(self.observation_mean))
         return np.where(constant, 1, self.observation_std).astype(np.float32)
 
 
 class TrajectoryStore:
-    """The trajectories of one task, read lazily; open one with `TrajectoryStore.open`.
+    """The trajectories of one task, read lazily from a file; open a store with `TrajectoryStore.open`.
 
-    Safe to pickle, and to use after a fork or in a spawned process: the file handle belongs to the process that reads,
-    and only path and content hash travel. A copy that finds another store under its path says so.
+    A store can be pickled, and used after a fork or in a spawned process: every process opens its own file handle.
+    A copy raises DataError when the file at its path has been replaced by a different store.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,7 +68,7 @@ class TrajectoryStore:
             self.fields: tuple[str, ...] = _fields(file)
             self.observation_size = int(file["observation"].shape[1])
             self.action_size = int(file["action"].shape[1])
-            # Which episodes were left out when it was built, and why.
+            # A message per episode that the build left out: which one, and why.
             self.skipped = tuple(text.decode() for text in file["skipped"][:]) if "skipped" in file else ()
         self.task = str(attributes["task"])
         self.source = str(attributes["source"])
@@ -87,9 +88,11 @@ class TrajectoryStore:
 
     @classmethod
     def open(cls, path: str | Path, task: str | None = None) -> "TrajectoryStore":
-        """Returns the store at `path`; DataError when it is no whole store, or (with `task`) one of another task.
+        """Returns the store at `path`.
 
-        The first time a process opens a file it reads all of it and compares the checksum (0.4 s a GB from memory).
+        The first time a process opens a file, it reads the whole file and compares the checksum (0.4 s per GB when the
+        file is cached in memory). DataError when the file is missing, damaged or not a store, and when `task` is given
+        and the store belongs to another task.
         """
         store = cls(path)
         if task is not None and store.task != task:
@@ -101,65 +104,66 @@ class TrajectoryStore:
 
     @property
     def content_hash(self) -> str:
-        """What the numbers are, in 64 hex digits: SHA-256 of every array with its name and type, of the episodes'
+        """SHA-256 of the store's content, 64 hex digits: of every array with its name and type, of the episodes'
         lengths, and of task, goal and control.
 
-        The same episodes built for the same task give the same one, whatever the path, the day and the bytes of the
-        file; one other number or order gives another. Written at build time, so reading it costs nothing.
+        The same episodes built for the same task give the same hash, whatever the path, the date and the byte layout of
+        the file. Any other number or order of episodes gives another hash. It is computed when the store is built.
         """
         return self._content_hash
 
     @property
     def episodes(self) -> int:
-        """The number of trajectories E."""
+        """The number of episodes E."""
         return len(self.start) - 1
 
     @property
     def steps(self) -> int:
-        """The number of steps in all trajectories together."""
+        """The total number of steps of all episodes."""
         return int(self.start[-1])
 
     @property
     def lengths(self) -> np.ndarray:
-        """Steps of each trajectory; i64[E]."""
+        """The number of steps of each episode; i64[E]."""
         return np.diff(self.start)
 
     @property
     def longest(self) -> int:
-        """Steps of the longest trajectory."""
+        """The number of steps of the longest episode."""
         return int(self.lengths.max())
 
     def step_rows(self, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the rows of every step of `episodes` [...], and which are real; i64 and bool [..., longest].
+        """Returns the row index of every step of `episodes` [...], i64 [..., longest], and a mask of the real steps,
+        bool [..., longest].
 
-        Shorter episodes are padded with their last step. The observation that a step acts on is at row + episode.
+        Shorter episodes are padded by repeating their last step. The observation before a step is at row + episode.
         """
         steps, lengths = np.arange(self.longest), self.lengths[episodes][..., None]
         return self.start[episodes][..., None] + np.minimum(steps, lengths - 1), steps < lengths
 
     def column(self, field: str) -> np.ndarray:
-        """Returns all rows of one field in memory, flat."""
+        """Reads a whole field into memory and returns it: the rows of all episodes, one episode after the other."""
         return self._dataset(field)[:]
 
     def rows(self, field: str, rows: slice) -> np.ndarray:
-        """Returns these rows of one field, from disk."""
+        """Returns a slice of the rows of one field, read from disk."""
         return self._dataset(field)[rows]
 
     def shape(self, field: str) -> tuple[int, ...]:
-        """The shape of a whole field."""
+        """Returns the shape of a whole field."""
         return self._dataset(field).shape
 
     def dtype(self, field: str) -> np.dtype:
-        """The type of a field."""
+        """Returns the dtype of a field."""
         return self._dataset(field).dtype
 
     def read(self, field: str, episodes: slice | Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Returns one array per episode asked for, in the order asked; from disk, these episodes only."""
+        """Returns one array per episode of `episodes`, in that order. Only these episodes are read from disk."""
         dataset = self._dataset(field)
         return [dataset[rows] for rows in self._rows(field, episodes)]
 
     def trajectory(self, episode: int) -> Trajectory:
-        """Returns one episode as a checked Trajectory."""
+        """Returns one episode as a Trajectory, which checks its shapes and values."""
         values = {field: self.read(field, [episode])[0] for field in self.fields}
         extras = {field.removeprefix("extras/"): values.pop(field) for field in self.fields if "/" in field}
         return Trajectory(**values, extras=extras, source=f"{self.path} episode {episode}")
@@ -184,7 +188,7 @@ class TrajectoryStore:
     def _dataset(self, field: str) -> h5py.Dataset:
         if field not in self.fields:
             raise DataError(f"{self.path} has no field {field!r}; it has {', '.join(self.fields)}")
-        # A handle inherited through fork shares its file offset and HDF5's caches with the parent: never use it.
+        # Never use a handle inherited through fork: it shares its file offset and HDF5's caches with the parent.
         if self._file is None or self._owner != os.getpid():
             file, self._stamp = open_store(self.path, verified=self._stamp)
             if file.attrs["content_hash"] != self.content_hash:

@@ -1,12 +1,13 @@
-"""The file of a store: HDF5 behind a head that says whose it is, and whether it is as it was written.
+"""The file of a store: an HDF5 file behind a header that identifies the format and holds a checksum.
 
-The head is HDF5's "user block", which the HDF5 library skips: 512 bytes, filled up with zeros,
+The header is HDF5's "user block", which the HDF5 library skips. It is written last, and takes 512 bytes, padded with
+zeros:
 
     rlring trajectory store 2
     crc32 9ae0daaf of 123456 bytes
 
-and written last. It covers all bytes and is compared before the HDF5 library reads anything, because that library
-answers damage with wrong numbers, or never returns (docs/notebook.md has what other checksums cost).
+The checksum covers all bytes behind the header. It is compared before the HDF5 library reads anything, because on a
+damaged file that library may return wrong numbers or never return (docs/notebook.md has the cost of other checksums).
 """
 
 import os
@@ -28,7 +29,7 @@ _BLOCK = 1 << 22
 
 
 class Stamp(NamedTuple):
-    """Which file, and whether somebody has written to it since."""
+    """Identity, size and modification time of a file; two stamps differ when the file was replaced or written to."""
 
     device: int
     inode: int
@@ -37,13 +38,13 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, file: h5py.File | Path) -> "Stamp":
-        """Returns the stamp of an open file, which another may have replaced at its path, or of the one at a path."""
+        """Returns the stamp of an open file, or of the file at a path; they differ once the path was replaced."""
         status = file.stat() if isinstance(file, Path) else os.fstat(file.id.get_vfd_handle())
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def seal(file: BinaryIO) -> None:
-    """Writes the head of a file that is otherwise whole, and open for reading and writing."""
+    """Writes the header of a file that is otherwise complete; the file must be open for reading and writing."""
     file.flush()
     head = _head(file)
     file.seek(0)
@@ -51,9 +52,10 @@ def seal(file: BinaryIO) -> None:
 
 
 def open_store(path: Path, *, verified: Stamp | None = None) -> tuple[h5py.File, Stamp]:
-    """Opens a whole store to read and says which file it was; a file `verified` before is not read through again.
+    """Opens a store for reading and returns the HDF5 file with its stamp.
 
-    DataError when there is no file, or none of ours, or one of another format, or a damaged one.
+    The checksum is compared first, unless the file still has the stamp `verified` of an earlier call. DataError when
+    there is no file, when it is not a store or has another format version, and when it is damaged.
     """
     if not path.is_file():
         what = "is no file" if os.path.lexists(path) else "does not exist"
@@ -64,14 +66,14 @@ def open_store(path: Path, *, verified: Stamp | None = None) -> tuple[h5py.File,
     stamp = Stamp.of(path)
     if stamp != verified:
         _verify(path, stamp)
-    # No locks: a store is never changed, only replaced as a whole, and some network file systems have none.
+    # No locks: a store is never changed in place, only replaced as a whole, and some network file systems lack locks.
     file = h5py.File(path, "r", locking=False)
     check_unchanged(file, path, stamp)
     return file, stamp
 
 
 def check_unchanged(file: h5py.File, path: Path, stamp: Stamp) -> None:
-    """DataError when an open file was written to since: where it was cut off, the HDF5 library would read zeros."""
+    """Raises DataError when an open file no longer has `stamp`: in a truncated file the HDF5 library reads zeros."""
     if Stamp.of(file) != stamp:
         raise DataError(
             f"{path} was changed while in use; open it again, or build it again with `python -m data.build`"
@@ -79,10 +81,10 @@ def check_unchanged(file: h5py.File, path: Path, stamp: Stamp) -> None:
 
 
 def check_own(path: Path) -> None:
-    """DataError when there is something at `path` that is not provably a store, or that somebody is writing to."""
+    """Raises DataError when `path` exists and is not a store, or when another process is writing to it."""
     if not os.path.lexists(path):
         return
-    # A mistyped --out must not cost someone their file. (is_file first: to open a pipe would wait for ever.)
+    # A mistyped --out must not overwrite another file. (is_file comes first, because opening a pipe blocks for ever.)
     if not path.is_file() or not is_store(path):
         raise DataError(
             f"{path} exists and is no trajectory store (or one from before format {FORMAT_VERSION}); "
@@ -93,13 +95,13 @@ def check_own(path: Path) -> None:
 
 
 def is_store(path: Path) -> bool:
-    """Returns whether a file says that it is a store, whole or not."""
+    """Returns whether a file starts as a store does; it may still be damaged."""
     return _first_bytes(path).startswith(_MAGIC)
 
 
 @cache
 def _verify(path: Path, stamp: Stamp) -> None:
-    """Compares the head with the bytes behind it; once for each state of a file, in each process."""
+    """Compares the header with the bytes behind it; once per stamp of a file, in each process."""
     rebuild = "build it again with `python -m data.build`"
     first = _first_bytes(path)
     if first.startswith(_HDF5):
@@ -121,19 +123,19 @@ def _verify(path: Path, stamp: Stamp) -> None:
 
 
 def _head(file: BinaryIO) -> bytes:
-    """Returns the head that belongs to the bytes behind it."""
+    """Returns the header that a store with the bytes of `file` should have."""
     return head_of(file, _MAGIC + b"%d" % FORMAT_VERSION)
 
 
 def head_of(file: BinaryIO, title: bytes) -> bytes:
-    """Returns a head of HEAD bytes: a title, and the checksum of all the bytes behind the head."""
+    """Returns a header of HEAD bytes: a title, and the checksum of all the bytes behind the header."""
     file.seek(HEAD)
     checksum, size = checksum_of(file)
     return (title + b"\ncrc32 %08x of %d bytes\n" % (checksum, size)).ljust(HEAD, b"\0")
 
 
 def checksum_of(file: BinaryIO) -> tuple[int, int]:
-    """Returns the CRC-32 of the bytes from here to the end of a file, and how many they are."""
+    """Returns the CRC-32 and the number of the bytes from the current position to the end of a file."""
     checksum, size, buffer = 0, 0, memoryview(bytearray(_BLOCK))
     while count := file.readinto(buffer):
         checksum = zlib.crc32(buffer[:count], checksum)

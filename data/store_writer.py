@@ -1,4 +1,4 @@
-"""write_store: trajectories -> a store, one in memory at a time; `data.store` says how they lie in it."""
+"""write_store writes trajectories to a store, one in memory at a time; `data.store` describes the layout."""
 
 import hashlib
 import json
@@ -34,14 +34,16 @@ def write_store(
     skipped: Sequence[str] = (),
     progress: bool = False,
 ) -> TrajectoryStore:
-    """Writes `trajectories`, one in memory at a time, to a store at `path` and returns it opened.
+    """Writes `trajectories`, one in memory at a time, to a store at `path` and returns the opened store.
 
-    `origin` names the sources, so that a builder knows its work again; `content_hash` is of the numbers alone.
-    `skipped` says which episodes were left out and why; it is read when all trajectories are written.
-    `keep_physics` also keeps `extras`: both serve later relabelling alone. `goal="hindsight"` marks a task whose goal
-    is chosen when chains are drawn. DataError when a trajectory differs in shape from the first, when there is none,
-    and when something else than a store is at `path`, which is never replaced; OSError with the path when the disk is
-    full. Either way nothing is left behind, and an older store at `path` stays.
+    `origin` records the source files and settings, so that a later build can find the store up to date. It does not
+    enter `content_hash`. `skipped` has a message per episode that was left out, with the reason; it is read after all
+    trajectories are written. `keep_physics` keeps the physics states and `extras`, which only relabelling needs.
+    `goal="hindsight"` marks a task whose goal is chosen when chains are drawn.
+
+    DataError when a trajectory differs in shape from the first, when there are no trajectories, and when `path` holds
+    something other than a store, which is never replaced. OSError with the path when the disk is full. After either
+    error no partial file is left, and an older store at `path` stays.
     """
     path = Path(path)
     with atomic_file(path, check_old=check_own) as sink:
@@ -64,12 +66,12 @@ def write_store(
 
 
 def simulator_versions() -> dict[str, str]:
-    """Returns the installed versions of dm_control and mujoco, which decide what rewards come out of relabelling."""
+    """Returns the installed versions of dm_control and mujoco; the rewards that relabelling computes depend on them."""
     return {name: metadata.version(name) for name in ("dm_control", "mujoco")}
 
 
 class Counted:
-    """An iterable of trajectories with a length, so that the progress bar knows the end."""
+    """An iterable of trajectories with a known length, which the progress bar shows."""
 
     def __init__(self, trajectories: Iterable[Trajectory], count: int) -> None:
         self.trajectories, self.count = trajectories, count
@@ -82,19 +84,19 @@ class Counted:
 
 
 class _Writer:
-    """Appends trajectories to resizable datasets in blocks, with running statistics and hash."""
+    """Appends trajectories to resizable datasets in blocks, and keeps running statistics and hashes."""
 
     def __init__(self, file: h5py.File, sink: Sink, *, keep_physics: bool) -> None:
         self.file, self.sink, self.keep_physics = file, sink, keep_physics
-        self.hashes: dict[str, hashlib._Hash] = {}  # of the rows of each field
+        self.hashes: dict[str, hashlib._Hash] = {}  # one per field, of its rows
         self.datasets: dict[str, h5py.Dataset] = {}
         self.pending: dict[str, list[np.ndarray]] = {}
         self.pending_rows = 0
         self.lengths: list[int] = []
         self.returns: list[float] = []
         self.count = 0
-        self.mean: np.ndarray = np.zeros(())  # of the observations so far, and their summed squared deviations
-        self.deviation: np.ndarray = np.zeros(())
+        self.mean: np.ndarray = np.zeros(())  # of the observations so far
+        self.deviation: np.ndarray = np.zeros(())  # the sum of their squared deviations from the mean
 
     def append(self, trajectory: Trajectory) -> None:
         arrays = {name: getattr(trajectory, name) for name in ("observation", *STEP_FIELDS)}
@@ -155,7 +157,7 @@ class _Writer:
         self.sink.check()
 
     def _update_statistics(self, block: np.ndarray) -> None:
-        # Chan et al. 1979: merges two means and sums of squared deviations without cancellation.
+        # Merges two means and two sums of squared deviations without cancellation (Chan et al. 1979).
         count, mean = len(block), block.mean(axis=0)
         difference = mean - self.mean
         total = self.count + count
@@ -166,7 +168,8 @@ class _Writer:
         self.count = total
 
     def content_hash(self, identity: dict[str, str]) -> str:
-        """Returns the hash of all that `finish` wrote, and of `identity`; independent of blocks and chunks."""
+        """Returns the hash of all fields, the lengths and `identity`; call it after `finish`. It does not depend on how
+        the rows were split into blocks and chunks."""
         lengths = hashlib.sha256(np.asarray(self.lengths, np.int64).data).hexdigest()
         fields = {
             name: [self.datasets[name].dtype.str, self.datasets[name].shape, rows.hexdigest()]

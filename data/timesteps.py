@@ -1,4 +1,4 @@
-"""The timesteps of chains, each computed on its own: of a chain of any length, only those asked for ever exist."""
+"""Computes single timesteps of chains, so that a part of a chain can be built without the rest."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,15 @@ from data.store import TrajectoryStore
 
 
 class Chains(NamedTuple):
-    """C chains of N trajectories, in their order."""
+    """C chains of N trajectories, in the order of the chain."""
 
-    episodes: np.ndarray  # i64[C, N]
-    target: np.ndarray  # f64[C, N], the return that each trajectory is asked for
-    reward: np.ndarray | None  # f32[C, N, longest], padded with 0; None: what the store says
+    episodes: np.ndarray  # i64[C, N], indices into the store
+    target: np.ndarray  # f64[C, N], the return that each trajectory is conditioned on
+    reward: np.ndarray | None  # f32[C, N, longest], padded with 0; None: the rewards of the store
 
 
 class StoredTimesteps:
-    """The timesteps of a store, by chain and place in it."""
+    """Computes the timesteps of chains from the fields of a store."""
 
     def __init__(self, store: TrajectoryStore) -> None:
         self.store = store
@@ -35,10 +35,10 @@ class StoredTimesteps:
         at: tuple[np.ndarray, np.ndarray],
         segment: np.ndarray | int,
     ) -> np.ndarray:
-        """Writes timesteps into a batch, as of `segment`: those at `place` [L] of `chain` [L] go to `at`, row [L] and
-        column [L]. Returns of each that is no padding the index of its trajectory in the chain.
+        """Writes L timesteps into a batch: position `place` [L] of chain `chain` [L] goes to row and column `at` (both
+        [L]) with segment index `segment`. Returns the index within its chain of each real timestep's trajectory.
 
-        A place behind the last timestep of its chain is padding, and but for its position stays as the batch has it.
+        A position behind the last timestep of its chain is padding. There only `position` is written.
         """
         segment = np.broadcast_to(segment, chain.shape)
         batch.position[at] = place
@@ -48,7 +48,7 @@ class StoredTimesteps:
         chain, place, segment, at = chain[real], place[real], segment[real], (at[0][real], at[1][real])
 
         count, longest = chains.episodes.shape[1], self.store.longest
-        # One search for all chains: the ends of chain c lie between c * size and (c + 1) * size.
+        # One search serves all chains: the ends of chain c are shifted to lie between c * size and (c + 1) * size.
         size = count * longest + 1
         shifted = ends + np.arange(len(ends))[:, None] * size
         trajectory = np.searchsorted(shifted.ravel(), chain * size + place, side="right") - chain * count
@@ -56,14 +56,14 @@ class StoredTimesteps:
         episode = chains.episodes[chain, trajectory]
         row = start[episode] + step
 
-        # The timestep before: a step earlier, or the last of the trajectory before. The first timestep has none.
+        # The previous timestep is one step earlier or the last of the previous trajectory. The first timestep has none.
         crosses, has_before = (step == 0) & (place > 0), place > 0
         trajectory_before = trajectory - crosses
         step_before = np.where(crosses, length[chain, trajectory_before], step) - 1
         step_before = np.maximum(step_before, 0)
         row_before = start[chains.episodes[chain, trajectory_before]] + step_before
 
-        # What was earned within the trajectory needs all its rewards, of no other one.
+        # The reward earned so far in a trajectory needs all rewards of that trajectory, and of no other.
         touched, own = np.unique(chain * count + trajectory, return_inverse=True)
         if chains.reward is None:
             index, is_step = self.store.step_rows(chains.episodes.ravel()[touched])
@@ -73,7 +73,7 @@ class StoredTimesteps:
             paid = chains.reward.reshape(-1, longest)[touched]
             reward = chains.reward[chain, trajectory, step]
             reward_before = chains.reward[chain, trajectory_before, step_before]
-        # float64: sums of thousands of rewards, and the return to go is a difference of them.
+        # float64, because these are sums of thousands of rewards, and the return to go is a difference of such sums.
         earned = np.cumsum(paid, axis=-1, dtype=np.float64)
         earned_before = np.where(step > 0, earned[own, step - 1], 0.0)
 
@@ -89,7 +89,7 @@ class StoredTimesteps:
         return trajectory
 
     def empty(self, rows: int, places: np.ndarray) -> ChainBatch:
-        """Returns padding in so many rows, one place after the other."""
+        """Returns a batch of padding with `rows` rows and one column for each position in `places`."""
         size = (rows, len(places))
         whole = {"step", "position", "segment"}
         wide = {

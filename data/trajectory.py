@@ -1,4 +1,4 @@
-"""Trajectory: one episode, checked."""
+"""Trajectory: one episode, with checked shapes and values."""
 
 from dataclasses import dataclass, field
 
@@ -9,12 +9,12 @@ from data.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One episode of M steps; `action[t]` leads from `observation[t]` to `observation[t + 1]` and is paid `reward[t]`.
+    """One episode of M steps; `action[t]` leads from `observation[t]` to `observation[t + 1]` and earns `reward[t]`.
 
-    Numbers of any real type are accepted and kept as float32 (physics as float64). `discount` is 0 only where the
-    episode really ended: the end of the time limit is a truncation and keeps 1. `extras` holds whatever else came with
-    the episode (a hidden goal, a collector's skill), a row per observation. `source` names the episode in messages.
-    DataError when shapes disagree or a value is NaN or infinite.
+    Arrays of any real dtype are accepted and converted to float32 (physics to float64). `discount` is 0 only where the
+    episode terminated: the end of the time limit is a truncation and keeps 1. `extras` holds other arrays that came
+    with the episode (a hidden goal, a collector's skill), with a row per observation. `source` names the episode in
+    error messages. DataError when shapes disagree or a value is NaN or infinite; `extras` are checked for rows only.
     """
 
     observation: np.ndarray  # f32[M+1, O]

@@ -1,4 +1,4 @@
-"""TransitionSampler: (seed, step, row) -> one transition (s, a, r, d, s'), for agents that learn a value function."""
+"""TransitionSampler draws transitions (s, a, r, d, s') by (seed, step, row), for agents that learn a value function."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,21 +16,21 @@ FIELDS = ("observation", "action", "reward", "discount")
 
 
 class TransitionBatch(NamedTuple):
-    """B rows of M transitions; M is 1, as the sequence that it would be elsewhere."""
+    """B rows of M = 1 transitions; the axis M stands where other batches have their sequence axis."""
 
     observation: np.ndarray  # f32[B, M, O]
     action: np.ndarray  # f32[B, M, A]
     reward: np.ndarray  # f32[B, M]
-    discount: np.ndarray  # f32[B, M], 0 where the episode really ended; the end of the time limit keeps 1
+    discount: np.ndarray  # f32[B, M], 0 where the episode terminated; 1 also where the time limit truncated it
     next_observation: np.ndarray  # f32[B, M, O]
-    key: np.ndarray  # u32[B, M, 2], random bits of each transition's own, for what a loss draws
+    key: np.ndarray  # u32[B, M, 2], different random bits for each transition, for random numbers in a loss
 
 
 class TransitionSampler:
-    """Draws transitions from a store, each as likely as any other; every draw is a pure function of its arguments.
+    """Draws transitions uniformly from a store; every draw is a pure function of its arguments.
 
-    `split` and `held_out` as for `ChainSampler`. Pickle-safe. DataError for a task that hides its goal: its store holds
-    no rewards.
+    `split` and `held_out` are as for `ChainSampler`. Can be pickled. DataError for a task that hides its goal, because
+    its store holds no rewards.
     """
 
     timesteps = 1
@@ -50,21 +50,21 @@ class TransitionSampler:
     def sample(
         self, step: int, rows: int | Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray | None = None
     ) -> TransitionBatch:
-        """Returns the transitions of training step `step` with these row indices (a number n means rows 0 to n-1), each
-        as a sequence of 1."""
+        """Returns the transitions `rows` of training step `step` (a number n means rows 0 to n-1); M is 1. `places` is
+        ignored."""
         indices = row_indices(rows)
-        # Row r takes words 2r and 2r + 1 of the step's stream, whichever other rows are asked for.
+        # Row r uses words 2r and 2r + 1 of the step's random stream, whichever other rows are requested.
         words = generator_of(self.seed, TRANSITION, step, 0).integers(
             0, 2**64, (int(indices.max(initial=-1)) + 1, 2), dtype=np.uint64
         )[indices]
         chosen = ((words[:, 0] >> 11).astype(np.float64) * 2.0**-53 * self.ends[-1]).astype(np.int64)
         place = np.searchsorted(self.ends, chosen, side="right")
         episode = self.episodes[place]
-        # Counted from the end of the episode, whose number among those drawn from says nothing of its rows.
+        # `ends` counts only the episodes of the split, so the row is found by its distance from the episode's end.
         row = self.store.start[episode + 1] - (self.ends[place] - chosen)
         columns = self._read()
         fields = (
-            columns["observation"][row + episode],  # an episode has an observation more than steps
+            columns["observation"][row + episode],  # every earlier episode has one observation more than steps
             columns["action"][row],
             columns["reward"][row],
             columns["discount"][row],
@@ -74,7 +74,7 @@ class TransitionSampler:
         return TransitionBatch(*(values[:, None] for values in fields))
 
     def typical_targets(self) -> dict[str, float]:
-        """Returns what a good trajectory of the store's task returns (`ChainSampler.typical_target`)."""
+        """Returns {task of the store: the 90th percentile of the returns of sampled episodes of the train split}."""
         return self.chains.typical_targets()
 
     def _read(self) -> dict[str, LazyField]:

@@ -1,4 +1,4 @@
-"""Processes that share work, and end when the work is interrupted or their parent is gone."""
+"""A pool of worker processes, which end when the work is interrupted or their parent is killed."""
 
 import multiprocessing
 import os
@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from data.errors import DataError
 
-_PATIENCE = 1.0  # seconds that a worker has to leave what it does and to clean up
+_PATIENCE = 1.0  # seconds that a worker has to stop its call and clean up before it is killed
 
 Submit = Callable[..., Future[Any]]
 
 
 def check_workers(workers: int) -> None:
-    """DataError when that is no number of processes for this machine: 1 to 8 a processor, or to 32 on a small one."""
+    """Raises DataError unless `workers` is at least 1 and at most 8 times the number of processors (or 32 if more)."""
     processors = os.cpu_count() or 1
     most = max(32, 8 * processors)
     if not 1 <= workers <= most:
@@ -32,21 +32,22 @@ def check_workers(workers: int) -> None:
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Submit]:
-    """Yields `submit(function, *arguments) -> Future`, whose calls run in that many spawned processes.
+    """Yields `submit(function, *arguments) -> Future`; the calls run in `workers` spawned processes.
 
-    When an error or Ctrl-C leaves the body, the calls that run end by a SystemExit, so that they can clean up, and a
-    second later by force; the rest is cancelled. When this process is killed, even by SIGKILL, its workers end alike.
-    DataError when a worker died.
+    When an error or Ctrl-C ends the body, SystemExit is raised in the running calls, so that they can clean up; after a
+    second their processes are killed. Calls that have not begun are cancelled. When this process is killed, even by
+    SIGKILL, its workers end in the same way. DataError when a worker has died.
     """
-    # spawn: a forked child would inherit locks of whatever threads the parent runs (JAX, HDF5).
+    # spawn, because a forked child would inherit locks that threads of the parent hold (JAX, HDF5).
     context = multiprocessing.get_context("spawn")
-    # Nobody ever writes to this pipe. It ends when `parent` is closed: by us, or by the system when we are gone.
+    # Nothing is ever written to this pipe. The workers read its end when `parent` is closed, by this process or, when
+    # this process is killed, by the system.
     child, parent = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(child,))
     started: set[BaseProcess] = set()
 
     def submit(function: Callable[..., Any], *arguments: object) -> Future[Any]:
-        # A terminal's Ctrl-C reaches every process, and the parent alone answers it: a worker inherits the mask.
+        # A terminal sends Ctrl-C to every process. Workers inherit this signal mask, so only the parent handles it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         others = set(multiprocessing.active_children()) - started
         try:
@@ -98,8 +99,8 @@ def _watch(pipe: Connection) -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """Ends the call that runs. Between calls only SIGTERM ends us: a result may be on its way, and half of one would
-    let the parent wait for the other half."""
+    """Signal handler: ends the running call. Between calls only SIGTERM ends the process, because a result may be in
+    transfer, and the parent would wait for the rest of it."""
     global _state
     if _state == "working":
         _state = "leaving"
@@ -115,7 +116,7 @@ def _call(function: Callable[..., Any], *arguments: object) -> Any:
         result = function(*arguments)
         _state = "idle"
     except SystemExit:
-        os._exit(1)  # the executor would go on with the next call
+        os._exit(1)  # otherwise the executor would continue with the next call
     except BaseException:
         _state = "idle"
         raise

@@ -1,14 +1,14 @@
-"""WorldSampler: (seed, step, row) -> chains of visits to the places of a world, for the map tasks.
+"""WorldSampler draws chains of visits to the places of a world by (seed, step, row), for the map tasks.
 
-A place has a sign, which every timestep of a visit shows, and a goal, which pays. In training each place of a chain is
-visited twice, at random times, by two stored trajectories that come to rest within its radius; the second visit is the
-query, which the first one helps to act in:
+A place has a sign, which the observation shows in every timestep of a visit, and a hidden goal, which gives the reward.
+In training each place of a chain is visited twice, at random times, by two different stored trajectories that come to
+rest within the goal's radius. The second visit is the query, because the first one has shown where the goal is:
 
     place              2  0  1  0  3  2  3  1
     last               0  0  0  1  0  1  1  1        1 in the queries
 
-A visit begins anew: the previous action and reward of its first timestep are 0, and no return is asked for, so that
-nothing but the sign ties two visits together.
+Only the sign links the two visits of a place: the previous action and reward of a visit's first timestep are 0, and
+the return to go is always 0.
 """
 
 from collections.abc import Sequence
@@ -39,18 +39,19 @@ class Visits(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What is asked of W worlds, Q times each: one of their places, of uniformly random age."""
+    """Q queries in each of W worlds. A query is a second visit to one of the world's places, uniform over the order in
+    which they were visited."""
 
-    place: np.ndarray  # i64[W, Q], counted from the one visited first
+    place: np.ndarray  # i64[W, Q], index of the place in the order of the visits
     goal: Float64[np.ndarray, "W Q G"]
     sign: Float32[np.ndarray, "W Q S"]
 
 
 class WorldSampler:
-    """Draws chains of `trajectories` visits (an even number, or one query alone) from a store.
+    """Draws chains of `trajectories` visits from a store. `trajectories` is even, or 1 for a query alone.
 
-    Every draw is a pure function of its arguments, and of episodes of `split` alone, the `best` of them where it is
-    below 1 (see `ChainSampler`). Pickle-safe.
+    Every draw is a pure function of its arguments. `split`, `held_out`, `best` and `growth` are as for `ChainSampler`.
+    Can be pickled. DataError for a store whose task has no places, and when no two episodes rest in one place.
     """
 
     def __init__(
@@ -82,14 +83,14 @@ class WorldSampler:
 
     @property
     def timesteps(self) -> int:
-        """M of a sampled row: `trajectories` times the longest episode of the store."""
+        """M, the timesteps of a sampled row: `trajectories` times the length of the store's longest episode."""
         return self.trajectories * self.longest
 
     def sample(
         self, step: int, rows: int | Sequence[int] | np.ndarray, places: Sequence[int] | np.ndarray | None = None
     ) -> ChainBatch:
-        """Returns the rows of training step `step` with these indices (a number n means rows 0 to n-1), or of each only
-        the timesteps at these places; a timestep is the same whichever others are asked for with it."""
+        """Returns the batch rows `rows` of training step `step` (a number n means rows 0 to n-1). With `places`, only
+        the timesteps at these positions of each row. A timestep does not depend on which others are requested."""
         indices = row_indices(rows)
         places = np.arange(self.timesteps) if places is None else np.asarray(places, np.int64)
         length = self.growth.at(step, self.trajectories)
@@ -98,7 +99,7 @@ class WorldSampler:
         numbers, own = np.unique(places[column] // span, return_inverse=True)
         generators = [generator_of(self.seed, VISITS, step, row, chain) for row in indices for chain in numbers]
         visits = self._rests().pairs(generators, max(2, length))
-        visits = Visits(*(field[:, -length:] for field in visits))  # of a chain of one, the query
+        visits = Visits(*(field[:, -length:] for field in visits))  # for length 1, only the query of the pair
         chain = (np.arange(len(indices))[:, None] * len(numbers) + own).ravel()
         at = np.repeat(np.arange(len(indices)), len(column)), np.tile(column, len(indices))
         place = np.tile(places[column] % span, len(indices))
@@ -107,15 +108,18 @@ class WorldSampler:
     def history(
         self, rows_seed: int, rows: int | Sequence[int] | np.ndarray, places: int, seen: int, queries: int
     ) -> tuple[ChainBatch, Queries]:
-        """Returns worlds for evaluation: of `places` places, each visited once, the last `seen` visits of every world;
-        and what is asked, which does not depend on `seen`, nor, but for its age, on `places`. With none seen, M is 0.
+        """Returns contexts and queries for evaluation, one world of `places` places per row.
+
+        Each place is visited once; the context holds the last `seen` visits. If `seen` is 0, M is 0. The queries do not
+        depend on `seen`. For any `places` >= `queries` they are the same, but for the times at which their places were
+        visited.
         """
         if not 0 <= seen <= places or places < 1:
             raise DataError(f"of a world of {places} places 0 to {places} can be seen; got {seen}")
         indices = row_indices(rows)
         worlds = [self._rests().world(generator_of(rows_seed, WORLD, 0, row), places) for row in indices]
         drawn = Visits(*(np.stack(field) for field in zip(*worlds, strict=True)))
-        # What is asked of is drawn first, so that it is the same whatever the world's size; then all are put in order.
+        # The places are drawn first, so that the queried ones are the same for any world size; then they are ordered.
         order = [generator_of(rows_seed, WORLD, places, row, 1).permutation(places) for row in indices]
         row, visited = np.arange(len(indices))[:, None], np.stack(order)
         place = np.argsort(visited, axis=1)[:, np.arange(queries) % places]
@@ -128,15 +132,15 @@ class WorldSampler:
         return prompt, Queries(place, whole.goal[pick], whole.sign[pick])
 
     def typical_target(self) -> float:
-        """Returns 0: no return is asked for."""
+        """Returns 0: chains of visits are not conditioned on a return."""
         return 0.0
 
     def typical_targets(self) -> dict[str, float]:
-        """Returns `typical_target` by the task of the store."""
+        """Returns {task of the store: 0}."""
         return {self.store.task: self.typical_target()}
 
     def _put(self, visits: Visits, chain, place, at, segment, shape: tuple[int, np.ndarray]) -> ChainBatch:
-        """Returns a batch with timesteps at `place` [L] of `chain` [L] written to `at`, row [L] and column [L]."""
+        """Returns a batch of `shape` with `place` [L] of `chain` [L] written to row and column `at` (both [L])."""
         if self._timesteps is None:
             self._timesteps = StoredTimesteps(self.store)
         batch = self._timesteps.empty(*shape)
@@ -168,7 +172,7 @@ class WorldSampler:
 
 
 class _Resting:
-    """The trajectories of a pool that come to rest, found by where."""
+    """The trajectories of a pool that come to rest, indexed by the place where they do."""
 
     def __init__(self, hindsight: HindsightGoals, pool: np.ndarray) -> None:
         self.hindsight, self.task = hindsight, hindsight.task
@@ -198,7 +202,7 @@ class _Resting:
         for at, near in np.ndenumerate(self._near(self.ends[query])):
             others = np.sort([index for index in near if index != query[at]])
             first[at] = others[int(share[at] * len(others))]
-        # Both visits of place 0, then both of place 1, ...: a stable sort keeps the earlier of them first.
+        # Both visits of place 0, then both of place 1, and so on; a stable sort keeps the earlier visit first.
         order = np.argsort(place, axis=1, kind="stable")
         chain = np.arange(len(generators))[:, None]
         episodes, is_query = np.empty(place.shape, np.int64), np.zeros(place.shape, bool)
@@ -209,12 +213,12 @@ class _Resting:
         return Visits(episodes, self.ends[query][chain, place], signs[chain, place], is_query)
 
     def world(self, generator: np.random.Generator, places: int) -> Visits:
-        """Returns visits [N, ...] to places whose goals are drawn as the environment draws them, each seen once; the
-        first of many are those of few."""
+        """Returns one visit [N, ...] to each of `places` places. Goals are drawn as the environment draws them. A
+        smaller number of places gives the first visits of a larger one."""
         goals, chosen, signs = [], [], []
         for _ in range(places):
             found: list[int] = []
-            while not found:  # where nobody came to rest no place is
+            while not found:  # a goal where no stored trajectory rests is drawn again
                 goal = self.task.sample_goal(generator)
                 found = sorted(self._near(goal))
             goals.append(goal)
@@ -223,10 +227,10 @@ class _Resting:
         return Visits(self.episodes[chosen], np.stack(goals), np.stack(signs), np.zeros(places, bool))
 
     def reward(self, episodes: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """Returns what each step of `episodes` [C, N] is paid for the goals [C, N, G] of their places."""
+        """Returns the rewards f32[C, N, longest] of `episodes` [C, N] for the goals [C, N, G] of their places."""
         paid = self.hindsight.reward(episodes.reshape(-1, 1), goal.reshape(-1, goal.shape[-1]))
         return paid.reshape(*episodes.shape, -1)
 
     def _near(self, points: np.ndarray, *, count: bool = False):
-        assert self.tree is not None  # of no episodes, none is asked for
+        assert self.tree is not None  # without resting episodes, __init__ has raised DataError
         return self.tree.query_ball_point(points, self.reach, return_length=count)

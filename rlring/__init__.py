@@ -1,13 +1,13 @@
 """Exact attention over sequences sharded across devices, for JAX: ring, Ulysses, their hybrid, all-gather.
 
-Importing touches no device.
+Importing the package does not initialise any device.
 """
 
 from typing import TYPE_CHECKING
 
 from rlring.interrupts import guard_imports, is_command
 
-if is_command():  # of all other programs Ctrl-C is their own business
+if is_command():  # the Ctrl-C handling of other programs is left unchanged
     guard_imports()
 
 from rlring.attention import (
@@ -30,7 +30,7 @@ from rlring.transformer import Transformer
 from rlring.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
-    from rlring.attention import attention  # the package, which can be called as the function
+    from rlring.attention import attention  # at run time rlring.attention is the package, which is callable
 
 __all__ = [
     "SEQUENCE_AXES",

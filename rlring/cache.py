@@ -1,6 +1,7 @@
-"""KVCache: the keys and values that new tokens may still see, as a value.
+"""KVCache: an immutable cache of the keys and values of earlier tokens, for decoding.
 
-Every layer has its own arrays, in the layout that attention computes in: a step reads each once and copies none.
+Every layer has its own arrays, in the layout in which attention computes, so that a step reads each array once and
+copies none.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from rlring.dense_cache import DenseSlots
 from rlring.errors import UsageError, shown
 from rlring.sparse_cache import SparseSlots
 
-KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]  # of tokens in one layer
+KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]  # keys and values of tokens in one layer
 
 
 Slots = DenseSlots | SparseSlots
@@ -37,12 +38,12 @@ class KVCache:
     cache; XLA reuses the memory of the old one if it is donated.
     """
 
-    key: tuple[Float[Array, "B K S H"], ...]  # of each layer
+    key: tuple[Float[Array, "B K S H"], ...]  # one array per layer
     value: tuple[Float[Array, "B K S H"], ...]
-    dense: DenseSlots | None  # None: there is no such layer
-    sparse: SparseSlots | None
+    dense: DenseSlots | None  # None: no layer is dense
+    sparse: SparseSlots | None  # None: no layer is sparse
     capacity: int = field(metadata={"static": True})  # tokens
-    is_sparse: tuple[bool, ...] = field(metadata={"static": True})  # each layer
+    is_sparse: tuple[bool, ...] = field(metadata={"static": True})  # one per layer
 
     @classmethod
     def empty(
@@ -56,7 +57,7 @@ class KVCache:
         dtype: str,
         mesh: Mesh | None,
     ) -> "KVCache":
-        """Returns an empty cache.
+        """Returns an empty cache for `batch` rows of up to `capacity` tokens.
 
         Args:
             patterns: for each layer None if it is dense, else its SparsePattern, the same in all sparse layers.
@@ -86,7 +87,8 @@ class KVCache:
         return replace(cache, key=key, value=value)._laid_out(mesh)
 
     def with_prompt(self, kept: Sequence[KeyValue], prompt: Mask, *, mesh: Mesh | None) -> "KVCache":
-        """Returns the cache, which is empty, begun with a prompt; `kept` are its keys and values in each layer.
+        """Returns the cache filled with a prompt; call it on an empty cache. `kept` has the prompt's keys and values in
+        each layer.
 
         Raises:
             UsageError: a prompt of more tokens than the capacity.
@@ -114,10 +116,10 @@ class KVCache:
         *,
         mesh: Mesh | None,
     ) -> tuple[Float[Array, "B T N H"], tuple[Array, Array]]:
-        """Returns attention of new tokens, `now` their own mask, over a layer and each other; and its keys and values
-        with theirs written, for `with_tokens`.
+        """Returns the attention of new tokens over the cache of layer `layer` and over each other, and the layer's keys
+        and values with those of the new tokens written, for `with_tokens`. `now` is the mask of the new tokens.
 
-        They are written first: were they read first, XLA would read a copy.
+        Keys and values are written before they are read. In the other order, XLA would copy them.
         """
 
         def attend_here(slots: Slots, held, tokens, now: Mask, shard):
@@ -133,7 +135,8 @@ class KVCache:
         return _on_shards(attend_here, slots, held, (q, k, v), now, mesh, returns=("tokens", "held"))
 
     def with_tokens(self, held: Sequence[tuple[Array, Array]], now: Mask, *, mesh: Mesh | None) -> "KVCache":
-        """Returns the cache with new tokens in it, from what attend() returned for each layer."""
+        """Returns the cache with the new tokens of mask `now`. `held` has, for each layer, the keys and values that
+        attend() returned."""
 
         def after(slots: Slots, held, tokens, now: Mask, shard):
             return slots.after(now, shard)
@@ -206,10 +209,10 @@ class KVCache:
 
 
 def _on_shards(function: Callable, slots: Slots, held, tokens, now: Mask | Array, mesh: Mesh | None, *, returns):
-    """Returns function(slots, held, tokens, now, shard) of what each device has; held[B, K, S, H], tokens[B, T, N, H].
+    """Calls function(slots, held, tokens, now, shard) on each device with its parts of the arrays; returns the result.
 
-    `shard` is the number of the device among those that the slots or their heads are split over; `returns` names how
-    what is returned is laid out.
+    `held` has arrays [B, K, S, H], `tokens` arrays [B, T, N, H]. `shard` is the index of the device among those over
+    which the slots or the heads are split. `returns` names the sharding of the results: keys of `specs` below.
     """
     if mesh is None:
         return function(slots, held, tokens, now, 0)

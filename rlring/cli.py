@@ -1,4 +1,4 @@
-"""What the commands rlring.bench and rlring.plan share: their ends, one-line errors, counts, files written whole."""
+"""Shared by the commands rlring.bench and rlring.plan: exit statuses, one-line errors, argument types, JSON files."""
 
 import argparse
 import importlib.metadata
@@ -17,14 +17,14 @@ from rlring.interrupts import INTERRUPTED, end_guard
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """An argument parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
 def run(body: Callable[[], object]) -> int:
-    """Runs `body` and returns the exit status: 0 done, 2 for arguments that cannot work, 130 interrupted."""
+    """Runs `body` and returns the exit status: 0 for success, 2 for a UsageError or OSError, 130 when interrupted."""
     try:
         end_guard()
         body()
@@ -42,7 +42,7 @@ def run(body: Callable[[], object]) -> int:
 
 
 def count(text: str) -> int:
-    """Returns a number that is at least 1, and that an int32 holds: the type of an argument."""
+    """Returns an argument as an integer of at least 1 that fits in an int32; an argparse type."""
     if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number of at least 1 and below 2^31")
     return int(text)
@@ -50,7 +50,7 @@ def count(text: str) -> int:
 
 @contextmanager
 def memory_errors(advice: str) -> Iterator[None]:
-    """Makes the many errors of memory that is not there one UsageError, which says what to do."""
+    """Context manager that turns out-of-memory errors of Python and JAX into a UsageError with `advice`."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -61,7 +61,7 @@ def memory_errors(advice: str) -> Iterator[None]:
 
 
 def version(package: str) -> str | None:
-    """Returns the version of an installed package."""
+    """Returns the version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -69,7 +69,7 @@ def version(package: str) -> str | None:
 
 
 def check_json(path: Path | None) -> None:
-    """Raises UsageError, before the long work, where write_json() could or may not write."""
+    """Raises UsageError if write_json() could not write `path`; call it before long work. None is accepted."""
     if path is None:
         return
     if not path.absolute().parent.is_dir():
@@ -86,9 +86,9 @@ def check_json(path: Path | None) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes the file whole or not at all. `content` has the command that made it as "command", or in "versions"; no
-    other file is replaced (UsageError)."""
-    check_json(path)  # again: what stood there before the long work may not be what stands there now
+    """Writes `content` as JSON, atomically. It must have the command that made it as "command" or in "versions":
+    UsageError if `path` has a file without one, which is not replaced."""
+    check_json(path)  # checked again, because the file may have changed during the work
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
@@ -98,10 +98,10 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def _is_measured(path: Path) -> bool:
-    """Returns whether write_json() wrote a file."""
+    """Returns whether a file was written by write_json()."""
     try:
         content = json.loads(path.read_text())
-    except (ValueError, RecursionError):  # no text, no JSON, or thousands of brackets
+    except (ValueError, RecursionError):  # not text, not JSON, or nested too deeply
         return False
     command = {**content.get("versions", {}), **content}.get("command") if isinstance(content, dict) else None
     return isinstance(command, str) and command.startswith("python -m ")

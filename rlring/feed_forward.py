@@ -1,4 +1,4 @@
-"""The gated feed-forward of a Transformer's block, a tile of tokens at a time, and the norm before it."""
+"""The gated feed-forward layer of a Transformer block, computed in tiles of tokens, and RMS normalisation."""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +8,24 @@ from jaxtyping import Array, Float
 
 from rlring.mesh import SEQUENCE_AXES
 
-ACTIVATIONS = P("data", SEQUENCE_AXES, None)  # of [B, T, D]
+ACTIVATIONS = P("data", SEQUENCE_AXES, None)  # the partition of activations [B, T, D]
 
 
 def rms_norm(x: Array, scale: Array) -> Array:
-    """Returns `x` scaled to unit root mean square (Zhang and Sennrich 2019); float32, because bfloat16 squares lose
-    the tail."""
+    """Returns `x` scaled to unit root mean square over the last axis, times `scale` (Zhang and Sennrich 2019).
+
+    Computed in float32, because sums of squares in bfloat16 lose small terms. The result has the type of `x`.
+    """
     x32 = x.astype(jnp.float32)
     normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)
     return (normal * scale.reshape(*[1] * (x.ndim - 1), -1)).astype(x.dtype)
 
 
 def feed_forward(x: Float[Array, "B T D"], weights: tuple[Array, ...], *, tile: int, mesh: Mesh | None) -> Array:
-    """Returns the gated feed-forward (SwiGLU, Shazeer 2020) of `x`, `tile` tokens a device at a time, so that the
-    inner activations are never kept for more than one tile (Blockwise Parallel Transformer, Liu and Abbeel 2023).
+    """Returns the gated feed-forward (SwiGLU, Shazeer 2020) of the normalised `x`; the caller adds the residual.
+
+    Each device computes `tile` tokens at a time, so that the inner activations are only kept for one tile (Blockwise
+    Parallel Transformer, Liu and Abbeel 2023). `weights` are norm [D], gate [D, F], up [D, F] and down [F, D].
     """
 
     def whole(x: Array, weights: tuple[Array, ...]) -> Array:
@@ -33,7 +37,7 @@ def feed_forward(x: Float[Array, "B T D"], weights: tuple[Array, ...], *, tile: 
     def tiled(x: Array, weights: tuple[Array, ...]) -> Array:
         B, T, D = x.shape
         tiles = -(-T // tile)
-        padded = jnp.pad(x, [(0, 0), (0, tiles * tile - T), (0, 0)])  # rows of zeros stay rows of their own
+        padded = jnp.pad(x, [(0, 0), (0, tiles * tile - T), (0, 0)])  # padding does not affect other tokens
         pieces = padded.reshape(B, tiles, tile, D).swapaxes(0, 1)
         pieces = jax.lax.map(jax.checkpoint(lambda piece: whole(piece, weights)), pieces)
         return pieces.swapaxes(0, 1).reshape(B, tiles * tile, D)[:, :T]

@@ -1,6 +1,7 @@
-"""Ctrl-C while a command of this package imports its modules, which takes seconds: one line instead of a traceback.
+"""Handles Ctrl-C while a command of this package imports its modules, which takes seconds: one line, no traceback.
 
-`data.interrupts` does the same for the other commands: neither package may import the other.
+`data.interrupts` does the same for the other commands. The code exists twice because neither package may import the
+other.
 """
 
 import os
@@ -18,13 +19,14 @@ def is_command() -> bool:
 
 
 def guard_imports() -> None:
-    """Ends the process at Ctrl-C until `end_guard`: an interrupt raised within an import shows as a traceback."""
+    """Makes Ctrl-C end the process with one line, until `end_guard`. An interrupt raised within an import would show a
+    traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def end_guard() -> None:
-    """Makes Ctrl-C a KeyboardInterrupt again."""
+    """Makes Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

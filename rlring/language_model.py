@@ -1,7 +1,7 @@
-"""A language model over the Transformer: token embedding, head, tiled loss, training step, and LLaMA's shapes.
+"""A language model: token embedding, Transformer, head, tiled loss, training step, and presets with LLaMA's shapes.
 
-The tokens of a batch stand in the zigzag order of the mesh's ring, so that every device has the same work; positions
-are computed where they are needed, because those of 67 million tokens are no constant to put into a program.
+The tokens of a batch are in the zigzag order of the mesh's ring, so that every device has the same work. Positions are
+computed within the program, because the positions of 67 million tokens would be too large a constant.
 """
 
 from dataclasses import dataclass, field
@@ -25,11 +25,12 @@ from rlring.sharding import TOKENS, gathered, state_sharding
 from rlring.transformer import Transformer
 from rlring.transformer_config import TransformerConfig
 
-NO_TARGET = -1  # of a token whose successor does not count
+NO_TARGET = -1  # the target of a token that does not count in the loss
 
-# Width, layers, heads, feed-forward. LLaMA (2302.13971, table 2) has 7b to 65b, OpenLLaMA 3b, but with 32 heads of 100:
-# a TPU works on 128 numbers at a time, and its compiler on heads of 100 three times as long. The two small ones follow
-# LLaMA's rule for the feed-forward, 8 / 3 of the width and then up to a multiple of 256.
+# Width, layers, heads, feed-forward. 7b to 65b are LLaMA's (2302.13971, table 2). 3b is OpenLLaMA's, except that
+# OpenLLaMA has 32 heads of size 100: a TPU computes on 128 numbers at a time, and compiling heads of size 100 takes
+# three times as long. The two small shapes follow LLaMA's rule for the feed-forward: 8 / 3 of the width, rounded up to
+# a multiple of 256.
 _SHAPES = {
     "350m": (1024, 24, 16, 2816),
     "1b": (2048, 22, 16, 5632),
@@ -44,7 +45,7 @@ PRESETS = tuple(_SHAPES)
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """The shape of a language model."""
+    """The configuration of a language model."""
 
     vocabulary: int = 256
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
@@ -63,7 +64,10 @@ class LanguageModelConfig:
 
 
 def preset(name: str, **changes) -> LanguageModelConfig:
-    """Returns a model in LLaMA's shape, as it is trained on a cluster; changes go to its TransformerConfig.
+    """Returns a language model in LLaMA's shape, with settings for training on a cluster.
+
+    Args:
+        changes: fields of TransformerConfig that replace those of the preset.
 
     Raises:
         UsageError: there is no such preset.
@@ -82,7 +86,7 @@ def preset(name: str, **changes) -> LanguageModelConfig:
 
 
 class LanguageModel(nnx.Module):
-    """Predicts the token after each token."""
+    """A language model, which predicts the next token at each position."""
 
     def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -94,16 +98,17 @@ class LanguageModel(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], position: Int[Array, "B T"], *, mesh: Mesh | None = None
     ) -> Float[Array, "B T D"]:
-        """Returns the features of every token, from which the head tells the next one."""
+        """Returns the features of every token, from which the head predicts the next token."""
         dtype = self.config.transformer.compute_type
-        # Rounded as all weights that travel, but the gradients of a frequent token are summed up in float32.
+        # Gathering rounds to the compute type. After the cast to float32, the gradients of a token are summed in it.
         embedding = self._whole(self.embedding[...], mesh).astype(jnp.float32)
         return self.transformer(jnp.take(embedding, tokens, axis=0).astype(dtype), Mask.causal(position), mesh=mesh)
 
     def loss(
         self, tokens: Int[Array, "B T"], targets: Int[Array, "B T"], *, mesh: Mesh | None = None
     ) -> Float32[Array, ""]:
-        """Returns the sum of the cross-entropies of the targets; the tokens stand in the order of `laid_out`."""
+        """Returns the sum of the cross-entropies of all targets other than NO_TARGET; tokens and targets come from
+        `laid_out`."""
         position = positions(*tokens.shape, mesh=mesh)
         x = self(tokens, position, mesh=mesh)
         head = self._whole(self.embedding[...] if self.head is None else self.head[...], mesh)
@@ -121,8 +126,11 @@ class LanguageModel(nnx.Module):
 def cross_entropy(
     x: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], *, tile: int, mesh: Mesh | None
 ) -> Float32[Array, ""]:
-    """Returns the sum over all targets that count, `tile` tokens a device at a time: logits of a whole sequence never
-    exist, in the backward neither. Lengths that a mesh does not divide are padded."""
+    """Returns the sum of the cross-entropies of all targets other than NO_TARGET.
+
+    Each device computes `tile` tokens at a time, so that the logits of a whole sequence never exist, not in the
+    backward pass either. A length that the mesh does not divide is padded.
+    """
 
     @jax.checkpoint
     def of_tile(x, targets, head):
@@ -132,7 +140,7 @@ def cross_entropy(
 
     def of_shard(x, targets, head):
         if mesh is not None:
-            # Each device sums up its own gradient of the head, and they are added up once: not once a tile.
+            # Each device sums its gradient of the head over its tiles. These sums are added across devices only once.
             head = jax.lax.pcast(head, AXES, to="varying")
         B, T, D = x.shape
         tiles = max(1, -(-T // tile))
@@ -152,12 +160,12 @@ def cross_entropy(
 
 
 def positions(batch: int, length: int, *, mesh: Mesh | None = None) -> Int32[Array, "B T"]:
-    """Returns the position of the token at each place of `laid_out`, each device's computed on it."""
+    """Returns the position of each token in the order of `laid_out`; each device computes its own part."""
     place, ring = jnp.arange(length, dtype=jnp.int32), _balanced(length, mesh)
     if ring > 1:
         chunk = length // (2 * ring)
         shard, offset = place // (2 * chunk), place % (2 * chunk)
-        which = jnp.where(offset < chunk, shard, 2 * ring - 1 - shard)  # of 2 * ring chunks, as in zigzag_order
+        which = jnp.where(offset < chunk, shard, 2 * ring - 1 - shard)  # index of the chunk, as in zigzag_order
         place = which * chunk + offset % chunk
     position = jnp.broadcast_to(place, (batch, length))
     is_split = mesh is not None and length % (mesh.shape["ring"] * mesh.shape["ulysses"]) == 0
@@ -165,8 +173,10 @@ def positions(batch: int, length: int, *, mesh: Mesh | None = None) -> Int32[Arr
 
 
 def laid_out(text: Int[np.ndarray, "B tokens"], *, mesh: Mesh | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens and their targets, the tokens after them, in the order in which a mesh wants them, and padded
-    by tokens without a target to a length that it divides."""
+    """Returns input tokens and their targets (the next tokens), [B, T] each, in the zigzag order of the mesh's ring.
+
+    They are padded to a length that the mesh divides; padding has the target NO_TARGET.
+    """
     tokens, targets = text[:, :-1], text[:, 1:]
     more = 0 if mesh is None else -tokens.shape[1] % (mesh.shape["ring"] * mesh.shape["ulysses"])
     tokens, targets = (
@@ -178,27 +188,27 @@ def laid_out(text: Int[np.ndarray, "B tokens"], *, mesh: Mesh | None = None) -> 
 
 
 def _balanced(length: int, mesh: Mesh | None) -> int:
-    """Returns over how many devices a sequence stands zigzag: 1 where it does not divide."""
+    """Returns the number of devices of the zigzag order: the ring, or 1 if 2 * ring does not divide the length."""
     ring = 1 if mesh is None else mesh.shape["ring"]
     return ring if length % (2 * ring) == 0 else 1
 
 
 class TrainState(NamedTuple):
-    """What training changes."""
+    """The weights and the optimizer state."""
 
     weights: nnx.State
     optimizer: optax.OptState
 
     def updated(self, optimizer: optax.GradientTransformation, gradients) -> "TrainState":
-        """Returns the state after the weights have been changed once."""
-        with jax.numpy_dtype_promotion("standard"):  # optax's own, which Adam's powers of a count need
+        """Returns the state after one update of the optimizer with these gradients."""
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it for the powers of the step count in Adam
             changes, state = optimizer.update(gradients, self.optimizer, self.weights)
         return TrainState(optax.apply_updates(self.weights, changes), state)
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a language model is trained: init() and step(), which jitted() compiles for the mesh."""
+    """The training of a language model: init() and step(), which jitted() compiles for the mesh."""
 
     config: LanguageModelConfig
     optimizer: optax.GradientTransformation = field(
@@ -216,7 +226,11 @@ class Training:
     def step(
         self, state: TrainState, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]
     ) -> tuple[TrainState, Float32[Array, ""]]:
-        """Returns the state after a step, and the mean loss of the batch before it."""
+        """Returns the state after one training step, and the mean loss of the batch before the update.
+
+        Raises:
+            UsageError: the number of rows is not a multiple of `accumulate`.
+        """
         count = jnp.maximum((targets != NO_TARGET).sum(), 1).astype(jnp.float32)
         graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(self.config, rngs=nnx.Rngs(0))))
 
@@ -236,7 +250,7 @@ class Training:
         return state.updated(self.optimizer, gradients), mean
 
     def shardings(self) -> TrainState:
-        """Returns where every array of the state lives.
+        """Returns the sharding of every array of the state.
 
         Raises:
             UsageError: there is no mesh.
@@ -248,7 +262,7 @@ class Training:
         return state_sharding(jax.eval_shape(self.init), self.mesh, fsdp=self.config.transformer.fsdp)
 
     def jitted(self):
-        """Returns init() and step() as they run on the mesh; step takes the place of its state."""
+        """Returns init() and step() compiled by jax.jit for the mesh; step donates its input state."""
         if self.mesh is None:
             return jax.jit(self.init), jax.jit(self.step, donate_argnums=0)
         state, tokens, loss = self.shardings(), NamedSharding(self.mesh, TOKENS), NamedSharding(self.mesh, P())
@@ -256,7 +270,7 @@ class Training:
         return jax.jit(self.init, out_shardings=state), step
 
     def _parts(self, tokens: Int[Array, "B T"]) -> Int[Array, "parts rows T"]:
-        """Returns the batch in parts that each have rows of every device."""
+        """Returns the batch split into `accumulate` parts, each of which has rows of every device."""
         batch, length = tokens.shape
         if batch % self.accumulate:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""The device mesh: its three axes, the hosts that share it, and virtual CPU devices for machines that have only one."""
+"""The device mesh and its three axes, multi-process runs, and virtual CPU devices."""
 
 import os
 import re
@@ -6,36 +6,39 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax._src import distributed  # the only place that knows how many processes there are without starting a backend
+from jax._src import distributed  # the only way to find the number of processes without starting a backend
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rlring.errors import UsageError
 
 AXES = ("data", "ring", "ulysses")
-SEQUENCE_AXES = ("ring", "ulysses")  # ulysses innermost: it wants the fast links
+SEQUENCE_AXES = ("ring", "ulysses")  # ulysses is innermost, because it needs the fast links
 
-# TPU whose slices of more than 4 x 4 chips send asynchronously along straight lines of 1, 2 or 4 chips only, not back
-# over the whole side: with the mesh that JAX makes, no hop of a ring was hidden there (compiled with libtpu 0.0.52).
+# TPUs whose slices of more than 4 x 4 chips send asynchronously only along straight lines of 1, 2 or 4 chips, but not
+# back over a whole side. With JAX's default mesh no step of a ring was hidden there (compiled with libtpu 0.0.52).
 _STRAIGHT_ONLY = ("TPU v5 lite", "TPU v5e")
 
 MOST_CPU_DEVICES = 4096  # 2,048 start in seconds, 32,768 not within minutes
 _CPU_FLAGS = {
-    # A virtual CPU device that is busy with a long hop looks stuck to XLA, which aborts the process after 40 s.
+    # XLA takes a virtual CPU device in a long ring step for stuck, and would abort the process after 40 s.
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": 300,
     "xla_cpu_collective_call_terminate_timeout_seconds": 1800,
     "xla_cpu_collective_timeout_seconds": 1800,
-    # The scheduler for concurrency begins all hops of a ring as early as it can, and holds their keys all at once: of 8
-    # devices each needed 2.9 times the temporary memory. The devices keep the cores busy without it.
+    # The concurrency-optimised scheduler starts all steps of a ring as early as possible, and so holds the keys of all
+    # steps at once: with 8 devices it needed 2.9 times the temporary memory. The cores are busy without it.
     "xla_cpu_enable_concurrency_optimized_scheduler": "false",
 }
 
 
 def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh ("data", "ring", "ulysses") over the first data * ring * ulysses devices.
+    """Returns the mesh with axes ("data", "ring", "ulysses") over the first data * ring * ulysses devices.
 
     Args:
-        devices: None takes jax.devices(). Devices of another cluster (rlring.plan.topology) are for compiling only.
+        data: devices over which the rows of a batch are split.
+        ring: devices of a ring over which the sequence is split.
+        ulysses: devices over which the sequence is split, and during attention the heads.
+        devices: None takes jax.devices(). Devices from rlring.plan.topology can only be used for compiling.
 
     Raises:
         UsageError: an axis is smaller than 1, or there are too few devices.
@@ -57,17 +60,17 @@ def make_mesh(*, data: int = 1, ring: int = 1, ulysses: int = 1, devices: Sequen
     devices = devices[:wanted]
     ordered = _straight_rings(devices, sizes) if devices[0].device_kind in _STRAIGHT_ONLY else None
     if ordered is None:
-        # Neighbours of an axis are neighbours on the torus of a TPU. jax.make_mesh would refuse a ring of half a side.
+        # Neighbours on an axis are neighbours on the TPU's torus. jax.make_mesh would reject a ring of half a side.
         ordered = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _straight_rings(devices: Sequence, sizes: tuple[int, int, int]) -> np.ndarray | None:
-    """Returns the devices (with coords) of a flat slice [data, ring, ulysses] so that every hop of a ring is straight.
+    """Returns the devices of a two-dimensional slice as [data, ring, ulysses], so that rings send in straight lines.
 
-    The devices of `ulysses` are a box, as square as can be; boxes are the places of a ring, which goes around a
-    rectangle of them: each hop, the last one too, leads to the next box. None where no rectangles fit, or the devices
-    are not a whole rectangle themselves.
+    The devices of `ulysses` form a box, as square as possible. A ring goes around a rectangle of such boxes, so that
+    each step, including the last, leads to a neighbouring box. Returns None if no such rectangles fit, or the devices
+    do not form a whole rectangle. The devices must have `coords`.
     """
     places = {tuple(device.coords): device for device in devices}
     sides = tuple(1 + max(place[axis] for place in places) for axis in range(3))
@@ -78,7 +81,7 @@ def _straight_rings(devices: Sequence, sizes: tuple[int, int, int]) -> np.ndarra
         (box, rectangle)
         for box in _rectangles(ulysses, sides[:2])
         for rectangle in _rectangles(ring, (sides[0] // box[0], sides[1] // box[1]))
-        if ring <= 2 or min(rectangle) > 1  # a line of three has no way back from its end
+        if ring <= 2 or min(rectangle) > 1  # in a line of three or more, the ends are not neighbours
     ]
     if not fits:
         return None
@@ -89,15 +92,14 @@ def _straight_rings(devices: Sequence, sizes: tuple[int, int, int]) -> np.ndarra
 
 
 def _rectangles(area: int, sides: tuple[int, int]) -> list[tuple[int, int]]:
-    """Returns the rectangles (x, y) of this area that tile one with these sides."""
+    """Returns the rectangles (x, y) of this area that tile a rectangle with these sides."""
     found = [(x, area // x) for x in range(1, area + 1) if area % x == 0]
     return [(x, y) for x, y in found if sides[0] % x == 0 and sides[1] % y == 0]
 
 
 def _around(x: int, y: int) -> list[int]:
-    """Returns the cells i * y + j of an x by y rectangle, an even number, as a walk from neighbour to neighbour.
-
-    It ends next to where it began.
+    """Returns the cells i * y + j of an x by y rectangle as a closed walk: neighbours in the walk are neighbours in the
+    rectangle, and so are the last and the first cell. The number of cells must be even.
     """
     cells = np.arange(x * y).reshape(x, y)
     cells = cells.T if x % 2 else cells

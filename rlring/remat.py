@@ -1,4 +1,4 @@
-"""What the backward pass computes again: the policies of TransformerConfig.remat."""
+"""Rematerialisation policies of TransformerConfig.remat: what the backward pass recomputes."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -16,13 +16,14 @@ HOST = "pinned_host"
 def checkpointed(
     layer: Callable, remat: Remat, *, fsdp: bool, device: jax.Device | None, static_argnums=()
 ) -> Callable:
-    """Returns the layer with its backward pass under the policy.
+    """Returns the layer with a rematerialisation policy for its backward pass.
 
-    none keeps everything (but weights that were gathered), attention its outputs, so that the ring runs once, all
-    keeps nothing but what comes into the block, and offload that too leaves the device, for the memory of its host.
+    "none" keeps all activations, but no gathered weights. "attention" keeps the outputs of attention, so that the ring
+    runs once. "all" keeps only the input of the block. "offload" is like "all", and moves this input to the memory of
+    the host.
 
     Raises:
-        UsageError: offload, on a device whose host memory XLA cannot address.
+        UsageError: an unknown policy, or "offload" on a CPU.
     """
     policies = jax.checkpoint_policies
     match remat:

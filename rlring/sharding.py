@@ -1,11 +1,12 @@
-"""Where weights live: FSDP / ZeRO-3 (Rajbhandari et al. 1910.02054) over every device, those of one sequence included;
-and where batches do.
+"""Sharding of weights and batches: FSDP / ZeRO-3 (Rajbhandari et al. 1910.02054) over all devices of the mesh,
+including those that share a sequence.
 
-Each device keeps one part of every matrix, of its gradient and of its optimizer state. A block gathers its weights when
-its turn comes and lets go of them after; the gradient of a weight is summed into where the weight lives.
+Each device keeps one part of every matrix, of its gradient and of its optimizer state. The weights of a block are
+gathered just before the block is computed and are released afterwards. Gradients are scattered to the devices that keep
+the weights.
 
-A dimension is split only evenly, and few dimensions of a model divide by 1,024 devices: the devices are split into
-their prime factors, and those are shared out among the dimensions of a weight.
+A dimension can only be split evenly, and few dimensions of a model are divisible by, for example, 1,024 devices. So the
+number of devices is factored into primes, and different prime factors may split different dimensions of a weight.
 """
 
 import math
@@ -21,18 +22,18 @@ from jax.sharding import PartitionSpec as P
 
 from rlring.mesh import SEQUENCE_AXES
 
-TOKENS = P("data", SEQUENCE_AXES)  # of [B, T, ...]: rows over "data", the sequence over the other axes
-GATHERED = "gathered_weights"  # a name by which remat policies do not keep them
-SMALLEST_SPLIT = 2**16  # numbers of a weight; of those outside of the blocks a smaller one is not worth gathering
-STACKED = "blocks"  # the attribute of a model whose weights are those of all layers, first dimension the layer
+TOKENS = P("data", SEQUENCE_AXES)  # the partition of [B, T, ...]: rows over "data", the sequence over the other axes
+GATHERED = "gathered_weights"  # the checkpoint name of gathered weights, which remat policies do not keep
+SMALLEST_SPLIT = 2**16  # weights with fewer numbers are replicated if outside of the blocks, or not evenly divisible
+STACKED = "blocks"  # the attribute of a model with the stacked weights of all layers; dimension 0 is the layer
 
 
 def weight_sharding(shape: tuple[int, ...], mesh: Mesh, *, is_stacked: bool = False) -> NamedSharding:
-    """Returns the sharding of a weight: split over as many devices of the mesh as divide its dimensions.
+    """Returns the sharding of a weight, split over as many devices of the mesh as its dimensions allow.
 
-    If all devices divide one dimension, only that one is split, so that one collective scatters the gradient. Small
-    weights whose dimensions not all devices divide are replicated: a sum over some of the devices may be more than
-    their links can route (TPU v5e), or slower than one over all.
+    If one dimension is divisible by the number of devices, only that dimension is split, so that one collective
+    scatters the gradient. A small weight that cannot be split over all devices is replicated: a sum over some of the
+    devices may not be routable on their links (TPU v5e), or slower than a sum over all.
 
     Args:
         is_stacked: the first dimension is the layer, which is not split.
@@ -58,7 +59,7 @@ def weight_sharding(shape: tuple[int, ...], mesh: Mesh, *, is_stacked: bool = Fa
 
 
 def state_sharding(state, mesh: Mesh, *, fsdp: bool):
-    """Returns, for every array of a state (weights, optimizer state), where it lives; whole everywhere without fsdp."""
+    """Returns the sharding of every array of a state (weights, optimizer state); without fsdp all are replicated."""
 
     def one(path, x):
         if not fsdp or jnp.ndim(x) == 0:
@@ -72,17 +73,17 @@ def state_sharding(state, mesh: Mesh, *, fsdp: bool):
 
 
 def gathered(weights, mesh: Mesh, dtype, *, smallest: int = 0):
-    """Returns the weights of a block whole on every device, matrices in the compute type; those with fewer numbers
-    than `smallest` are whole already.
+    """Gathers weights, so that every device has them whole; matrices are cast to `dtype`.
 
-    Gradients come back in float32, each device with its part of the sum over all.
+    Weights with fewer than `smallest` numbers are returned unchanged. Gradients are float32, and each device gets its
+    part of the sum over all devices.
     """
 
     def one(weight):
         if weight.size < smallest:
             return weight
         home, whole = weight_sharding(weight.shape, mesh), NamedSharding(mesh, P())
-        # Cast before they travel. Vectors are scales of norms, which are computed in float32.
+        # The cast comes before the gather. Vectors are scales of norms, which are computed in float32.
         return checkpoint_name(_gather(weight, home, whole, dtype if weight.ndim > 1 else weight.dtype), GATHERED)
 
     return jax.tree.map(one, weights)
@@ -90,7 +91,7 @@ def gathered(weights, mesh: Mesh, dtype, *, smallest: int = 0):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(weight, home: NamedSharding, whole: NamedSharding, dtype):
-    # The partitioner would else gather activations, which a weight that is split like them seems to ask for.
+    # Without these constraints the partitioner would gather activations instead of the weight.
     here = jax.lax.with_sharding_constraint(weight.astype(dtype), home)
     return jax.lax.with_sharding_constraint(here, whole)
 
@@ -107,16 +108,16 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 class BatchPart(NamedTuple):
-    """The part of a batch [B, T, ...] that the devices of this process hold: no host needs to make the rest."""
+    """The part of a batch [B, T, ...] that the devices of this process hold, so that no host has to load the rest."""
 
-    rows: np.ndarray  # of the batch, ascending
-    places: np.ndarray  # in the sequence, ascending
+    rows: np.ndarray  # row indices in the batch, ascending
+    places: np.ndarray  # indices in the sequence, ascending
     shape: tuple[int, int]  # of the whole batch
     mesh: Mesh | None
 
     @classmethod
     def of(cls, shape: tuple[int, int], mesh: Mesh | None) -> "BatchPart":
-        """Returns the part of a batch of this shape; without a mesh, all of it."""
+        """Returns this process's part of a batch of shape (B, T); without a mesh, the whole batch."""
         if mesh is None:
             return cls(np.arange(shape[0]), np.arange(shape[1]), shape, mesh)
         held = NamedSharding(mesh, TOKENS).addressable_devices_indices_map(shape).values()
@@ -127,7 +128,7 @@ class BatchPart(NamedTuple):
         return cls(rows, places, shape, mesh)
 
     def on_devices(self, part):
-        """Returns arrays of this part, [rows, places, ...] on every host, as one global array each."""
+        """Returns each array of `part`, [rows, places, ...] on every host, as a global array [B, T, ...]."""
         return jax.device_put(part) if self.mesh is None else jax.tree.map(self._global, part)
 
     def _global(self, x: np.ndarray) -> jax.Array:
@@ -140,7 +141,7 @@ class BatchPart(NamedTuple):
 
 
 def _prime_factors(number: int) -> tuple[int, ...]:
-    """Returns the prime factors, the greatest first."""
+    """Returns the prime factors of a number, largest first."""
     factors, divisor = [], 2
     while number > 1:
         while number % divisor == 0:

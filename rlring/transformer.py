@@ -1,4 +1,4 @@
-"""The Transformer: pre-norm blocks scanned over depth, rotary positions, attention over a sharded sequence."""
+"""The Transformer: pre-norm blocks scanned over layers, rotary positions, attention over a sharded sequence."""
 
 import math
 
@@ -51,8 +51,10 @@ class Block(nnx.Module):
     def project(
         self, x: Float[Array, "B T D"], mask: Mask, rope_fraction: float | None = None
     ) -> tuple[Array, Array, Array]:
-        """Returns the queries, keys and values of `x`, queries and keys rotated to their positions; rope_fraction: None
-        is that of the config."""
+        """Returns queries [B, T, N, H], keys and values [B, T, K, H] of `x`, with rotary positions in queries and keys.
+
+        If rope_fraction is None, it is that of the config.
+        """
         position = mask.q_position
         with jax.named_scope("project"):
             normal = rms_norm(x, self.attention_norm[...])
@@ -70,7 +72,7 @@ class Block(nnx.Module):
             return rotate(q_BTNH, position, base, fraction), rotate(k_BTKH, position, base, fraction), v_BTKH
 
     def finish(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"], mesh: Mesh | None) -> Array:
-        """Returns the block's output, given what its queries attended to."""
+        """Returns the block's output [B, T, D] from its input `x` and the output `attended` of attention."""
         with jax.named_scope("output"):
             x = x + jnp.einsum("btnh,nhd->btd", attended, self.output[...].astype(x.dtype))
         with jax.named_scope("feed_forward"):
@@ -101,21 +103,21 @@ class Transformer(nnx.Module):
         self.norm = nnx.Param(jnp.ones(config.width))
 
     def __call__(self, x: Float[Array, "B T D"], mask: Mask, *, mesh: Mesh | None = None) -> Float[Array, "B T D"]:
-        """Returns the features of every token."""
+        """Returns the features of every token, in the config's compute_type."""
         x, _ = self._scan(x, mask, mesh, keep=False)
         return x
 
     def prefill(
         self, x: Float[Array, "B T D"], mask: Mask, *, capacity: int, mesh: Mesh | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Returns the features of a prompt, and a cache of `capacity` slots that holds it."""
+        """Returns the features of a prompt, and a cache for `capacity` tokens that holds the prompt."""
         mask = checked(mask, x.shape[:2], x.shape[:2])
         cache = self.empty_cache(x.shape[0], capacity=capacity, mesh=mesh)
         x, kept = self._scan(x, mask, mesh, keep=True)
         return x, cache.with_prompt(kept, mask, mesh=mesh)
 
     def empty_cache(self, batch: int, *, capacity: int, mesh: Mesh | None = None) -> KVCache:
-        """Returns an empty cache of `capacity` slots for `batch` rows."""
+        """Returns an empty cache for `capacity` tokens in each of `batch` rows."""
         _, _, K, H, _ = self.config.sizes
         patterns = [layer.attention.sparse for layer in self.config.layer_group()]
         return KVCache.empty(
@@ -139,10 +141,12 @@ class Transformer(nnx.Module):
         mask: Mask | None = None,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Returns the features of a few new tokens, which see the cache and each other, and the cache with them in it.
+        """Returns the features of a few new tokens, and the cache with these tokens added. The new tokens see the cache
+        and each other.
 
         Args:
-            mask: its rule holds for the new tokens, for instance the mask of the prompt. None: causal, with `window`.
+            mask: a mask whose rule is applied to the new tokens, such as the mask of the prompt. None: causal, with
+                `window`.
 
         Raises:
             UsageError: more tokens than the cache takes in one step, both a window and a mask, or positions and
@@ -158,9 +162,9 @@ class Transformer(nnx.Module):
             return x, cache
         graph, blocks = nnx.split(self.blocks)
         group = self.config.layer_group(mesh)
-        for layer in range(self.config.layers):  # no scan: XLA copies what a scan takes in turn, here the cache
-            # The index, to which a sign's bit adds half of it, nothing, makes the layer's weights wait for x: else XLA
-            # takes those of all layers out of the stack at once, a copy of the model. A barrier does not (jax 0.10).
+        for layer in range(self.config.layers):  # a loop, not a scan: XLA would copy the cache as an input of a scan
+            # The index adds 0, computed from x, so that slicing the layer's weights waits for x. Otherwise XLA slices
+            # the weights of all layers at once, which copies the model. A barrier does not prevent that (jax 0.10).
             index = layer + (jnp.signbit(x[0, 0, 0]).astype(jnp.int32) >> 1)
             block = nnx.merge(graph, at(blocks, index))
             how = group[layer % len(group)]
@@ -172,7 +176,7 @@ class Transformer(nnx.Module):
         return rms_norm(x, self.norm[...]), cache.with_tokens(held, now, mesh=mesh)
 
     def _scan(self, x: Array, mask: Mask, mesh: Mesh | None, *, keep: bool) -> tuple[Array, list[KeyValue]]:
-        """Returns the features, and if asked the keys and values of each layer."""
+        """Returns the features and, with `keep`, the keys and values of each layer."""
         config, layers = self.config, self.config.layer_group(mesh)
         mask, length = checked(mask, x.shape[:2], x.shape[:2]), x.shape[1]
         if mesh is not None:
@@ -207,15 +211,15 @@ class Transformer(nnx.Module):
         x = rms_norm(x[:, :length], self.norm[...])
         if not keep:
             return x, []
-        # kept: for each place in a group the keys and values of all groups.
+        # kept: for each layer of a group, the stacked keys and values of all groups.
         return x, [at(pair, n) for n in range(config.layers // len(layers)) for pair in kept]
 
 
 def at(stacked, index: Int[Array, ""] | int):
-    """Returns one of the things that are stacked."""
+    """Returns entry `index` of every array in a tree of stacked arrays."""
     return jax.tree.map(lambda x: x[index], stacked)
 
 
 def constrain(x: Float[Array, "B T D"], mesh: Mesh | None) -> Array:
-    """Returns `x` laid out as activations are."""
+    """Returns `x` with the sharding of activations; without a mesh, `x` itself."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ACTIVATIONS))

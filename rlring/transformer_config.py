@@ -1,4 +1,4 @@
-"""The shape of a Transformer, and how each of its layers attends."""
+"""The configuration of a Transformer and of the attention of each layer."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -11,7 +11,7 @@ from rlring.remat import Remat
 
 
 class Layer(NamedTuple):
-    """How a layer attends."""
+    """The attention settings of a layer."""
 
     attention: AttentionConfig
     window: int | None
@@ -19,13 +19,13 @@ class Layer(NamedTuple):
     rope_fraction: float
 
     def mask(self, mask: Mask) -> Mask:
-        """Returns what of a mask this layer sees."""
+        """Returns the mask of this layer: `mask`, restricted to the layer's window if it has one."""
         return mask if self.window is None else mask.within(self.window)
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a Transformer, and how it is computed."""
+    """The configuration of a Transformer: its shape, and how it is computed."""
 
     width: int = 128
     layers: int = 3
@@ -90,7 +90,8 @@ class TransformerConfig:
             )
 
     def layer_group(self, mesh: Mesh | None = None) -> tuple[Layer, ...]:
-        """Returns how each layer of a group attends; the groups are alike, and the last layer of each sees most."""
+        """Returns the settings of each layer of a group; all groups are equal. With `dense_every`, a group has that
+        many layers, and the last one is dense; otherwise it is one layer."""
         whole = Layer(self.attention, None, self.rope_fraction)
         if self.dense_every is None:
             return (whole,)
@@ -103,7 +104,7 @@ class TransformerConfig:
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """D, N, K, H, F."""
+        """The sizes D (width), N (query heads), K (key/value heads), H (head size) and F (inner feed-forward width)."""
         return (
             self.width,
             self.heads,

@@ -1,4 +1,4 @@
-"""Other projects' files: flat HDF5 (InFOM, D4RL), Minari, metamotivo's buffers. `data.convert` is the command.
+"""File formats of other projects: flat HDF5 (InFOM, D4RL), Minari and metamotivo's buffers; used by `data.convert`.
 
-A module each. Where a format is read too it has a `Source`; no pickle is ever read.
+Each format has a module that writes it. Flat HDF5 and Minari can also be read, through a `Source`. No pickle is read.
 """

@@ -1,13 +1,13 @@
-"""Flat HDF5: transitions one after the other, as InFOM (Zheng et al. 2025) and OGBench read them, and D4RL did.
+"""Flat HDF5: all transitions in one sequence, as in InFOM (Zheng et al. 2025), OGBench and D4RL.
 
     row                 0      1      2      3           an episode of 2 steps, one of 2 steps
     observations        o0     o1     p0     p1
     actions, rewards    0      1      0      1
     next_observations   o1     o2     p1     p2
-    terminals           0      1      0      1           where an episode ends, for whatever reason
-    masks               1      1      1      0           the discount: 0 where it really ended
+    terminals           0      1      0      1           1 at the end of an episode, terminated or truncated
+    masks               1      1      1      0           the discount: 0 where the episode terminated
 
-D4RL has `timeouts` and no `masks`: there `terminals` says where an episode really ended.
+D4RL has `timeouts` and no `masks`: there `terminals` is 1 only where an episode terminated.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from data.trajectory import Trajectory
 
 
 def write(path: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]) -> None:
-    """Writes a flat file of float32; the notes become its attributes. DataError when there is a file already."""
+    """Writes a flat file of float32 arrays, with `notes` as its attributes. DataError when `path` exists."""
     with new_file(path) as file:
         file.attrs.update(notes)
         rows = Rows(file)
@@ -32,7 +32,7 @@ def write(path: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]) 
 
 
 def transitions(episode: Trajectory) -> dict[str, np.ndarray]:
-    """Returns an episode as rows of transitions, by InFOM's names."""
+    """Returns an episode as arrays with a row per transition, under InFOM's names."""
     terminals = 1 - episode.discount
     terminals[-1] = 1
     return {
@@ -46,10 +46,10 @@ def transitions(episode: Trajectory) -> dict[str, np.ndarray]:
 
 
 class File:
-    """A flat file to read."""
+    """A flat file opened for reading; a `Source`."""
 
     def __init__(self, path: Path) -> None:
-        """DataError when `path` is no such file, or holds no rewards."""
+        """Opens the file; DataError when it is not a flat file, or holds no rewards."""
         self.path = path
         self._file = opened(path)
         with damage_named(path, self._file):
@@ -60,7 +60,7 @@ class File:
         self.lengths = np.diff(self._start)
 
     def read(self, episode: int) -> Trajectory:
-        """Returns one episode; DataError when `next_observations` are not the observations that come next."""
+        """Returns one episode; DataError when `next_observations` differ from the next rows of `observations`."""
         rows = slice(self._start[episode], self._start[episode + 1])
         with damage_named(self.path, self._file):
             values = {name: dataset[rows] for name, dataset in self._fields.items()}

@@ -1,4 +1,4 @@
-"""HDF5 files of others, read with care, and of ours for others, written by rows."""
+"""Reads HDF5 files that may be damaged or malicious, and writes HDF5 files in blocks of rows."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +11,14 @@ from data.atomic_file import atomic_file, refuse_existing
 from data.errors import DataError
 from data.store_file import HEAD, head_of
 
-# The head of our own files: HDF5's "user block", which its library skips, as in a store (`data.store_file`).
+# The header of files written here: HDF5's "user block", which the library skips, as in a store (`data.store_file`).
 _TITLE = b"rlring transitions 1"
 _BLOCK = 4096
 
 
 class Rows:
-    """Datasets that grow by rows, all alike, written in blocks: a few thousand rows are in memory at a time."""
+    """Datasets to which rows are appended. All have the same number of rows. They are written in blocks, so that only a
+    few thousand rows are in memory at a time."""
 
     def __init__(self, file: h5py.File) -> None:
         self.file = file
@@ -26,7 +27,7 @@ class Rows:
         self._waiting = 0
 
     def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Adds rows to every dataset; the first call makes them."""
+        """Appends rows to every dataset; the first call creates the datasets."""
         rows = len(next(iter(arrays.values())))
         for name, values in arrays.items():
             if name not in self._pending:
@@ -39,7 +40,7 @@ class Rows:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits."""
+        """Writes the rows that are still in memory."""
         for name, blocks in self._pending.items():
             block = np.concatenate(blocks) if blocks else np.empty(0)
             blocks.clear()
@@ -51,10 +52,10 @@ class Rows:
 
 @contextmanager
 def new_file(path: Path, *, has_head: bool = True, track_order: bool = False) -> Iterator[h5py.File]:
-    """Yields an HDF5 file that becomes `path` if the body succeeds, with a checksum in its head if it has one.
+    """Yields an HDF5 file that becomes `path` if the body succeeds; with `has_head`, its header holds a checksum.
 
-    The HDF5 library writes through a `Sink`: after a write that failed it would crash. DataError when there is
-    something at `path`; OSError when the disk is full.
+    The HDF5 library writes through a `Sink`, because it would crash after a failed write. DataError when `path` exists;
+    OSError when the disk is full.
     """
     with atomic_file(path, check_old=refuse_existing) as sink:
         with h5py.File(sink, "w", userblock_size=HEAD if has_head else None, track_order=track_order) as file:
@@ -69,9 +70,10 @@ def new_file(path: Path, *, has_head: bool = True, track_order: bool = False) ->
 
 
 def opened(path: Path) -> h5py.File:
-    """Returns an HDF5 file opened to read; DataError when it is none, or a damaged one of ours.
+    """Opens an HDF5 file for reading; DataError when it is not an HDF5 file, or its checksum does not match.
 
-    The library answers damage with wrong numbers, or never: our checksum is compared first, and others have none.
+    On a damaged file the HDF5 library may return wrong numbers or never return, so the checksum is compared first.
+    Files of other projects have no checksum.
     """
     with open(path, "rb") as content:
         first = content.read(HEAD)
@@ -87,8 +89,10 @@ def opened(path: Path) -> h5py.File:
 
 @contextmanager
 def damage_named(path: Path, file: h5py.File) -> Iterator[None]:
-    """Within it an error of the HDF5 library is a DataError that names the file. Any error closes the file: the library
-    would go on with what it knows of it when it is opened again."""
+    """Context manager that turns errors of the HDF5 library into a DataError that names the file.
+
+    Any error closes the file, because otherwise the library would reuse its cached state when the file is opened again.
+    """
     try:
         yield
     except (OSError, RuntimeError, KeyError) as error:
@@ -100,9 +104,10 @@ def damage_named(path: Path, file: h5py.File) -> Iterator[None]:
 
 
 def numbers(path: Path, group: h5py.Group, name: str, rows: int | None = None) -> h5py.Dataset:
-    """Returns a dataset of numbers (of so many rows) in the file itself; DataError when it is anything else."""
+    """Returns the dataset `name` of `group`. DataError unless it is an array of numbers stored in this file, with
+    `rows` rows if that is given."""
     where = f"{path}: {group.name.rstrip('/')}/{name}"
-    # A link may lead to any other file of this machine.
+    # A soft or external link could lead to any other file of this machine.
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise DataError(f"{path}: it lacks {name}; it has {', '.join(sorted(group)[:12]) or 'nothing'}")
     dataset = group[name]

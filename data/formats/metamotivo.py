@@ -1,9 +1,9 @@
-"""metamotivo's transition buffer on disk, as TD-JEPA's `DictBuffer.load` reads it: one HDF5 file and one JSON.
+"""Writes metamotivo's transition buffer, as read by TD-JEPA's `DictBuffer.load`: one HDF5 file and one JSON file.
 
     buffer.hdf5     observation, action, physics, reward, next-observation, next-terminated, next-physics
-    config.json     capacity, device and where the buffer stands: full
+    config.json     capacity, device and state of the buffer (full)
 
-A row is a transition, and every dataset has two dimensions. "-" stands for a nested key: `batch["next"]["physics"]`.
+A row is a transition, and every dataset has two dimensions. "-" marks a nested key: `batch["next"]["physics"]`.
 """
 
 import json
@@ -19,9 +19,9 @@ from data.trajectory import Trajectory
 
 
 def write(folder: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]) -> None:
-    """Writes a buffer to `folder`; the notes become attributes of its HDF5 file.
+    """Writes a buffer to `folder`, with `notes` as attributes of its HDF5 file.
 
-    DataError when something is there, or an episode has no physics, from which metamotivo computes rewards.
+    DataError when `folder` exists, or an episode has no physics states, from which metamotivo computes rewards.
     """
     with atomic_folder(folder) as temporary:
         with new_file(temporary / "buffer.hdf5", has_head=False) as file:

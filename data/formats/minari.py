@@ -1,11 +1,12 @@
-"""Minari datasets (Farama Foundation; format 0.5.4, HDF5): a group an episode, one observation more than actions.
+"""Reads and writes Minari datasets (Farama Foundation; format 0.5.4, HDF5): a group per episode, with one observation
+more than actions.
 
     walker-walk-v0/data/metadata.json
     walker-walk-v0/data/main_data.hdf5      episode_0/observations [M+1, O], actions [M, A], rewards, terminations,
                                             truncations [M], infos/physics [M+1, P], infos/discount [M+1], ...
 
-What of ours Minari has no word for lies in `infos`, a row for each observation, so that a dataset of ours comes back
-as it was. The library is not needed; `minari.MinariDataset("walker-walk-v0/data")` reads what is written here.
+Arrays that have no place in Minari's format are in `infos`, with a row per observation, so that a dataset written here
+is read back unchanged. The minari library is not needed; `minari.MinariDataset("walker-walk-v0/data")` reads the files.
 """
 
 import json
@@ -28,9 +29,10 @@ _DATA, _META = "main_data.hdf5", "metadata.json"
 
 
 def write(folder: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]) -> None:
-    """Writes a dataset to `folder`, which gives it its name; the notes go into its metadata.
+    """Writes a dataset to `folder`, whose name becomes the dataset's; `notes` go into its metadata.
 
-    DataError when something is there, or the name does not end in a version (`-v0`). Nothing is left behind otherwise.
+    DataError when `folder` exists, or its name does not end in a version (`-v0`). After an error no partial folder is
+    left.
     """
     refuse_existing(folder)
     if not re.fullmatch(r"[-\w]+-v\d+", folder.name):
@@ -45,15 +47,15 @@ def write(folder: Path, episodes: Iterable[Trajectory], notes: Mapping[str, str]
 
 
 def is_dataset(folder: Path) -> bool:
-    """Returns whether a folder is a Minari dataset, or the `data` in one."""
+    """Returns whether a folder is a Minari dataset, or the `data` folder of one."""
     return _data_folder(folder) is not None
 
 
 class Dataset:
-    """A dataset to read."""
+    """A Minari dataset opened for reading; a `Source`."""
 
     def __init__(self, path: Path) -> None:
-        """DataError when it is none in HDF5, or damaged."""
+        """Opens the dataset; DataError when it is not in HDF5, or is damaged."""
         self.path = path
         folder = _data_folder(path)
         assert folder is not None
@@ -100,7 +102,7 @@ class Dataset:
         return numbers(self._data, group, name, rows)
 
     def _infos(self, episode: int, steps: int) -> dict[str, np.ndarray]:
-        """Returns the infos that are numbers with a row for each observation."""
+        """Returns the arrays of numbers in `infos` that have a row per observation."""
         group = self._file[f"episode_{episode}"].get("infos")
         if not isinstance(group, h5py.Group):
             return {}

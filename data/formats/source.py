@@ -1,4 +1,4 @@
-"""Source: episodes wherever they lie, read one at a time."""
+"""Source: a common interface for reading episodes from any supported format, one at a time."""
 
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from data.trajectory import Trajectory
 
 @runtime_checkable
 class Source(Protocol):
-    """Episodes that can be read one at a time, whatever file they are in."""
+    """Episodes in a file or folder of any supported format; `lengths` has the number of steps of each episode."""
 
     path: Path
     task: str | None
@@ -27,11 +27,11 @@ class Source(Protocol):
     lengths: Int[np.ndarray, " E"]
 
     def read(self, episode: int) -> Trajectory:
-        """Returns one episode, checked; DataError when it is damaged."""
+        """Returns one episode; DataError when it is damaged."""
 
 
 class EpisodeFolder:
-    """A folder of ExoRL's npz files."""
+    """A `Source` for a folder of ExoRL's npz files."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.control = path, None
@@ -45,7 +45,7 @@ class EpisodeFolder:
 
 
 class Store:
-    """A store of ours."""
+    """A `Source` for a TrajectoryStore; DataError for a task with a hidden goal, whose store holds no rewards."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,8 +62,10 @@ class Store:
 
 
 def open_source(path: Path) -> Source:
-    """Returns the episodes at `path`: a folder of npz, a Minari dataset, a store, a flat HDF5 file; DataError when it
-    is none of these."""
+    """Opens the episodes at `path`: a folder of npz files, a Minari dataset, a store or a flat HDF5 file.
+
+    DataError when `path` is none of these, or is damaged.
+    """
     if path.is_dir():
         return minari.Dataset(path) if minari.is_dataset(path) else EpisodeFolder(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The tasks dm_control lacks, and what a task with a hidden goal can be asked without a simulator (NumPy only)."""
+"""The tasks that dm_control lacks, and functions of hidden-goal tasks that need no simulator (NumPy only)."""
 
 from typing import Protocol, runtime_checkable
 
@@ -12,11 +12,11 @@ from data.tasks.map import PointMassMap, ReacherMap
 
 @runtime_checkable
 class GoalTask(Protocol):
-    """A task whose reward is a function of the physics state and of a goal that no observation shows.
+    """A task whose reward is a function of the physics state and of a goal that is not in the observation.
 
-    Every method is plain NumPy over any leading dimensions, so one episode can be relabelled for thousands of goals at
-    once. `physics` is dm_control's own state vector (positions, then velocities), float64, or the observation, which
-    holds the same; the leading dimensions of `goal` broadcast against those of `physics`.
+    Every method works on NumPy arrays with any leading dimensions, so one episode can be relabelled for thousands of
+    goals at once. `physics` is dm_control's state vector (positions, then velocities), float64, or an observation,
+    which starts with the same numbers. The leading dimensions of `goal` broadcast against those of `physics`.
     """
 
     name: str
@@ -36,7 +36,7 @@ class GoalTask(Protocol):
         """Returns 1 within the radius of the goal and 0 elsewhere, float32."""
 
     def hindsight_goal(self, physics: Float[np.ndarray, "... P"]) -> Float[np.ndarray, "... G"]:
-        """Returns the goal that this state meets exactly: where the body is, float64."""
+        """Returns the goal that this state meets exactly: the position of the body, float64."""
 
     def sample_goal(self, rng: np.random.Generator | np.random.RandomState) -> Float[np.ndarray, " G"]:
         """Returns a goal drawn as the environment draws it, float64."""
@@ -44,7 +44,7 @@ class GoalTask(Protocol):
     def oracle(
         self, physics: Float[np.ndarray, "... P"], goal: Float[np.ndarray, "... G"]
     ) -> Float[np.ndarray, "... A"]:
-        """Returns the action in [-1, 1] of a scripted controller that knows the goal, float32."""
+        """Returns the action in [-1, 1] of a scripted controller that is given the goal, float32."""
 
 
 _GOAL_TASKS: dict[str, GoalTask] = {
@@ -53,7 +53,7 @@ _GOAL_TASKS: dict[str, GoalTask] = {
 
 
 def goal_task(name: str) -> GoalTask | None:
-    """Returns the hidden-goal task of that name, or None when the task hides no goal (or does not exist)."""
+    """Returns the hidden-goal task called `name`, or None when that task hides no goal or does not exist."""
     return _GOAL_TASKS.get(name)
 
 
@@ -67,8 +67,8 @@ _TRIES = 1000
 
 
 def foreign_goal(task: GoalTask, goal: Float[np.ndarray, " G"], rng: np.random.Generator) -> Float[np.ndarray, " G"]:
-    """Returns another goal of the task, drawn as the environment draws it but more than FOREIGN_RADII radii away, so
-    that no state is paid for both, float64. DataError when there is none so far away."""
+    """Returns another goal of the task, float64, drawn as the environment draws it but more than FOREIGN_RADII radii
+    from `goal`, so that no state is rewarded for both. DataError when no goal is that far away."""
     for _ in range(_TRIES):
         other = task.sample_goal(rng)
         if np.linalg.norm(other - goal) > FOREIGN_RADII * task.radius:

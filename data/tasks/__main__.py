@@ -1,4 +1,4 @@
-"""Lists tasks and policies, or checks that a task's rewards can be computed again from what is stored.
+"""Lists tasks and policies, or checks that a task's rewards can be computed again from stored episodes.
 
 python -m data.tasks
 python -m data.tasks walker-walk walker-flip --check
@@ -26,7 +26,7 @@ _WIDTH = 120
 
 
 class Row(NamedTuple):
-    """What is alike in tasks that stand in one row of the table."""
+    """A row of the table: the values that all tasks listed in it share. Tasks with equal values share a row."""
 
     domain: str
     observation: int
@@ -38,7 +38,8 @@ class Row(NamedTuple):
 
 
 def table(tasks: Iterable[str], episodes: int) -> str:
-    """Returns a Markdown table: each task is played for so many episodes, and their rewards are computed again."""
+    """Plays `episodes` episodes of each task, computes their rewards again from the stored states, and returns a
+    Markdown table of the differences."""
     rows: dict[Row, list[str]] = defaultdict(list)
     for task in tasks:
         rows[_checked(task, episodes)].append(task.split("-", 1)[1])
@@ -78,7 +79,7 @@ def _command(words: Sequence[str], check: bool, episodes: int) -> None:
 
 
 def _named(words: Sequence[str]) -> list[str]:
-    """Returns the tasks that words name: tasks, or domains."""
+    """Returns the tasks that `words` name; a word is a task, or a domain for all its tasks."""
     if not words:
         return list(task_names())
     domains = _by_domain(task_names())

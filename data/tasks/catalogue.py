@@ -1,4 +1,4 @@
-"""Every task there is, by name: dm_control's suite and our own."""
+"""All tasks by name: those of dm_control's suite and those of data/tasks."""
 
 import difflib
 
@@ -8,7 +8,7 @@ from dm_control.rl import control
 from data.errors import DataError
 from data.tasks import custom
 
-_SAME_BODY = {"pointmass": "point_mass_maze"}  # TD-JEPA's name of ExoRL's maze
+_SAME_BODY = {"pointmass": "point_mass_maze"}  # TD-JEPA's name for ExoRL's maze
 
 
 def task_names() -> tuple[str, ...]:
@@ -17,13 +17,14 @@ def task_names() -> tuple[str, ...]:
 
 
 def body(task: str) -> str:
-    """Returns what moves in a task: its domain, under one name. Episodes of one task of a body serve all others."""
+    """Returns the name of the body that a task moves. Episodes of one task can be relabelled for all tasks of the same
+    body."""
     domain = task.split("-")[0]
     return _SAME_BODY.get(domain, domain)
 
 
 def check_task(task: str) -> None:
-    """Raises a DataError with the nearest names when there is no such task."""
+    """Raises a DataError that suggests the nearest names when there is no such task."""
     names = task_names()
     if task not in names:
         near = difflib.get_close_matches(task.replace("_", "-", 1) if "-" not in task else task, names, n=3, cutoff=0.4)
@@ -37,5 +38,5 @@ def load_task(task: str) -> control.Environment:
     own = custom.load(task)
     if own is not None:
         return own
-    # lqr draws its springs when it is loaded: seeded, so that the task is the same one every time.
+    # lqr draws its spring constants when it is loaded. The fixed seed makes it the same task every time.
     return suite.load(*task.split("-", 1), task_kwargs={"random": 0})

@@ -1,4 +1,4 @@
-"""The cheetah, other than forwards at full speed: `cheetah-walk`, `-walk_backward`, `-run_backward`, `-flip`s."""
+"""More cheetah tasks: `cheetah-walk`, `-walk_backward`, `-run_backward`, `-flip`, `-flip_backward`."""
 
 from dm_control.suite import cheetah
 

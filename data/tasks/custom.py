@@ -12,9 +12,9 @@ from data.tasks.map import sample_signs
 
 
 class HiddenGoal:
-    """What a dm_control task becomes when its goal is drawn for every episode and shown to nobody.
+    """Mixin that gives a dm_control task a goal which is drawn for every episode and is not in the observation.
 
-    Mixed in before one of the suite's task classes, whose drawing of the start, observation and reward it replaces.
+    It comes before one of the suite's task classes, and replaces the start state, the observation and the reward.
     """
 
     goal: np.ndarray
@@ -28,13 +28,13 @@ class HiddenGoal:
 
     def initialize_episode(self, physics) -> None:
         """Sets the start position and the goal of an episode."""
-        # The start is drawn first, so that giving a goal does not change it.
+        # The start is drawn first, so that it does not depend on the goal.
         physics.data.qpos[:] = self.goal_task.sample_start(self.random)
         drawn = self.goal_task.sample_goal(self.random)
         self.goal, self.next_goal = (drawn if self.next_goal is None else self.next_goal), None
 
     def get_observation(self, physics) -> dict[str, np.ndarray]:
-        """Returns position and velocity: nothing in it depends on the goal."""
+        """Returns position and velocity; neither depends on the goal."""
         return {"position": physics.position(), "velocity": physics.velocity()}
 
     def get_reward(self, physics) -> float:
@@ -42,15 +42,16 @@ class HiddenGoal:
         return float(self.goal_task.reward(physics.get_state(), self.goal))
 
     def show_goal(self, physics) -> None:
-        """Moves the model's coloured target to the goal, for a frame about to be drawn."""
+        """Moves the model's coloured target to the goal; called before a frame is rendered."""
         physics.named.model.geom_pos["target", ["x", "y"]] = self.goal
         physics.named.model.geom_size["target", 0] = self.goal_task.radius
-        # Not forward(): it would change the solver's warm start, and with it the episode.
+        # Not forward(): it would change the solver's warm start, and so the rest of the episode.
         mujoco.mj_kinematics(physics.model.ptr, physics.data.ptr)
 
 
 class SignedPlace(HiddenGoal):
-    """A hidden goal at a place whose sign the observation shows, drawn for every episode or given."""
+    """A hidden-goal task whose observation includes the sign of a place; the sign is drawn for every episode, or
+    given."""
 
     sign: np.ndarray
     """The sign of the present episode. Given through `next_sign`, or else drawn."""
@@ -58,7 +59,7 @@ class SignedPlace(HiddenGoal):
     """The sign of the next episode; used once."""
 
     def initialize_episode(self, physics) -> None:
-        """Sets start, goal and sign of an episode."""
+        """Sets the start position, the goal and the sign of an episode."""
         super().initialize_episode(physics)
         drawn = sample_signs(self.random)
         self.sign, self.next_sign = (drawn if self.next_sign is None else self.next_sign), None
@@ -69,29 +70,29 @@ class SignedPlace(HiddenGoal):
 
 
 class PointMassDark(HiddenGoal, point_mass.PointMass):
-    """`point_mass-dark`."""
+    """dm_control task of `point_mass-dark`."""
 
 
 class PointMassMap(SignedPlace, point_mass.PointMass):
-    """`point_mass-map`."""
+    """dm_control task of `point_mass-map`."""
 
 
 class ReacherDark(HiddenGoal, reacher.Reacher):
-    """`reacher-dark`."""
+    """dm_control task of `reacher-dark`."""
 
 
 class ReacherMap(SignedPlace, reacher.Reacher):
-    """`reacher-map`."""
+    """dm_control task of `reacher-map`."""
 
 
 def load(name: str) -> control.Environment | None:
-    """Returns a new dm_control environment of one of the tasks here, or None when there is none of that name."""
+    """Returns a new dm_control environment of the task `name` of this module, or None when it has no such task."""
     builder = _BUILDERS.get(name)
     return builder() if builder else None
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of the tasks here."""
+    """Returns the names of the tasks that `load` can load."""
     return tuple(_BUILDERS)
 
 

@@ -1,8 +1,8 @@
-"""Tasks in the dark: the goal is fixed for an episode and never observed, only the reward tells where it is.
+"""Dark tasks: the goal is fixed for an episode and is not in the observation; only the reward depends on it.
 
-The observation is position and velocity alone, so nothing but past rewards can say where to go: the setting of
-Algorithm Distillation's Dark Room (Laskin et al. 2022, arXiv 2210.14215) on dm_control's own bodies. One action is held
-for many physics steps, which keeps an episode at 16 actions and whole episodes cheap to put in a context.
+The observation is position and velocity, so an agent can find the goal only from past rewards. This is the setting of
+Algorithm Distillation's Dark Room (Laskin et al. 2022, arXiv 2210.14215) with dm_control's bodies. Each action is held
+for several physics steps, so that an episode has only 16 actions and many whole episodes fit in a context.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from jaxtyping import Float
 
 @dataclass(frozen=True)
 class PointMassDark:
-    """dm_control's point mass, started in one corner of a square, looking for a goal anywhere in it.
+    """dm_control's point mass starts in one corner of a square and looks for a goal anywhere in the square.
 
-    A held action of 1 moves the mass at 0.1 m/s and an episode lasts 3.84 s: every goal can be reached, the far ones
-    late. A controller that knows the goal is paid in 7.5 of the 16 actions, and a random waypoint meets a random goal
-    one time in four. (docs/notebook.md: a start in the middle.)
+    A held action of 1 moves the mass at 0.1 m/s and an episode lasts 3.84 s, so every goal can be reached, distant ones
+    late. A controller that is given the goal is rewarded for 7.5 of the 16 actions. A random waypoint meets a random
+    goal one time in four. (docs/notebook.md discusses a start in the middle.)
     """
 
     name: str = "point_mass-dark"
@@ -37,28 +37,29 @@ class PointMassDark:
         return _within(physics[..., :2] - goal, self.radius)
 
     def hindsight_goal(self, physics: Float[np.ndarray, "... 4"]) -> Float[np.ndarray, "... 2"]:
-        """Returns where the mass is."""
+        """Returns the position of the mass, float64."""
         return np.array(physics[..., :2], np.float64)
 
     def sample_goal(self, rng: np.random.Generator | np.random.RandomState) -> Float[np.ndarray, " 2"]:
-        """Returns a goal uniform over the square of goals."""
+        """Returns a goal drawn uniformly from the square of goals."""
         return rng.uniform(-self.goal_reach, self.goal_reach, 2)
 
     def sample_start(self, rng: np.random.RandomState) -> Float[np.ndarray, " 2"]:
-        """Returns the start position of an episode; it stands still there."""
+        """Returns the start position of an episode; the mass starts at rest."""
         return -self.goal_reach + rng.uniform(-self.start_reach, self.start_reach, 2)
 
     def oracle(
         self, physics: Float[np.ndarray, "... 4"], goal: Float[np.ndarray, "... 2"]
     ) -> Float[np.ndarray, "... 2"]:
-        """Returns a proportional-derivative action, scaled as a whole so that the mass goes straight to the goal."""
+        """Returns the action of a proportional-derivative controller. Both components are scaled by one factor, so that
+        the mass goes straight to the goal."""
         force = 20.0 * (goal - physics[..., :2]) - 4.0 * physics[..., 2:4]
         return (force / np.maximum(1.0, np.abs(force).max(-1, keepdims=True))).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class ReacherDark:
-    """dm_control's two-link arm, started near the straight pose, looking for a place for its finger."""
+    """dm_control's two-link arm starts with its elbow bent by about 90 degrees and looks for a goal for its finger."""
 
     name: str = "reacher-dark"
     collected_on: str = "reacher-dark"
@@ -75,7 +76,7 @@ class ReacherDark:
         return _within(self.hindsight_goal(physics) - goal, self.radius)
 
     def hindsight_goal(self, physics: Float[np.ndarray, "... 4"]) -> Float[np.ndarray, "... 2"]:
-        """Returns where the finger is, in the plane (forward kinematics of the two 0.12 m links)."""
+        """Returns the position of the finger in the plane (forward kinematics of the two 0.12 m links), float64."""
         shoulder = np.asarray(physics[..., 0], np.float64)
         elbow = shoulder + physics[..., 1]
         return _LINK * np.stack([np.cos(shoulder) + np.cos(elbow), np.sin(shoulder) + np.sin(elbow)], -1)
@@ -86,15 +87,14 @@ class ReacherDark:
         return distance * np.array([np.sin(angle), np.cos(angle)])
 
     def sample_start(self, rng: np.random.RandomState) -> Float[np.ndarray, " 2"]:
-        """Returns the two start angles of an episode; the arm stands still there."""
+        """Returns the two start angles of an episode, radians; the arm starts at rest."""
         return np.array([0.0, np.pi / 2]) + rng.uniform(-self.start_reach, self.start_reach, 2)
 
     def oracle(
         self, physics: Float[np.ndarray, "... 4"], goal: Float[np.ndarray, "... 2"]
     ) -> Float[np.ndarray, "... 2"]:
-        """Returns a proportional-derivative action on the joint angles that put the finger on the goal.
-
-        Of the two elbow poses it takes the one whose elbow bends the way it bends already.
+        """Returns the action of a proportional-derivative controller of the joint angles that put the finger on the
+        goal. Of the two such poses it uses the one whose elbow bends as it does now.
         """
         distance = np.linalg.norm(goal, axis=-1)
         bend = 2.0 * np.arccos(np.clip(distance / (2 * _LINK), 0.0, 1.0)) * np.where(physics[..., 1] < 0, -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""The hopper, backwards and head over heels: `hopper-hop_backward`, `hopper-flip`, `hopper-flip_backward`."""
+"""More hopper tasks: `hopper-hop_backward`, `hopper-flip`, `hopper-flip_backward`."""
 
 from dm_control.suite import hopper
 from dm_control.utils import rewards

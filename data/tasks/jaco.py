@@ -1,6 +1,7 @@
-"""ExoRL's `jaco-reach_...`: an arm of six joints and a hand of three fingers, to be brought to one of four places.
+"""ExoRL's tasks `jaco-reach_...`: an arm with six joints moves a hand with three fingers to one of four places.
 
-A composer task of dm_control (`manipulation.reach` with a site for a target), whose target ExoRL fixes and hides.
+The task is dm_control's composer task `manipulation.reach` with a site as its target. As in ExoRL, the target is fixed
+and is not in the observation.
 """
 
 from absl import logging
@@ -22,16 +23,16 @@ SECONDS = 10.0
 
 
 class SuiteTask(base.Task):
-    """A composer task that is asked as the suite's tasks are: for its observables, without hooks between steps."""
+    """Wraps a composer task in the interface of the suite's tasks, without composer's hooks between steps."""
 
     def __init__(self, task: composer.Task) -> None:
         self._composed = task
         super().__init__(random=0)
 
     def initialize_episode(self, physics: mjcf.Physics) -> None:
-        """Draws hand and fingers anew, until the arm can reach the place that was drawn for the hand."""
+        """Draws positions of the hand and the fingers until the arm can reach the position of the hand."""
         loudness = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # every draw that the arm cannot reach would be a warning
+        logging.set_verbosity(logging.ERROR)  # composer warns of every drawn position that the arm cannot reach
         try:
             self._composed.initialize_episode(physics, self.random)
         finally:
@@ -43,12 +44,12 @@ class SuiteTask(base.Task):
         return {name: observable(physics, self.random) for name, observable in enabled.items()}
 
     def get_reward(self, physics: mjcf.Physics) -> float:
-        """Returns the task's own."""
+        """Returns the composer task's reward."""
         return self._composed.get_reward(physics)
 
 
 def reach_task(place: tuple[float, float, float]) -> reach.Reach:
-    """Returns the composer task with the target at a place, metres, that no observation shows."""
+    """Returns the composer task with the target at `place` (x, y, z in metres); no observation contains the target."""
     settings = observations.PERFECT_FEATURES
     task = reach.Reach(
         arena=arenas.Standard(),

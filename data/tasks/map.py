@@ -1,9 +1,10 @@
-"""Maps: a world of many places, each with a sign that is shown and a goal that is not.
+"""Map tasks: a world has many places, each with a sign, which is observed, and a goal, which is hidden.
 
-An episode is a visit to one of the places. Its observation holds the place's sign, a random vector; where the goal is
-only reward tells, or an earlier visit to the same sign. So what counts is how many places an agent still knows when it
-comes back to one of them, however long ago: capacity, where the dark tasks ask for coverage. Bodies, starts, rewards
-and episodes are those of the dark tasks, and so the same exploration data serves both.
+An episode is a visit to one place. Its observation includes the place's sign, a random vector. Only rewards, or an
+earlier visit with the same sign, show where the goal is. So the score depends on how many places an agent remembers,
+however long ago it visited them: map tasks measure the capacity of a memory, dark tasks how well an agent covers the
+possible goals. Bodies, start states, rewards and episode lengths are those of the dark tasks, so the same exploration
+data serves both.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from jaxtyping import Float32
 from data.tasks.dark import PointMassDark, ReacherDark
 
 SIGN_SIZE = 32
-_NORM = SIGN_SIZE**0.5 / 2  # entries of half a unit: as large as the rest of a normalised observation, and not larger
+_NORM = SIGN_SIZE**0.5 / 2  # the root mean square of the entries is 0.5, so signs do not dominate the observation
 
 
 def sample_signs(rng: np.random.Generator | np.random.RandomState, *count: int) -> Float32[np.ndarray, "*count S"]:
-    """Returns signs: normal vectors, all of one length."""
+    """Returns `count` random signs: normally distributed vectors, scaled to the same norm; float32 [*count, S]."""
     signs = rng.normal(size=(*count, SIGN_SIZE))
     return (signs * (_NORM / np.linalg.norm(signs, axis=-1, keepdims=True))).astype(np.float32)
 

@@ -1,8 +1,9 @@
-"""The point mass between the walls of a cross: ExoRL's `point_mass_maze-...`, and `pointmass-...` of TD-JEPA.
+"""The point mass in a maze: ExoRL's tasks `point_mass_maze-...` and TD-JEPA's tasks `pointmass-...`.
 
-The arena is one: the suite's, with contacts and four rooms; an episode starts in the top left one. Both names have
-`loop`, `square` and `fast_slow` (of TD-JEPA and metamotivo). The four `reach_...` differ: TD-JEPA pays from six times
-as far from the target as ExoRL, and adds `reach_bottom_left_long`, which must be reached the long way round.
+Both use one arena: the suite's, with contacts, and walls in the shape of a cross that make four rooms. An episode
+starts in the top left room. Both domains have `loop`, `square` and `fast_slow` (from TD-JEPA and metamotivo). Their
+four `reach_...` tasks differ: the reward margin around the target is six times as wide in TD-JEPA as in ExoRL. TD-JEPA
+adds `reach_bottom_left_long`, whose target must be reached the long way round.
 """
 
 from collections.abc import Iterable
@@ -31,19 +32,20 @@ class PointMassMaze(OtherReward, point_mass.PointMass):
     """The suite's point mass, started in the top left room, with another reward."""
 
     def initialize_episode(self, physics) -> None:
-        """Sets the start. ExoRL's own draws it from NumPy's global stream, so its seeds do not fix it; ours do."""
+        """Draws the start position from the task's random stream, so that the seed determines it. (ExoRL's code draws
+        from NumPy's global stream.)"""
         super().initialize_episode(physics)
         physics.data.qpos[:] = self.random.uniform((-0.29, 0.15), (-0.15, 0.29))
 
 
 def reach(physics: point_mass.Physics, margin: float) -> float:
-    """Returns 1 at the target, 0.1 at one margin from its edge; large actions cost up to a fifth of it."""
+    """Returns a reward of 1 at the target and 0.1 at one margin from its edge; large actions cost up to a fifth."""
     small = rewards.tolerance(physics.control(), margin=1, value_at_margin=0, sigmoid="quadratic").mean(axis=0)
     return rewards.tolerance(physics.mass_to_target_dist(), (0, SIZE), margin=margin) * (4 + small) / 5
 
 
 def loop(physics: mujoco.Physics) -> float:
-    """Pays for following the diamond |x| + |y| = 0.24 m clockwise, at 0.06 to 0.1 m/s in x and in y."""
+    """Rewards following the diamond |x| + |y| = 0.24 m clockwise, at 0.06 to 0.1 m/s in x and in y."""
     x, y = physics.position()
     vx, vy = physics.velocity()
     distance = abs(abs(x) + abs(y) - 0.24) / np.sqrt(2)
@@ -53,13 +55,13 @@ def loop(physics: mujoco.Physics) -> float:
 
 
 def square(physics: mujoco.Physics) -> float:
-    """Pays up to 1 for moving clockwise along a wall at 0.1 m/s, over 0.2 m from the middle; nothing in corners."""
+    """Rewards moving clockwise along a wall, over 0.2 m from the middle: 1 at 0.1 m/s and above, 0 in corners."""
     return _along_one_wall(10 * np.clip(speed, 0, 0.1) for place, speed in _walls(physics) if place > 0.2)
 
 
 def fast_slow(physics: mujoco.Physics) -> float:
-    """Pays for moving anticlockwise at 0.2 to 0.28 m from the middle: at 0.09 to 0.1 m/s along the left and the right
-    wall, at 0.04 to 0.05 m/s along the others; nothing in corners."""
+    """Rewards moving anticlockwise at 0.2 to 0.28 m from the middle: at 0.09 to 0.1 m/s along the left and right walls,
+    at 0.04 to 0.05 m/s along the other walls; 0 in corners."""
     bounds = ((0.04, 0.05), (0.09, 0.1), (0.09, 0.1), (0.04, 0.05))
     return _along_one_wall(
         _linear(-speed, bound, 0.01)
@@ -69,8 +71,8 @@ def fast_slow(physics: mujoco.Physics) -> float:
 
 
 def reach_long(physics: point_mass.Physics) -> float:
-    """Pays `reach`; far from the target it pays for moving clockwise along a wall, and charges 20 times for the other
-    way round."""
+    """Returns the reward of `reach` near the target. Far from it, rewards moving clockwise along a wall, with a penalty
+    20 times as large for moving anticlockwise."""
     there = reach(physics, 6 * SIZE)
     if there >= 0.01:
         return there
@@ -80,7 +82,8 @@ def reach_long(physics: point_mass.Physics) -> float:
 
 
 def _walls(physics: mujoco.Physics) -> tuple[tuple[float, float], ...]:
-    """Returns, for the top, right, left and bottom wall, how near the mass is and its clockwise speed along it."""
+    """Returns, for the top, right, left and bottom wall, the mass's distance from the middle towards the wall (m) and
+    its clockwise speed along the wall (m/s)."""
     x, y = physics.position()
     vx, vy = physics.velocity()
     return (y, vx), (x, -vy), (-x, vy), (-y, -vx)
@@ -96,7 +99,8 @@ def _linear(value: float, bounds: tuple[float, float], margin: float) -> float:
 
 
 def _maze(reward: Reward, target: tuple[float, float] = _NOWHERE) -> Builder:
-    """Returns a builder of the maze with a target there: the suite's arena with contacts and a cross of walls."""
+    """Returns a builder of the maze with its target at `target`: the suite's arena with contacts and a cross of
+    walls."""
 
     def build() -> control.Environment:
         xml, assets = point_mass.get_model_and_assets()

@@ -1,4 +1,4 @@
-"""The quadruped: `quadruped-stand`, `-jump`, `-roll`, `-roll_fast` of ExoRL, and `-escape` without OpenGL."""
+"""More quadruped tasks: ExoRL's `quadruped-stand`, `-jump`, `-roll` and `-roll_fast`; `-escape` without OpenGL."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,18 +15,18 @@ class Quadruped(OtherReward, quadruped.Move):
 
 
 class TerrainPhysics(quadruped.Physics):
-    """Physics that can be asked for its rendering contexts without making any."""
+    """Physics whose rendering contexts can be read without creating them."""
 
     _makes_contexts = True
 
     @property
     def contexts(self):
-        """The contexts of OpenGL and MuJoCo; None where there are none yet, and none may be made."""
+        """The contexts of OpenGL and MuJoCo; None within `no_new_contexts` if there are none yet."""
         return super().contexts if self._makes_contexts else self._contexts
 
     @contextmanager
     def no_new_contexts(self) -> Iterator[None]:
-        """Within it `contexts` is what there is."""
+        """Context manager within which reading `contexts` does not create them."""
         self._makes_contexts = False
         try:
             yield
@@ -35,9 +35,10 @@ class TerrainPhysics(quadruped.Physics):
 
 
 class Escape(quadruped.Escape):
-    """The suite's own task. It hands its terrain to a renderer at every reset; ours does where frames are drawn.
+    """The suite's `quadruped-escape`, which needs no OpenGL context unless frames are rendered.
 
-    A renderer that is made later takes the terrain from the model.
+    The suite's version uploads its terrain to a renderer at every reset. This one does so only if a renderer exists. A
+    renderer that is created later takes the terrain from the model.
     """
 
     def initialize_episode(self, physics: TerrainPhysics) -> None:

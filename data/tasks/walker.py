@@ -1,4 +1,4 @@
-"""The walker that turns: `walker-flip` (ExoRL) stays upright, `walker-spin` (TD-JEPA, metamotivo) does not have to."""
+"""More walker tasks: `walker-flip` (ExoRL) rewards turning upright, `walker-spin` (TD-JEPA, metamotivo) any turning."""
 
 from dm_control.rl import control
 from dm_control.suite import walker
@@ -9,15 +9,15 @@ FLIP, SPIN = 5.0, 10.0
 
 
 class WalkerFlip(walker.PlanarWalker):
-    """`walker-flip`: walker-stand's reward, scaled by how fast the torso turns."""
+    """`walker-flip`: the reward of walker-stand, scaled by the angular momentum of the body."""
 
     def get_reward(self, physics) -> float:
-        """Returns up to 1, upright with an angular momentum of FLIP."""
+        """Returns the reward: 1 if upright with an angular momentum of FLIP kg m^2/s, else less."""
         return super().get_reward(physics) * (5 * rise(turn(physics), FLIP) + 1) / 6
 
 
 class WalkerSpin(OtherReward, walker.PlanarWalker):
-    """`walker-spin`: paid for turning alone."""
+    """`walker-spin`: the reward depends only on the angular momentum."""
 
 
 def _flip() -> control.Environment:

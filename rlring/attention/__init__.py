@@ -1,7 +1,7 @@
 """Exact attention over sequences that are split over devices: one function, several schemes.
 
-The package can be called, `rlring.attention(q, k, v, mask, config=...)`: the name is that of the function in it, and
-`import rlring.attention.ring` works as well.
+The package is callable, because it has the name of its main function: `rlring.attention(q, k, v, mask, config=...)`.
+Its modules can still be imported, for example `import rlring.attention.ring`.
 """
 
 import importlib
@@ -45,7 +45,7 @@ class _CallablePackage(ModuleType):
     def __call__(self, *args, **kwargs):
         return attention(*args, **kwargs)
 
-    def __reduce__(self):  # a function can be pickled, a module cannot
+    def __reduce__(self):  # makes the package picklable, like a function
         return importlib.import_module, (__name__,)
 
 

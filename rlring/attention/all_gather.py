@@ -1,6 +1,7 @@
-"""All-gather attention: every device gathers all keys and values, queries stay.
+"""All-gather attention: every device gathers all keys and values, and keeps its own queries.
 
-The whole context is in every memory, but where it fits this often beats the ring: there is no hop to wait for.
+Every device holds the whole context. Where that fits into memory, it is often faster than the ring, because there is
+only one collective.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,7 @@ def all_gather_attention(
 
 
 class GatheringKernel(NamedTuple):
-    """A kernel over the keys of all devices of the mesh axes. The gathered keys are not kept for the backward."""
+    """A kernel over the keys of all devices of the mesh axes. The backward gathers the keys again."""
 
     axes: tuple[str, ...]
     kernel: Kernel
@@ -47,7 +48,7 @@ class GatheringKernel(NamedTuple):
         self, q, k, v, mask: Mask, mod: ScoreMod, inputs: BackwardInputs, before: Gradients | None = None
     ) -> Gradients:
         found = self.kernel.backward(q, *self._gathered(k, v, mask), mod, inputs)
-        # Summed over the devices in float32, and only then rounded.
+        # The sum over devices is in float32, and is rounded afterwards.
         dk, dv = (lax.psum_scatter(x, self.axes, scatter_dimension=1, tiled=True) for x in (found.dk, found.dv))
         return found._replace(dk=dk, dv=dv)
 

@@ -1,4 +1,4 @@
-"""attention(): checks the arguments, picks the scheme and runs it on every shard of the mesh."""
+"""attention() checks the arguments, chooses the scheme and runs it on every shard of the mesh."""
 
 from dataclasses import replace
 from functools import partial
@@ -151,7 +151,10 @@ def _check_sparse(config: AttentionConfig, mask: Mask, mod: ScoreMod) -> None:
 
 
 def _with_scheme(config: AttentionConfig, q, k, devices: int, shares: int, ring: int, ulysses: int) -> AttentionConfig:
-    """Returns the config with a scheme that fits; devices, shares: over which batch and heads are still to be split."""
+    """Returns the config with "auto" and trivial splits resolved to a scheme, which is checked against the mesh.
+
+    `devices` and `shares`: the numbers of devices over which the batch and the heads of q and k are still to be split.
+    """
     if ring * ulysses == 1 and config.scheme not in ("dense", "sparse"):
         return replace(config, scheme="blockwise")
     heads, kv_heads = q.shape[2] // shares, k.shape[2] // shares
@@ -172,7 +175,7 @@ def _with_scheme(config: AttentionConfig, q, k, devices: int, shares: int, ring:
 
 
 def _seeds_here(dropout: Dropout | None, q, axes: MeshAxes):
-    """Returns this device's part of what attention() gives a dropout: the seeds of its sequences and heads."""
+    """Returns the dropout seeds of this device's sequences and heads: a part of the seeds that attention() uses."""
     heads_axis = () if axes.heads is None else (axes.heads,)
     batch, heads = (lax.axis_size(names) if names else 1 for names in (axes.batch, heads_axis))
     every = seeds(dropout, q.shape[0] * batch, q.shape[2] * heads)
@@ -195,11 +198,11 @@ def _on_mesh(q, k, v, mask: Mask, mod: ScoreMod, *, config: AttentionConfig, mes
     of_mod = mod.specs(P(heads), bias=P(heads, seq), seeds=P(axes.batch or None, heads))
     platform = platform_of(mesh.devices.flat[0])
     run = partial(_on_shard, config=config, platform=platform, axes=axes, return_lse=return_lse)
-    # check_vma off: its types do not pass the loops of the custom VJP.
+    # check_vma=False, because its types do not pass through the loops of the custom VJP.
     specs = (tokens, tokens, tokens, of_mask, of_mod)
     on_shards = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
     results = on_shards(*split_explicitly((q, k, v, mask, mod), mesh, specs))
-    if q_pad:  # of what is split explicitly, JAX takes no part that the devices cannot share
+    if q_pad:  # JAX cannot slice an explicitly sharded dimension to a length that the devices do not divide
         results = split_explicitly(results, mesh, P(axes.batch or None, None, heads))
     return jax.tree.map(lambda x: x[:, :length], results)
 

@@ -42,14 +42,14 @@ class MeshAxes:
 
     @property
     def tokens(self) -> P:
-        """How [B, T, N, H] is split."""
+        """The partition of arrays [B, T, N, H]."""
         return P(self.batch or None, self.sequence or None, self.heads)
 
     def of(self, sizes: Mapping[str, int]) -> "MeshAxes":
-        """Returns the axes that a mesh of these sizes has.
+        """Returns these axes without the default names that the mesh lacks; `sizes` are the sizes of the mesh's axes.
 
         Raises:
-            UsageError: the mesh lacks an axis whose name is not a default, or all of them.
+            UsageError: the mesh lacks an axis whose name is not a default, or it lacks all axes.
         """
         defaults = ("data", "ring", "ulysses")
         missing = [name for name in self._names() if name not in sizes]
@@ -67,22 +67,22 @@ class MeshAxes:
         return *self.batch, *(name for name in (self.ring, self.ulysses, self.heads) if name is not None)
 
 
-DEFAULT = MeshAxes()  # those of rlring.make_mesh
+DEFAULT = MeshAxes()  # the axes of rlring.make_mesh
 
 
 def size_of(mesh: Mesh, name: str | tuple[str, ...] | None) -> int:
-    """Returns over how many devices of the mesh something is split that is split over these axes."""
+    """Returns the number of devices of the mesh along these axes."""
     names = (name,) if isinstance(name, str) else name or ()
     return math.prod(mesh.shape[one] for one in names)
 
 
 def index_of(names: tuple[str, ...]):
-    """Returns which of the parts is this device's, of what is split over these axes; inside shard_map."""
+    """Returns this device's index along these axes; 0 if there are none. Runs inside shard_map."""
     return lax.axis_index(names) if names else 0
 
 
 def varying_alike(tree):
-    """Returns the tree with arrays all of which jax.shard_map takes to differ between the same devices."""
+    """Returns the tree with all arrays cast to vary over the same manual axes of jax.shard_map."""
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
 
     def cast(x):
@@ -92,7 +92,10 @@ def varying_alike(tree):
 
 
 def split_explicitly(arrays, mesh: Mesh, specs):
-    """Returns the arrays split as jax.shard_map wants them, which by itself splits them only over other axes."""
+    """Returns the arrays resharded as `specs` over the mesh axes of type Explicit.
+
+    jax.shard_map requires this; it splits arrays by itself only over other axes.
+    """
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if AxisType.Explicit not in kinds.values():
         return arrays
@@ -109,7 +112,10 @@ def split_explicitly(arrays, mesh: Mesh, specs):
 
 
 def with_places(mask: Mask, names: tuple[str, ...]) -> Mask:
-    """Returns the mask of a shard with the places of its tokens, of a sequence that is split over these axes."""
+    """Returns the mask of a shard with the places (indices in the whole sequence) of its tokens filled in.
+
+    The sequence is split over the mesh axes `names`. Runs inside shard_map.
+    """
 
     def places(position):
         rows, length = position.shape

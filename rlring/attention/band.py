@@ -1,7 +1,7 @@
-"""Attention along a band: the tiles of many queries at once, each against the keys a few tiles before it.
+"""Attention for masks that are a band along the diagonal: all tiles at one offset from the diagonal are one product.
 
-What a short window shows lies along the diagonal, in tiles too small for a product each. Here those that are equally
-far from the diagonal are one batched product. Exact for every mask, and fast where few such offsets are seen.
+A short window shows only tiles near the diagonal, which are too small to be efficient one by one. So tiles at the same
+offset from the diagonal are computed as one batched product. Exact for every mask, and fast if few offsets are seen.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,15 @@ from rlring.attention.softmax import PartialAttention, accumulator_type, nothing
 
 
 class _Band(NamedTuple):
-    """How attention is cut: chunks of queries, or in the backward of keys, of some tiles each."""
+    """The division of a sequence into tiles, and of tiles into chunks that are computed at once.
 
-    tile: int  # tokens, of queries and of keys
-    chunk: int  # tiles
-    tiles: int  # of the padded sequence: a multiple of the chunk
-    group: int  # query heads of a row
+    Chunks are of queries in the forward and of keys in the backward.
+    """
+
+    tile: int  # tokens of a tile, for queries and keys
+    chunk: int  # tiles of a chunk
+    tiles: int  # tiles of the padded sequence: a multiple of the chunk
+    group: int  # query heads per row
     row_groups: RowGroups
 
     @classmethod
@@ -46,7 +49,7 @@ class _Band(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Returns the tokens of a chunk."""
+        """The number of tokens of a chunk."""
         return self.chunk * self.tile
 
     @property
@@ -54,21 +57,21 @@ class _Band(NamedTuple):
         return self.tiles // self.chunk
 
     def take(self, rows: Rows, x: Float[Array, "B T N H"], tile) -> Float[Array, "tiles Q H"]:
-        """Returns these rows of the chunk that begins with this tile, tile by tile."""
+        """Returns these rows of the chunk that begins with tile `tile`; the first dimension is rows times tiles."""
         return self._cut(self._chunk(rows.take, x, tile, 1))
 
     def take_numbers(self, rows: Rows, x: Float[Array, "B N T"], tile) -> Float[Array, "tiles Q"]:
-        """Returns what take() does, of arrays of one number a query."""
+        """Like take(), for arrays of one number per query."""
         return self._cut(self._chunk(rows.take_numbers, x, tile, 2))
 
     def uncut(self, x: Float[Array, "tiles q ..."]) -> Float[Array, "r Q ..."]:
-        """Returns the rows of a chunk, from its tiles."""
+        """Returns the rows of a chunk from its tiles: the inverse of _cut()."""
         _, queries, *rest = x.shape
         tiles = x.reshape(-1, self.chunk, queries // self.tile, self.tile, *rest)
         return jnp.moveaxis(tiles, 2, 1).reshape(tiles.shape[0], self.chunk * queries, *rest)
 
     def add(self, rows: Rows, x: Float[Array, "B T N H"], tiles: Float[Array, "tiles Q H"], tile) -> Array:
-        """Returns x with what is found for the chunk that begins with this tile added to it."""
+        """Returns x with `tiles` added to the chunk that begins with tile `tile`."""
         start, more = tile * self.tile, self.uncut(tiles)
 
         def straight(x: Array) -> Array:
@@ -79,7 +82,7 @@ class _Band(NamedTuple):
             chunk = rows.add(jnp.take(x, tokens, 1), more, 0)
             return x.at[:, tokens].set(chunk, unique_indices=True)
 
-        # Loops of one step or none: what they go on with is not copied, as it is for branches.
+        # Loops of one step or none instead of lax.cond: XLA copies the arrays of branches, but not those of loops.
         goes_around = self._goes_around(tile).astype(jnp.int32)
         x = lax.fori_loop(goes_around, 1, lambda _, x: straight(x), x)
         return lax.fori_loop(0, goes_around, lambda _, x: around(x), x)
@@ -87,12 +90,10 @@ class _Band(NamedTuple):
     def tile_of(
         self, mod: ScoreMod, rows: Rows, mask: Mask, q_tiles: Array, q_tile, k_tile, *, is_masked: bool
     ) -> Tile:
-        """Returns what there is to know of a chunk's tiles of queries and of another chunk's of keys, in pairs.
+        """Returns mask, bias and dropout for the tiles of a chunk of queries, each paired with a tile of a chunk of
+        keys. `mask` is the mask of these rows."""
 
-        The mask is that of the rows.
-        """
-
-        def per_row(x):  # rows are sequences by heads, each of all its tiles; masks may be of sequences alone
+        def per_row(x):  # rows are (sequence, head, tile); a mask may be the same for all heads of a sequence
             every = x.reshape(mask.rows, 1, self.chunk, *x.shape[1:])
             every = jnp.broadcast_to(every, (mask.rows, self.row_groups.rows // mask.rows, *every.shape[2:]))
             return every.reshape(-1, 1, *x.shape[1:])
@@ -101,16 +102,16 @@ class _Band(NamedTuple):
         return Tile.of(mod, self.terms(mod, rows), pairs, q_tiles, is_masked=is_masked, per_row=per_row)
 
     def _tiles(self, tile, x: Int32[Array, "m tokens"]) -> Int32[Array, "tiles size"]:
-        """Returns what is known of the tokens of a chunk, tile by tile."""
+        """Returns an array of one number per token for a chunk, tile by tile."""
         chunk = self._chunk(lambda x, start, size: lax.dynamic_slice_in_dim(x, start, size, 1), x, tile, 1)
         return chunk.reshape(-1, self.tile)
 
     def terms(self, mod: ScoreMod, rows: Rows) -> RowTerms:
-        """Returns what belongs to the rows of all tiles."""
+        """Returns the RowTerms of these rows, repeated for all tiles of a chunk."""
         return rows.terms(mod, 0, 0, None).repeated(self.chunk)
 
     def add_terms(self, total: ModGradients, terms: RowTerms, rows: Rows) -> ModGradients:
-        """Returns the total with the gradients of what belongs to the rows of all tiles."""
+        """Returns the total with the gradients of the terms of all tiles added."""
         summed = jax.tree.map(lambda x: x.reshape(-1, self.chunk, *x.shape[1:]).sum(1), terms)
         return rows.add_terms(total, summed, 0, None)
 
@@ -120,7 +121,8 @@ class _Band(NamedTuple):
         return jnp.moveaxis(tiles, 1, 2).reshape(rows * self.chunk, queries // self.chunk, *rest)
 
     def _chunk(self, take: Callable, x: Array, tile, dimension: int) -> Array:
-        """Returns take(x, start, size) of the chunk that begins with this tile; the first tile follows the last."""
+        """Returns take(x, start, size) of the chunk that begins with tile `tile`; the last tile is followed by the
+        first."""
 
         def straight(x: Array) -> Array:
             return take(x, tile * self.tile, self.size)
@@ -128,21 +130,21 @@ class _Band(NamedTuple):
         def around(x: Array) -> Array:
             return take(jnp.take(x, self._tokens_around(tile), dimension), 0, self.size)
 
-        # Few chunks go around. With what follows the last tile put there, all would be slices, of a copy of it all.
+        # Few chunks go around. Appending the first tiles after the last would avoid the gather, but copy the array.
         return lax.cond(self._goes_around(tile), around, straight, x)
 
     def _goes_around(self, tile) -> Bool[Array, ""]:
-        """Returns whether the chunk that begins with this tile goes on with the first."""
+        """Returns whether the chunk that begins with tile `tile` continues with the first tile."""
         return tile + self.chunk > self.tiles
 
     def _tokens_around(self, tile) -> Int32[Array, "size"]:
-        tile = jnp.asarray(tile, jnp.int32)  # where JAX counts in 64 bits
+        tile = jnp.asarray(tile, jnp.int32)  # int32 also when 64-bit types are enabled
         return (tile * self.tile + jnp.arange(self.size, dtype=jnp.int32)) % self.length
 
     def schedule(self, tile, seen, whole) -> BlockSchedule:
-        """Returns by how many tiles the other side is ahead where any of the chunk's tiles sees it.
+        """Returns the schedule of offsets: by how many tiles the other side's tiles are ahead of the chunk's tiles.
 
-        `seen` and `whole` say which tile of the other side each of the chunk's sees, [chunk, tiles].
+        `seen` and `whole` [chunk, tiles]: which tiles of the other side each tile of the chunk sees partly and fully.
         """
         tile = jnp.asarray(tile, jnp.int32)
         ahead = tile + jnp.arange(self.chunk, dtype=jnp.int32)[:, None] + jnp.arange(self.tiles, dtype=jnp.int32)[None]
@@ -151,7 +153,7 @@ class _Band(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What every chunk is computed of: arrays as long as the band, and what is known of their tiles."""
+    """The arrays of one call, padded to whole chunks, and the bounds of their tiles."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
@@ -177,7 +179,7 @@ def forward(
     tile: int,
     scores: int,
 ) -> PartialAttention:
-    """Kernel.forward, without a bias; so many scores are held at once."""
+    """Computes Kernel.forward, without a bias; at most about `scores` scores are held at once."""
     band = _Band.of(q, k, tile, scores)
     inputs = _Inputs.of(band, q, k, v, mask, mod)
     attend = partial(_attend_from, band, inputs, online_softmax.has_gaps(inputs.v))
@@ -188,7 +190,7 @@ def forward(
 def _attend_from(
     band: _Band, inputs: _Inputs, shields_any: Bool[Array, ""], n, total: PartialAttention
 ) -> PartialAttention:
-    """Returns the total with the attention of the n-th chunk of queries in it."""
+    """Returns the total with the attention of the n-th chunk of queries written to it."""
     q, k, v, mask, mod, q_bounds, k_bounds = inputs
     rows, first = band.row_groups[n // band.chunks], n % band.chunks * band.chunk
     mask_here, q_tiles = rows.of_masks(mask), band.take(rows, q, first)
@@ -209,7 +211,7 @@ def _attend_from(
 
 
 class _Known(NamedTuple):
-    """What the backward knows of the queries besides."""
+    """The BackwardInputs of the queries, padded; and whether any array has NaN or infinity."""
 
     d_out: Float[Array, "B T N V"]
     numbers: tuple[Float[Array, "B N T"], ...]  # exponent, total and delta
@@ -223,7 +225,7 @@ class _Known(NamedTuple):
 
 
 def backward(q, k, v, mask: Mask, mod: ScoreMod, known: BackwardInputs, tile: int, scores: int) -> Gradients:
-    """Kernel.backward, without a bias; so many scores are held at once."""
+    """Computes Kernel.backward, without a bias; at most about `scores` scores are held at once."""
     q_length, k_length, band = q.shape[1], k.shape[1], _Band.of(q, k, tile, scores)
     inputs = _Inputs.of(band, q, k, v, mask, mod)
     add = partial(_add_gradients_of, band, inputs, _Known.of(band, inputs, known))
@@ -233,7 +235,7 @@ def backward(q, k, v, mask: Mask, mod: ScoreMod, known: BackwardInputs, tile: in
 
 
 def _add_gradients_of(band: _Band, inputs: _Inputs, known: _Known, n, total: Gradients) -> Gradients:
-    """Returns the total with the gradients of the n-th chunk of keys, and what it adds to those of all queries."""
+    """Returns the total with the gradients of the n-th chunk of keys, and its part of the gradients of queries."""
     q, k, v, mask, mod, q_bounds, k_bounds = inputs
     rows, first = band.row_groups[n // band.chunks], n % band.chunks * band.chunk
     mask_here = rows.of_masks(mask)
@@ -258,7 +260,7 @@ def _add_gradients_of(band: _Band, inputs: _Inputs, known: _Known, n, total: Gra
 
 
 def _seen(mask: Mask, bounds: tuple[Bounds, Bounds]) -> tuple[Bool[Array, "q k"], Bool[Array, "q k"]]:
-    """Returns which tiles of keys each tile of queries sees in part and as a whole."""
+    """Returns which tiles of keys each tile of queries sees partly and fully."""
     q = jax.tree.map(lambda x: x[:, :, None], bounds[0])
     k = jax.tree.map(lambda x: x[:, None, :], bounds[1])
     return mask.maybe_visible(q, k), mask.fully_visible(q, k)

@@ -1,4 +1,4 @@
-"""BlockMask: a mask that hides the blocks of positions that a table leaves out."""
+"""BlockMask: a mask limited to the blocks of positions that a table shows."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -27,7 +27,7 @@ class BlockMask(Mask):
     """
 
     table: Bool[Array, "B Q K"] = field(kw_only=True)
-    # How many entries of the table are set above and left of each: those of any rectangle are four of them.
+    # Summed-area table: the number of true entries above and left of each place. Four of them give any rectangle's.
     counts: Int32[Array, "B Q+1 K+1"] = field(kw_only=True)
     block_size: int = field(kw_only=True, metadata={"static": True})  # positions
 
@@ -77,8 +77,8 @@ class BlockMask(Mask):
         return super().fully_visible(q, k) & (is_inside & (shown == entries)).all(0)
 
     def _counted(self, q: Bounds, k: Bounds) -> tuple[Int32[Array, "B ..."], Int32[Array, "B ..."], Bool[Array, "..."]]:
-        """Returns how many entries of the table are set between these blocks of tokens, and how many there are; and
-        whether none of the tokens is outside of it."""
+        """Returns, for pairs of blocks of tokens, the number of true entries of the table in the rectangle of their
+        positions, the size of this rectangle, and whether all tokens are inside of the table."""
 
         def edges(bounds: Bounds, entries: int):
             first, last = bounds.low_position // self.block_size, bounds.high_position // self.block_size
@@ -92,5 +92,5 @@ class BlockMask(Mask):
 
 
 def _entries(table: Array, row: Places, column: Places) -> Array:
-    """Returns the entries of each sequence's table; rows and columns broadcast."""
+    """Returns the entries of each sequence's table at `row` and `column`, which broadcast."""
     return jax.vmap(lambda table, row, column: table.at[row, column].get(mode="clip"))(table, row, column)

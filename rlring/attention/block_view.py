@@ -1,4 +1,4 @@
-"""What a kernel asks of a mask: which blocks of keys a block of queries sees, in part or as a whole."""
+"""Block-level visibility of a mask, for kernels: which blocks of keys each block of queries sees, partly or fully."""
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int32
 
-Seen = tuple[Bool[Array, "blocks"], Bool[Array, "blocks"]]  # in part or as a whole; as a whole
+Seen = tuple[Bool[Array, "blocks"], Bool[Array, "blocks"]]  # (seen at least partly, fully visible)
 
 
 class Bounds(NamedTuple):
-    """The least and greatest position and segment of each block of tokens: enough to skip a block unread."""
+    """The smallest and largest position and segment of each block of tokens, from which blocks can be skipped."""
 
-    low_position: Int32[Array, "B blocks"]  # over tokens that are there; low > high where there is none
+    low_position: Int32[Array, "B blocks"]  # without padding; low > high if the block is all padding
     high_position: Int32[Array, "B blocks"]
-    low_segment: Int32[Array, "B blocks"]  # over tokens that are there
+    low_segment: Int32[Array, "B blocks"]  # without padding
     high_segment: Int32[Array, "B blocks"]
-    is_whole: Bool[Array, "B blocks"]  # every token of the block is there
+    is_whole: Bool[Array, "B blocks"]  # the block has no padding
 
     @classmethod
     def of(cls, position: Int32[Array, "B T"], segment: Int32[Array, "B T"], size: int) -> "Bounds":
@@ -35,19 +35,22 @@ class Bounds(NamedTuple):
 
 @runtime_checkable
 class BlockView(Protocol):
-    """Which blocks see which. A pytree whose arrays have B or R rows; what is seen in any row is seen."""
+    """Which blocks of queries see which blocks of keys. A pytree whose arrays have B or R rows.
+
+    A block counts as seen if it is seen in any row, and as fully visible if it is in all rows.
+    """
 
     def of_queries(self, i) -> Seen:
-        """Returns which blocks of keys this block of queries sees."""
+        """Returns which blocks of keys are seen by block i of queries."""
         ...
 
     def of_keys(self, j) -> Seen:
-        """Returns which blocks of queries see this block of keys."""
+        """Returns which blocks of queries see block j of keys."""
         ...
 
 
 class PairsView(NamedTuple):
-    """What is known of every pair of blocks."""
+    """A BlockView that stores, for every pair of blocks, whether any query sees any key and whether all see all."""
 
     any: Bool[Array, "B q k"]
     all: Bool[Array, "B q k"]
@@ -64,5 +67,5 @@ class PairsView(NamedTuple):
 
 
 def pick(bounds: Bounds, first, size: int = 1) -> Bounds:
-    """Returns the bounds of one block, or of so many from this one on."""
+    """Returns the bounds of `size` blocks from block `first` on."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, size, 1), bounds)

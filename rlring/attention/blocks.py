@@ -1,4 +1,4 @@
-"""Blocks: how attention is cut into pieces, which of them are worth a visit, and in what order."""
+"""Blocks: how attention is cut into blocks, which blocks are computed, and in what order."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,14 +12,15 @@ from rlring.attention.mask import Mask
 from rlring.attention.rows import RowGroups, Rows
 from rlring.attention.score_mod import ModGradients, RowTerms, ScoreMod
 
-SHORTEST_HALVED = 256  # tokens of a shard; below, more but smaller products cost more than the skipped ones save
+SHORTEST_HALVED = 256  # tokens of a shard; for shorter ones, the cost of smaller products exceeds what skipping saves
 
 
 def default_block(platform: str, *, is_split: bool) -> int:
-    """Returns the tokens of a block; is_split: the sequence is, over devices.
+    """Returns the default number of tokens of a block; `is_split`: the sequence is split over devices.
 
-    The devices of a CPU share its cores, each product of theirs has one: with smaller blocks a ring of 8 takes 0.8 to
-    0.95 of the time, all_gather 0.7, where on one device attention takes 1.3 to 1.9 times as long.
+    Virtual devices of a CPU share its cores, and each product runs on one core. There, blocks of 256 reduce the time of
+    a ring of 8 to 0.8 to 0.95, and that of all_gather to 0.7. On a single CPU device they increase the time 1.3 to 1.9
+    times.
     """
     return 256 if platform == "cpu" and is_split else 512
 
@@ -29,16 +30,17 @@ class Blocks(NamedTuple):
 
     q: int  # queries
     k: int  # keys
-    scores: int  # scores held at once: rows that do not fit are computed group by group
+    scores: int  # scores held at once; if all rows do not fit, groups of rows are computed one after the other
 
     def fit(self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> "Blocks":
         """Returns blocks no longer than the sequences."""
         return self._replace(q=min(self.q, q.shape[1]), k=min(self.k, k.shape[1]))
 
     def within_halves(self, q_length: int, k_length: int) -> "Blocks":
-        """Returns blocks none of which reaches over the middle of a shard of these lengths.
+        """Returns blocks that do not cross the middle of a shard of these lengths.
 
-        With the zigzag order the two halves of a shard are far apart, and a block with tokens of both is always seen.
+        In zigzag order the positions of the two halves of a shard are far apart, so a block with tokens of both halves
+        could never be skipped.
         """
 
         def within(block: int, length: int) -> int:
@@ -56,7 +58,7 @@ class Blocks(NamedTuple):
     def padded(
         self, q: Array, k: Array, v: Array, mask: Mask, mod: ScoreMod
     ) -> tuple[Array, Array, Array, Mask, ScoreMod]:
-        """Returns all five with lengths that are multiples of the blocks; what is added is nowhere."""
+        """Returns all five padded to lengths that are multiples of the blocks; the added tokens are masked."""
         q_length, k_length = -(-q.shape[1] // self.q) * self.q, -(-k.shape[1] // self.k) * self.k
         mod = mod.padded(q_length, k_length - k.shape[1])
         return pad(q, 1, q_length), pad(k, 1, k_length), pad(v, 1, k_length), mask.padded(q_length, k_length), mod
@@ -66,20 +68,23 @@ class Blocks(NamedTuple):
         return mask.block(i * self.q, self.q, j * self.k, self.k)
 
     def terms(self, mod: ScoreMod, rows: Rows, mask: Mask, start) -> RowTerms:
-        """Returns what belongs to these rows and the queries from start, of a block with this mask."""
+        """Returns the RowTerms of these rows for the block of queries from `start` and the keys of `mask`."""
         return rows.terms(mod, start, self.q, mask.span_of_keys)
 
     def add_terms(self, total: ModGradients, part: RowTerms, rows: Rows, mask: Mask, start) -> ModGradients:
-        """Returns the total with the gradients of what terms() returned."""
+        """Returns the total with the gradients `part` of the result of terms() added."""
         return rows.add_terms(total, part, start, mask.span_of_keys)
 
 
 class BlockSchedule(NamedTuple):
-    """The other side's blocks in the order of work: seen as a whole, seen in part, not seen."""
+    """The order in which the blocks of the other side are visited: fully visible ones, then partly visible ones.
+
+    The unseen blocks are last in `order`, and are not visited.
+    """
 
     order: Int32[Array, "blocks"]
-    whole: Int32[Array, ""]
-    seen: Int32[Array, ""]
+    whole: Int32[Array, ""]  # number of fully visible blocks
+    seen: Int32[Array, ""]  # number of blocks seen at all
 
     @classmethod
     def of(cls, seen: Bool[Array, "blocks"], whole: Bool[Array, "blocks"]) -> "BlockSchedule":
@@ -87,29 +92,30 @@ class BlockSchedule(NamedTuple):
         return cls(order, whole.sum(), seen.sum())
 
     def walk(self, step: Callable, state, *, shields: Bool[Array, ""]):
-        """Returns the state after step(block, state, is_masked=..., shields=...) at every block that is seen."""
+        """Returns the state after step(block, state, is_masked=..., shields=...) for every block that is seen."""
         state = self.visit(0, self.whole, step, state)
         return self.visit_masked(step, state, shields=shields)
 
     def visit_masked(self, step: Callable, state, *, shields: Bool[Array, ""]):
-        """Returns the state after step(block, state, is_masked=True, shields=...) at every block seen in part."""
-        # Loops of no step: what they go on with is not copied, as it is for branches.
+        """Returns the state after step(block, state, is_masked=True, shields=...) for every partly visible block."""
+        # Two loops, one of them empty, instead of lax.cond: XLA copies the state of branches, but not that of loops.
         plain = jnp.where(shields, self.whole, self.seen)
         state = self.visit(self.whole, plain, partial(step, is_masked=True), state)
         return self.visit(plain, self.seen, partial(step, is_masked=True, shields=True), state)
 
     def visit(self, start, stop, step: Callable, state):
-        """Returns the state after step(block, state) at these places of the order."""
+        """Returns the state after step(block, state) for the entries `start` to `stop` of the order."""
         return lax.fori_loop(start, stop, lambda n, state: step(self.order[n], state), state)
 
 
 def take(x: Array, block, size: int, dimension: int) -> Array:
-    """Returns one block of x."""
+    """Returns block number `block`, of `size` tokens, of x along `dimension`."""
     return lax.dynamic_slice_in_dim(x, block * size, size, dimension)
 
 
 def put(x: Array, part: Array, block, dimension: int) -> Array:
-    """Returns x with this block of it: in place, in a loop, where parts stacked and joined would be one more copy."""
+    """Returns x with block number `block` replaced by `part`. In a loop this is in place, whereas stacking and joining
+    parts would make another copy."""
     return lax.dynamic_update_slice_in_dim(x, part, block * part.shape[dimension], dimension)
 
 

@@ -1,7 +1,8 @@
 """Blockwise attention on one device: memory linear in length (Rabe and Staats 2112.05682, FlashAttention-2 2307.08691).
 
-Two loops: over the blocks of one side, for each group of rows; and over those blocks of the other side that the mask
-shows. In the largest array, the scores of a block, no pass is made that can be saved.
+The outer loop is over groups of rows and over the blocks of one side, queries in the forward and keys in the backward.
+The inner loop is over those blocks of the other side that the mask shows. The code makes as few passes as possible over
+the scores of a block, the largest array.
 """
 
 from collections.abc import Callable
@@ -24,10 +25,10 @@ from rlring.attention.softmax import PartialAttention, accumulator_type, nothing
 
 
 class BlockwiseKernel(NamedTuple):
-    """The kernel in plain JAX: every mask, every type, every device."""
+    """The kernel in plain JAX, for every mask, type and device."""
 
     blocks: Blocks
-    order: FixedOrder | None = None  # None: the fastest
+    order: FixedOrder | None = None  # None: the fastest order
     heads_first = False
 
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
@@ -52,7 +53,7 @@ def forward(
     before: PartialAttention | None = None,
     order: FixedOrder | None = None,
 ) -> PartialAttention:
-    """Kernel.forward. The mask may also have a row for each key/value head of each sequence."""
+    """Computes Kernel.forward. The mask may also have a row for each key/value head of each sequence."""
     call, has_gaps = _Call.of(q, k, v, mask, mod, blocks, order), online_softmax.has_gaps(v)
     total = nothing(call.q, v) if before is None else before.padded(call.q.shape[1])
 
@@ -74,7 +75,7 @@ def backward(
     before: Gradients | None = None,
     order: FixedOrder | None = None,
 ) -> Gradients:
-    """Kernel.backward. The mask may also have a row for each key/value head of each sequence."""
+    """Computes Kernel.backward. The mask may also have a row for each key/value head of each sequence."""
     call = _Call.of(q, k, v, mask, mod, blocks, order)
     d_out = pad(inputs.d_out, 1, call.q.shape[1])
     of_q = d_out, *(pad(x, 2, d_out.shape[1]) for x in (inputs.exponent, inputs.total, inputs.delta))
@@ -96,7 +97,7 @@ def backward(
 
 
 class _Call(NamedTuple):
-    """The arrays of one call, padded to whole blocks."""
+    """The arrays and settings of one call, padded to whole blocks."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B S K H"]
@@ -106,7 +107,7 @@ class _Call(NamedTuple):
     blocks: Blocks
     row_groups: RowGroups
     view: BlockView
-    order: FixedOrder | None  # None: the fastest
+    order: FixedOrder | None  # None: the fastest order
 
     @classmethod
     def of(cls, q, k, v, mask: Mask, mod: ScoreMod, blocks: Blocks, order: FixedOrder | None = None) -> "_Call":
@@ -130,7 +131,7 @@ class _Call(NamedTuple):
     def attend_from(
         self, rows: Rows, i, total: PartialAttention, *, shields: Bool[Array, ""], is_first: bool
     ) -> PartialAttention:
-        """Returns the total with attention of these rows' block i of queries."""
+        """Returns the total with the attention of block i of these rows' queries written to it."""
         blocks, start, mask = self.blocks, i * self.blocks.q, rows.of_masks(self.mask)
         q = rows.take(self.q, start, blocks.q)
 
@@ -149,7 +150,7 @@ class _Call(NamedTuple):
         if self.order is not None:
             plan = self.order.keys(rows.of_masks(self.view).of_queries(i), i, self.q_blocks)
             state = plan.walk(attend_to, so_far())
-        elif self.is_one_block and is_first:  # faster without any loop
+        elif self.is_one_block and is_first:  # faster without a loop
             state = attend_to(0, None, add=_first, is_masked=True, shields=True)
         elif self.is_one_block:
             state = attend_to(0, so_far(), is_masked=True, shields=True)
@@ -161,7 +162,7 @@ class _Call(NamedTuple):
     def gradients_of(
         self, rows: Rows, j, of_q, total: Gradients, *, shields: Bool[Array, ""], is_first: bool
     ) -> Gradients:
-        """Returns the total with the gradients of attention to these rows' block j of keys."""
+        """Returns the total with the gradients of attention to block j of these rows' keys added."""
         blocks, mask, (d_out, *numbers) = self.blocks, rows.of_masks(self.mask), of_q
         k, v = (rows.take(x, j * blocks.k, blocks.k) for x in (self.k, self.v))
 
@@ -183,7 +184,7 @@ class _Call(NamedTuple):
             return self.with_keys(found, total, rows, j, keep=rows.put)
         none = (zeros(x.mT.shape, accumulator_type(x.dtype), x) for x in (k, v))
         found = Gradients(total.dq, *none, total.mod)
-        if self.is_one_block:  # faster without any loop
+        if self.is_one_block:  # faster without a loop
             found = add_from(0, found, is_masked=True, shields=True)
         else:
             plan = BlockSchedule.of(*rows.of_masks(self.view).of_keys(j))
@@ -191,7 +192,7 @@ class _Call(NamedTuple):
         return self.with_keys(found, total, rows, j, keep=rows.put if is_first else rows.add)
 
     def with_keys(self, found: Gradients, total: Gradients, rows: Rows, j, *, keep: Callable) -> Gradients:
-        """Returns what was found with the total of the gradients of all keys, in which those of this block are."""
+        """Returns `found` with dk and dv of all keys, into which `keep` has written those of block j."""
         dk, dv = (keep(x, part.mT, j * self.blocks.k) for x, part in ((total.dk, found.dk), (total.dv, found.dv)))
         return found._replace(dk=dk, dv=dv)
 

@@ -1,4 +1,4 @@
-"""What can be said about a call of attention before anything is computed: one sentence for each mistake."""
+"""Checks of the arguments of attention before anything is computed; each mistake has its own error message."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from rlring.errors import UsageError, shown
 
 
 def check_arrays(q, k, v, mask: Mask) -> Mask:
-    """Returns the mask in int32; raises UsageError for arrays that do not fit each other."""
+    """Returns the mask with int32 arrays; raises UsageError for arrays that do not fit each other."""
     fits = all(getattr(x, "ndim", None) == 4 for x in (q, k, v))
     if not (fits and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]):
         raise UsageError(
@@ -36,7 +36,8 @@ def check_arrays(q, k, v, mask: Mask) -> Mask:
 
 
 def check_kinds(*, axes, mesh=None, **config) -> None:
-    """Raises UsageError for what is no MeshAxes, Mesh or, where there is one, AttentionConfig."""
+    """Raises UsageError unless `axes` is a MeshAxes, `mesh` a Mesh or None, and `config`, if given, an
+    AttentionConfig."""
     for name, value in {**config, "axes": axes, "mesh": mesh}.items():
         kind = {"config": AttentionConfig, "axes": MeshAxes, "mesh": Mesh}[name]
         if not isinstance(value, kind) and not (name == "mesh" and value is None):
@@ -44,8 +45,10 @@ def check_kinds(*, axes, mesh=None, **config) -> None:
 
 
 def check_whole(mesh: Mesh | None, instead: str, **arrays) -> None:
-    """Raises UsageError for a mesh inside of jax.shard_map, and for arrays that are split explicitly without a mesh;
-    `instead` is what to do inside."""
+    """Raises UsageError for a mesh given inside of jax.shard_map, and for explicitly sharded arrays without a mesh.
+
+    `instead` is the advice of the first error.
+    """
     mapped = jax.sharding.get_abstract_mesh().manual_axes
     if mesh is not None and mapped:
         raise UsageError(f"mesh goes with arrays of all devices; got it inside jax.shard_map over {mapped}. {instead}")
@@ -59,9 +62,10 @@ def check_whole(mesh: Mesh | None, instead: str, **arrays) -> None:
 
 
 def checked_mod(q, k, *, scale, soft_cap, sinks, bias, dropout, keys: int | None = None) -> ScoreMod:
-    """Returns what the arguments of attention() say of the scores, without the seeds of a dropout.
+    """Checks the arguments of attention() that modify scores, and returns them as a ScoreMod, without dropout seeds.
 
-    keys: S of the whole sequence, where k is a shard of it.
+    Args:
+        keys: S of the whole sequence, if k is a shard of it.
     """
     heads, keys = q.shape[2], k.shape[1] if keys is None else keys
     for name, number in (("scale", scale), ("soft_cap", soft_cap)):
@@ -108,12 +112,12 @@ def _rate(dropout) -> float:
 
 
 def seeds(dropout, batch: int, heads: int):
-    """Returns uint32[B, N, 2] of a pair (rate, key), or None: the same on every mesh."""
+    """Returns the seeds uint32[B, N, 2] of a dropout (rate, key), the same on every mesh; None without dropout."""
     return None if dropout is None or dropout[0] == 0 else jax.random.bits(dropout[1], (batch, heads, 2), jnp.uint32)
 
 
 def of_nothing(q, v, mod: ScoreMod, return_lse: bool):
-    """Returns attention where there are no queries, keys or values."""
+    """Returns the result of attention if q or k is empty: zeros, and the log-sum-exps of sinks alone."""
     out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     dtype = accumulator_type(q.dtype)
     lse = jnp.full(q.shape[:3], -jnp.inf, dtype)
@@ -122,7 +126,7 @@ def of_nothing(q, v, mod: ScoreMod, return_lse: bool):
 
 
 def check_split(q, k, axes: MeshAxes, mesh: Mesh) -> None:
-    """Raises UsageError where batch or heads cannot be split over the mesh."""
+    """Raises UsageError if the batch or the heads cannot be split over the mesh."""
     check_batch(q.shape[0], mesh, axes)
     shares = size_of(mesh, axes.heads)
     if q.shape[2] % shares or k.shape[2] % shares:
@@ -133,7 +137,7 @@ def check_split(q, k, axes: MeshAxes, mesh: Mesh) -> None:
 
 
 def check_batch(batch: int, mesh: Mesh, axes: MeshAxes = DEFAULT) -> None:
-    """Raises UsageError for a mesh without these axes, or over whose batch axes the batch cannot be split."""
+    """Raises UsageError if the mesh lacks these axes, or the batch cannot be split over its batch axes."""
     axes = axes.of(mesh.shape)
     devices = size_of(mesh, axes.batch)
     if batch % devices:
@@ -143,7 +147,7 @@ def check_batch(batch: int, mesh: Mesh, axes: MeshAxes = DEFAULT) -> None:
 
 
 def check_blocks(config: AttentionConfig, queries: int, keys: int, ring: int, platform: str) -> None:
-    """Raises UsageError where blocks that are to be the same on every ring do not divide the shares of this one."""
+    """Raises UsageError if deterministic=True and the blocks do not divide each device's share of the sequence."""
     if not config.deterministic:
         return
     blocks = config.blocks(platform, is_split=True)
@@ -157,7 +161,7 @@ def check_blocks(config: AttentionConfig, queries: int, keys: int, ring: int, pl
 
 
 def check_scheme(scheme: str, heads: int, kv_heads: int, ring: int, ulysses: int) -> None:
-    """Raises UsageError where the scheme cannot split the sequence, or these heads, over so many devices."""
+    """Raises UsageError if the scheme cannot split the sequence or these heads over `ring` and `ulysses` devices."""
     sizes = {"ring": ring, "ulysses": ulysses}
     unsplit = [name for name, size in sizes.items() if size > 1 and name not in SCHEMES[scheme].splits]
     if unsplit:

@@ -1,20 +1,20 @@
-"""Which scheme scheme="auto" is: a rule on shapes and mesh alone, so that every run chooses the same."""
+"""The rule behind scheme="auto". It depends only on shapes and mesh, so that every run makes the same choice."""
 
-GATHERED_BYTES = 2**30  # of keys, values and their float32 gradients that a device may hold for the whole sequence
+GATHERED_BYTES = 2**30  # limit for a device's gathered keys, values and their float32 gradients of the whole sequence
 
 
 def choose_scheme(
     *, length: int, heads: int, kv_heads: int, head_size: int, itemsize: int, batch: int, ring: int, ulysses: int
 ) -> str:
-    """Returns the scheme for keys of this many tokens on this mesh; batch is that of one device.
+    """Returns the scheme for keys of `length` tokens on a mesh; `batch` is the batch of one device.
 
-    1. The sequence is not split: "blockwise".
-    2. It is split over ulysses, and the heads divide: "ulysses", or "hybrid" where there is a ring as well. An
-       all-to-all moves a share of what the others move, and leaves one large local problem.
-    3. The gathered keys and values with their gradients fit into GATHERED_BYTES: "all_gather". One collective instead
-       of one a hop; python -m rlring.bench --schemes auto ring all_gather measures it against the ring.
-    4. Else the ring, whose memory does not grow with the number of devices; on a mesh with an ulysses axis over which
-       the heads do not divide there is none, and it stays with "all_gather".
+    1. If the sequence is not split: "blockwise".
+    2. If it is split over ulysses and the heads are divisible: "ulysses", or "hybrid" if there is a ring as well. An
+       all-to-all sends only a share of what the other schemes send, and leaves one large local computation.
+    3. If the gathered keys and values with their gradients fit into GATHERED_BYTES: "all_gather". It has one collective
+       instead of one per step of the ring. python -m rlring.bench --schemes auto ring all_gather compares the two.
+    4. Otherwise "ring", whose memory does not grow with the number of devices. The ring cannot use an ulysses axis, so
+       on a mesh with one over which the heads are not divisible, the scheme is still "all_gather".
     """
     if ring * ulysses == 1:
         return "blockwise"

@@ -1,7 +1,7 @@
 """Decode attention: a few queries against a cache that may be split along the sequence.
 
-Every device attends to its own share of the cache, and the shares are added by their log-sum-exps in one step
-(Flash-Decoding; a ring would wait for each hop with next to no compute to hide it behind).
+Every device computes attention over its part of the cache, and the parts are merged by their log-sum-exps in one step
+(Flash-Decoding). A ring would have almost no computation to hide its communication behind.
 """
 
 from functools import partial
@@ -95,11 +95,14 @@ def attend(
     is_lost: Bool[Array, "B T"] | None = None,
     shields: bool = False,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
-    """Returns attention of a few queries over these rows of keys and those of all other devices of the mesh axes, in
-    q's type, and its log-sum-exps.
+    """Returns attention of a few queries over the rows of keys of all devices of the mesh axes, in q's type, and its
+    log-sum-exps.
 
-    The mask has B rows, or R. Queries for which a key is lost on any device are NaN. shields: NaN and infinity reach
-    only the queries that see them; else every query of the sequence, as what a cache marks has to.
+    Args:
+        mask: has B rows, or R.
+        is_lost: queries for which it is true on any device become NaN.
+        shields: whether NaN and infinity affect only the queries that see them. Otherwise they affect all queries of
+            the sequence, which a cache needs for the slots that it marks with NaN.
     """
     mod = ScoreMod.plain(q.shape[3]) if mod is None else mod
     rows = rows_of_queries(q, k.shape[0] // q.shape[0])
@@ -111,7 +114,7 @@ def attend(
         each = out.reshape(q.shape[0], -1, *rows.shape[1:3], v.shape[2])
         out = jnp.where(is_lost[:, None, None, :, None], jnp.nan, each).reshape(out.shape)
     if axes:
-        # softmax.merge() of all devices' parts at once. The greatest exponent cancels, and has no gradient.
+        # softmax.merge() of the parts of all devices at once. The largest exponent cancels, and has no gradient.
         fade_from, exponent = exponent, finite(lax.pmax(lax.stop_gradient(exponent), axes))
         fade = power_of_two(fade_from, exponent)
         out, total = lax.psum((out * fade[..., None], total * fade), axes)

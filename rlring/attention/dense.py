@@ -1,4 +1,4 @@
-"""Dense attention: the definition, and the reference every other scheme is tested against. Memory is quadratic."""
+"""Dense attention: the definition, against which all other schemes are tested. Memory is quadratic in the length."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,10 +18,10 @@ def dense_attention(
     mask: Mask,
     mod: ScoreMod | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Returns attention over the visible keys, in q's type; rows that see nothing are 0.
+    """Returns attention over the visible keys, in q's type; queries that see no key give 0.
 
-    Gradients are JAX's own: nothing here is shared with the custom VJP it is the reference for. A query that sees a
-    token that is not finite is NaN; one that does not is as if the token were 0.
+    Gradients come from JAX's automatic differentiation, independently of the custom VJP of the other schemes. A query
+    that sees a token with NaN or infinity gives NaN; other queries are not affected by the token.
     """
     return dense(q, k, v, mask, mod or ScoreMod.plain(q.shape[-1]))[0].astype(q.dtype)
 
@@ -45,7 +45,7 @@ def dense(
     logits = logits if bias is None else logits + bias
     is_finite = rows_of_queries(is_finite_q, k.shape[2]) & rows_of_keys(is_finite_k)[:, None].mT
     logits = jnp.where(is_finite, logits, jnp.nan)
-    # The greatest logit is only there for range: the result does not depend on it, so neither does the gradient.
+    # The largest logit is subtracted only for range. The result does not depend on it, so it needs no gradient.
     top = finite(jnp.max(logits, -1, keepdims=True, where=visible, initial=-jnp.inf))
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, logits - lax.stop_gradient(top), 0.0)), 0.0)
     total = weights.sum(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What jax.jvp differentiates and jax.grad does not: a reverse pass is refused, whatever the number of blocks."""
+"""forward_only(): makes jax.grad raise an error for code that only jax.jvp can differentiate."""
 
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -8,9 +8,10 @@ from rlring.errors import UsageError
 
 
 def forward_only(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns x; raises UsageError where its gradient is asked for.
+    """Returns x; differentiating it in reverse mode raises UsageError.
 
-    A loop with a number of steps that is known when it runs has no reverse pass, but a single block has no loop.
+    Attention over several blocks has a loop with a dynamic number of steps, which has no reverse mode, but a single
+    block has no loop. So without this function the error would depend on the number of blocks.
     """
     return _forward_only.bind(x)
 

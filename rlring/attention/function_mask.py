@@ -1,4 +1,4 @@
-"""FunctionMask: which query sees which key, by a function that the caller writes."""
+"""FunctionMask: a mask given by a function of the caller."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from rlring.errors import UsageError, shown
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FunctionMask(Mask):
-    """Which query sees which key, by a function of positions and segments.
+    """A mask given by a function of positions and segments.
 
     The function is called for one sequence, or for blocks of one sequence, with arguments that broadcast:
 
@@ -28,7 +28,7 @@ class FunctionMask(Mask):
     one (Mask.within). Segment -1 is always padding. The function must not close over traced arrays. Pass them as
     operands, arrays [B, ...] of which the function gets the row of its sequence. A mask has no gradient.
 
-    Each call of a kernel evaluates the function once for all pairs of its tokens, block by block: blocks that nobody
+    Each call of a kernel evaluates the function once for all pairs of its tokens, block by block: blocks that no query
     sees are skipped, and fully visible blocks need no mask. The function is static for jax.jit, so define it once and
     not at every call.
 
@@ -78,7 +78,7 @@ class FunctionMask(Mask):
         return (self.q_segment >= 0)[:, :, None] & (self.k_segment >= 0)[:, None]
 
     def shows_any(self) -> Bool[Array, ""]:
-        # Without the function: what a kernel does where it shows nothing is to evaluate it.
+        # Does not evaluate the function: if nothing is visible, evaluating it is all that a kernel does anyway.
         return ((self.q_segment >= 0).any(1) & (self.k_segment >= 0).any(1)).any()
 
     def view(self, q_size: int, k_size: int) -> PairsView:
@@ -87,12 +87,12 @@ class FunctionMask(Mask):
 
         of_q, of_k = ((self.q_position, self.q_segment), q_size), ((self.k_position, self.k_segment), k_size)
         q_blocks, k_blocks = (tuple(blocks(x, size) for x in arrays) for arrays, size in (of_q, of_k))
-        # Pair by pair: the pairs of all tokens would be memory quadratic in the length.
+        # One pair of blocks at a time: all pairs of tokens at once would need memory quadratic in the length.
         seen = lax.map(lambda q: lax.map(partial(self._seen, q), k_blocks), q_blocks)
         return PairsView(*(jnp.moveaxis(x, 2, 0) for x in seen))
 
     def _seen(self, q, k) -> tuple[Bool[Array, "B"], Bool[Array, "B"]]:
-        """Returns whether any query of a block sees any key of another, and whether all see all, by sequence."""
+        """Returns, for each sequence, whether any query of a block sees any key of a block, and whether all see all."""
         (q_position, q_segment), (k_position, k_segment) = q, k
         tokens = {"q_position": q_position, "q_segment": q_segment, "k_position": k_position, "k_segment": k_segment}
         seen = replace(self, **tokens).visible()

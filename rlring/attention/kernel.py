@@ -1,8 +1,8 @@
-"""Kernel: the block interface that every scheme is built on, and is; and the one custom VJP around it.
+"""Kernel: the interface on which every attention scheme is built, and the custom VJP around it.
 
-A kernel is two functions. forward() returns attention over some keys; backward() takes attention over *all* keys, so
-gradients over disjoint sets of keys simply add up. What computes on one device is a kernel, and so is what makes the
-same of several devices: a ring of kernels, a kernel over gathered keys.
+A kernel has two functions. forward() returns attention over some keys. backward() takes the results of attention over
+*all* keys, so that gradients from disjoint sets of keys add up. Computations on one device are kernels, and so are
+those over several devices, such as a ring of kernels or a kernel over gathered keys.
 """
 
 from dataclasses import replace
@@ -22,7 +22,8 @@ from rlring.attention.softmax import PartialAttention, Whole, accumulator_type, 
 
 
 class Gradients(NamedTuple):
-    """At least float32: the gradient of a key is a sum over every query of a long context."""
+    """Gradients of attention, at least float32, because the gradient of a key is a sum over all queries of a long
+    context."""
 
     dq: Float[Array, "B T N H"]
     dk: Float[Array, "B S K H"]
@@ -31,30 +32,30 @@ class Gradients(NamedTuple):
 
 
 def no_gradients(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K V"]) -> Gradients:
-    """Returns zeros, without those of a ScoreMod."""
+    """Returns Gradients of zeros, without gradients of a ScoreMod."""
     return Gradients(*(zeros(x.shape, accumulator_type(q.dtype), x) for x in (q, k, v)))
 
 
 class BackwardInputs(NamedTuple):
-    """What backward() needs to know of attention over all keys: its results, and the gradient that comes back."""
+    """The inputs of backward(): the results of attention over all keys, and the gradients of these results."""
 
     out: Float[Array, "B T N V"]
     d_out: Float[Array, "B T N V"]
-    exponent: Float[Array, "B N T"]  # as those of the Whole
-    total: Float[Array, "B N T"]
-    delta: Float[Array, "B N T"]  # what the softmax's normalisation adds to the gradient of each logit
-    d_lse: Float[Array, "B N T"] | None = None  # the gradient of the lse, which is taken off the delta
+    exponent: Float[Array, "B N T"]  # as in Whole
+    total: Float[Array, "B N T"]  # as in Whole
+    delta: Float[Array, "B N T"]  # subtracted from the gradient of each weight: the effect of normalisation
+    d_lse: Float[Array, "B N T"] | None = None  # the gradient of the lse, already subtracted from delta
 
     @classmethod
     def of(
         cls, whole: Whole, d_out: Float[Array, "B T N V"], d_lse: Float[Array, "B N T"] | None = None
     ) -> "BackwardInputs":
-        """Returns it without the keys: FlashAttention-2, equation 4."""
+        """Returns the inputs, with delta computed from out and d_out (FlashAttention-2, equation 4)."""
         none = cls(whole.out, d_out, whole.exponent, whole.total, whole.total, d_lse)
         return none.with_delta(delta_of(whole.out, d_out))
 
     def with_delta(self, delta: Float[Array, "B N T"]) -> "BackwardInputs":
-        """Returns it with a delta_of(), from which the gradient of the lse is taken off."""
+        """Returns the inputs with this result of delta_of(), minus the gradient of the lse."""
         if self.d_lse is not None:
             delta -= jnp.where(self.total == 0.0, 0.0, self.d_lse.astype(delta.dtype))
         return self._replace(delta=delta)
@@ -66,17 +67,19 @@ class BackwardInputs(NamedTuple):
 
 @runtime_checkable
 class Kernel(Protocol):
-    """How attention is computed. Hashable: it is a static argument."""
+    """A way to compute attention over some keys. Hashable, because it is a static argument."""
 
     @property
     def heads_first(self) -> bool:
-        """Whether keys go around a ring with their heads before their tokens, as the kernel wants them."""
+        """Whether a ring sends keys with heads before tokens, [B, K, S, H], because the kernel computes in that
+        layout."""
         ...
 
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        """Returns the type in which the out is kept for backward(), given that of the arrays.
+        """Returns the type in which the output is kept for backward(), given the type of the arrays.
 
-        In bfloat16 it is the largest error of all: every gradient of a query has that of sum(out * d_out).
+        In bfloat16 this would be the largest of all errors: the error of sum(out * d_out) enters every gradient of a
+        query.
         """
         ...
 
@@ -91,7 +94,8 @@ class Kernel(Protocol):
     ) -> PartialAttention:
         """Returns attention of q over these keys.
 
-        before: attention over other keys, to go on from.
+        Args:
+            before: attention over other keys, which is merged into the result.
         """
         ...
 
@@ -105,16 +109,18 @@ class Kernel(Protocol):
         inputs: BackwardInputs,
         before: Gradients | None = None,
     ) -> Gradients:
-        """Returns the gradients of attention over these keys; inputs: of attention over *all* keys.
+        """Returns the gradients of attention over these keys.
 
-        before: gradients to add them to.
+        Args:
+            inputs: from attention over *all* keys.
+            before: gradients to which these are added.
         """
         ...
 
 
 def delta_of(out: Float[Array, "B T N V"], d_out: Float[Array, "B T N V"]) -> Float[Array, "B N T"]:
-    """Returns sum(out * d_out) of each query."""
-    # As a sum, or with its result turned round, XLA on CPU takes forty times as long (jax 0.10).
+    """Returns sum(out * d_out) for each query and head."""
+    # As a plain sum, or with the output axes swapped in the product, XLA on CPU takes forty times as long (jax 0.10).
     accumulator = accumulator_type(d_out.dtype)
     return jnp.swapaxes(product("btnh,btnh->btn", out, d_out, accumulator), 1, 2)
 
@@ -129,10 +135,10 @@ def attend(
     *,
     forward_mode: bool = False,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
-    """Returns attention, computed in q's type, and the log-sum-exps of its logits, those of sinks among them.
+    """Returns attention, computed in q's type, and the log-sum-exps of its logits, including sinks.
 
-    out is in kernel.residual_dtype(), or wider; gradients have the types of the arrays. Lengths need not be multiples
-    of the kernel's blocks. forward_mode: jax.jvp differentiates it, and not jax.grad.
+    The output has type kernel.residual_dtype(), or a wider one; gradients have the types of the arrays. Lengths need
+    not be multiples of the kernel's blocks. With forward_mode, jax.jvp can differentiate it, and jax.grad cannot.
     """
     by = _attend_forward_mode if forward_mode else _attend
     out, lse = by(q, k, v, mask, replace(mod, sinks=None), kernel)
@@ -142,12 +148,13 @@ def attend(
 def with_sinks(
     out: Float[Array, "B T N V"], lse: Float[Array, "B N T"], sinks: Float[Array, "N"]
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
-    """Returns attention with one more key of this logit for each head, whose value is 0, in at least float32.
+    """Returns attention with one more key per head, whose logit is the sink and whose value is 0; at least float32.
 
-    Counted once, however many devices share the keys. Attention sinks: Xiao et al. 2309.17453; learnt: gpt-oss.
+    `out` and `lse` must be those over all keys, so the sink counts once on any number of devices. Attention sinks: Xiao
+    et al. 2309.17453; learnt: gpt-oss.
     """
     sinks = jnp.broadcast_to(sinks.astype(lse.dtype)[None, :, None], lse.shape)
-    sees_none = jnp.isneginf(lse)  # such a row has no key but the sink, which may be -inf as well
+    sees_none = jnp.isneginf(lse)  # such a query has no key but the sink, which may be -inf as well
     finite_lse = jnp.where(sees_none, 0.0, lse)
     share = jnp.where(sees_none, 0.0, jax.nn.sigmoid(finite_lse - sinks))
     return out.astype(lse.dtype) * by_token(share), jnp.where(sees_none, sinks, jnp.logaddexp(finite_lse, sinks))
@@ -168,7 +175,7 @@ def _attend(
     mod: ScoreMod,
     kernel: Kernel,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
-    """Returns attend() without sinks; its gradients are the kernel's."""
+    """Computes attend() without sinks; its gradients are computed by kernel.backward()."""
     whole = kernel.forward(q, *_as_computed(q, k, v), mask, mod).whole()
     return whole.out.astype(kernel.residual_dtype(q.dtype)), whole.lse
 
@@ -199,26 +206,26 @@ def local_attention(
     kernel: Kernel,
     mod: ScoreMod | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Returns attention in q's type; without a ScoreMod that of the definition."""
+    """Returns the output of attend() in q's type; `mod` defaults to plain softmax attention."""
     return attend(q, k, v, mask, mod or ScoreMod.plain(q.shape[-1]), kernel)[0].astype(q.dtype)
 
 
 def _as_computed(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    """Returns keys and values in the type of the queries."""
+    """Returns keys and values cast to the type of the queries."""
     return k.astype(q.dtype), v.astype(q.dtype)
 
 
 def tie_to_data(data: Array, mask: Mask) -> tuple[Array, Mask]:
-    """Returns both unchanged, but what follows from the mask now waits for the data.
+    """Returns both unchanged, but computations from the returned mask now depend on the data.
 
-    The trap: in a scan over layers what depends on positions alone is the same for all layers, so without this the
-    masks of all pairs of blocks are computed ahead of the scan and kept for the backward: quadratic in the length.
+    In a scan over layers, computations from positions alone are the same in all layers. Without this, XLA computes the
+    masks of all pairs of blocks before the scan and keeps them for the backward, which is quadratic in the length.
     """
     return lax.optimization_barrier((data, mask))
 
 
 def _named_for_remat(total: PartialAttention, dtype: jnp.dtype) -> Whole:
-    """Returns attention over all keys with out in this type, by names with which a remat policy can keep it."""
+    """Returns attention over all keys, with the output cast to `dtype` and with checkpoint names for remat policies."""
     whole = total.whole()
     numbers = (checkpoint_name(x, "attention_lse") for x in (whole.exponent, whole.total))
     return Whole(checkpoint_name(whole.out.astype(dtype), "attention_out"), *numbers)

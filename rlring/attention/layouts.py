@@ -1,4 +1,4 @@
-"""Layouts: orders of the tokens that give all devices the same work under a causal mask."""
+"""Orders of the tokens that give all devices the same work under a causal mask."""
 
 import numpy as np
 
@@ -6,7 +6,8 @@ from rlring.errors import UsageError
 
 
 def zigzag_order(length: int, ring: int) -> np.ndarray:
-    """Returns order[length], the token at each place, with which ring shard r holds chunks r and 2 * ring - 1 - r.
+    """Returns order[length], the index of the token at each place, such that shard r holds chunks r and
+    2 * ring - 1 - r of 2 * ring chunks.
 
     All shards then have the same work under a causal mask. Example, length 8, ring 2: [0 1 6 7 | 2 3 4 5].
 
@@ -23,10 +24,10 @@ def zigzag_order(length: int, ring: int) -> np.ndarray:
 
 
 def striped_order(length: int, ring: int) -> np.ndarray:
-    """Returns order[length], the token at each place, with which ring shard r holds tokens r, r + ring, and so on.
+    """Returns order[length], the index of the token at each place, such that shard r holds tokens r, r + ring, ...
 
-    Striped Attention (2311.09431). All shards then have the same work under a causal mask: each hop computes a
-    triangle. With the zigzag order each hop computes whole rectangles. Example, length 8, ring 2: [0 2 4 6 | 1 3 5 7].
+    Striped Attention (2311.09431). All shards then have the same work under a causal mask: each ring step computes a
+    triangle, whereas in zigzag order it computes whole rectangles. Example, length 8, ring 2: [0 2 4 6 | 1 3 5 7].
 
     Raises:
         UsageError: ring does not divide length.
@@ -40,7 +41,7 @@ def striped_order(length: int, ring: int) -> np.ndarray:
 
 
 def inverse_order(order: np.ndarray) -> np.ndarray:
-    """Returns the order that undoes `order`: `x[order][inverse_order(order)]` is x."""
+    """Returns the inverse permutation of `order`: `x[order][inverse_order(order)]` is x."""
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order))
     return inverse

@@ -1,4 +1,4 @@
-"""Mask: which query sees which key, from positions and segments that travel with the tokens."""
+"""Mask: which query sees which key, computed from the positions and segments of the tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +15,7 @@ from rlring.attention.block_view import BlockView, Bounds, Seen, pick
 from rlring.attention.window import MOST, AnyArray, Window, checked_window, is_within, narrowed
 from rlring.errors import UsageError
 
-PADDING = -1  # the segment of a token that is not there
+PADDING = -1  # the segment of padding tokens
 
 
 @jax.tree_util.register_dataclass
@@ -46,11 +46,11 @@ class Mask:
     # An integer n: q_position - k_position < n, the query itself included. A pair: at most `left` positions back and at
     # most `right` ahead, -left <= k_position - q_position <= right; None on a side is no limit.
     window: Window | None = field(default=None, metadata={"static": True})
-    # Where each token stands in the whole arrays: attention() fills it in for what belongs to a place.
+    # The index of each token in the whole arrays; attention() fills it in if a bias or dropout needs it.
     q_place: Int32[Array, "B T"] | None = None
     k_place: Int32[Array, "B S"] | None = None
 
-    kind: ClassVar[str | None] = None  # what a kernel may lack, by the name that an error gives it
+    kind: ClassVar[str | None] = None  # the name of a kind of mask that kernels may not support, for error messages
 
     def __post_init__(self):
         object.__setattr__(self, "window", checked_window(self.window))
@@ -90,11 +90,11 @@ class Mask:
         return replace(self, **tokens, q_place=None, k_place=None)
 
     def within(self, back: int) -> "Mask":
-        """Returns the mask that sees no farther back than so many tokens, the query included."""
+        """Returns the mask with a window of at most `back` positions back, the query included."""
         return replace(self, window=narrowed(self.window, back))
 
     def visible(self) -> Bool[AnyArray, "B T S"]:
-        """Returns the whole mask, whose memory is quadratic: for blocks and tests."""
+        """Returns the mask as an array. Its memory is quadratic in the length, so use it for blocks and tests."""
         q_position, k_position = self.q_position[:, :, None], self.k_position[:, None, :]
         q_segment, k_segment = self.q_segment[:, :, None], self.k_segment[:, None, :]
         seen = (q_segment == k_segment) & (q_segment >= 0)
@@ -103,11 +103,11 @@ class Mask:
         return seen & self._in_window(q_position, k_position, q_position, k_position)
 
     def maybe_needed(self) -> Bool[AnyArray, "B T S"]:
-        """Returns False only where neither the query nor any later one sees the key: a cache may drop it."""
+        """Returns False only where neither the query nor any later one sees the key, so that a cache may drop it."""
         return self.visible()
 
     def _in_window(self, q_back, k_back, q_ahead, k_ahead) -> Bool[AnyArray, "..."] | bool:
-        """Returns whether k_back is not too far before q_back, and k_ahead not too far after q_ahead."""
+        """Returns whether k_back is within the window before q_back, and k_ahead within the window after q_ahead."""
         back, ahead = self.reach
         inside = True
         if back is not None:
@@ -118,18 +118,18 @@ class Mask:
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """How many positions a query sees back and ahead, its own included; None: without a limit."""
+        """How many positions a query sees back and ahead, each including its own; None: no limit."""
         if not isinstance(self.window, tuple):
             return self.window, None
         back, ahead = (None if side is None else side + 1 for side in self.window)
         return back, ahead
 
     def map_queries(self, change: Callable[[Array], Array]) -> "Mask":
-        """Returns the mask with change(x) of every array of queries."""
+        """Returns the mask with `change` applied to every array of queries."""
         return self._changed(change, ("q_position", "q_segment", "q_place"))
 
     def map_keys(self, change: Callable[[Array], Array]) -> "Mask":
-        """Returns the mask with change(x) of every array of keys."""
+        """Returns the mask with `change` applied to every array of keys."""
         return self._changed(change, ("k_position", "k_segment", "k_place"))
 
     def _changed(self, change: Callable[[Array], Array], names: tuple[str, ...]) -> "Mask":
@@ -137,7 +137,7 @@ class Mask:
         return replace(self, **{name: change(x) for name, x in arrays.items() if x is not None})
 
     def as_kind(self, kind: "type[Mask]", **more) -> "Mask":
-        """Returns a mask of this subclass with the same arrays."""
+        """Returns a mask of the subclass `kind` with the same arrays, and with its further fields `more`."""
         return kind(**{one.name: getattr(self, one.name) for one in fields(Mask)}, **more)
 
     def block(self, q_start, q_size: int, k_start, k_size: int) -> "Mask":
@@ -159,24 +159,25 @@ class Mask:
 
     @property
     def span_of_keys(self) -> tuple[Int32[Array, ""] | None, int]:
-        """Where neighbouring keys begin in the whole arrays, None if the mask does not say; and how many they are."""
+        """The place of the first key in the whole arrays (None if unknown) and the number of keys; for consecutive
+        keys."""
         return (None if self.k_place is None else self.k_place[0, 0]), self.k_position.shape[1]
 
     @property
     def rows(self) -> int:
-        """B."""
+        """The number of rows B."""
         return self.q_position.shape[0]
 
     def repeated(self, times: int) -> "Mask":
-        """Returns the mask with each row `times` times: one for each key/value head."""
+        """Returns the mask with each row repeated `times` times, for example once for each key/value head."""
         return self if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
 
     def padded(self, q_length: int, k_length: int) -> "Mask":
-        """Returns the mask with tokens in no segment appended up to the given lengths."""
+        """Returns the mask with padding tokens appended up to the given lengths."""
 
         def padded(x: Array, length: int) -> Array:
-            # One number for positions and segments: where both are the same array, as the zeros of a single token are,
-            # XLA takes two pads of it for one when it splits them over devices, whatever they fill in (jax 0.12).
+            # Positions and segments are padded with the same number. If both are the same array, such as the zeros of a
+            # single token, XLA merges their pads when it splits them over devices, even if the fills differ (jax 0.12).
             return jnp.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=PADDING)
 
         return self.map_queries(lambda x: padded(x, q_length)).map_keys(lambda x: padded(x, k_length))
@@ -190,11 +191,11 @@ class Mask:
         return Bounds.of(self.k_position, self.k_segment, size)
 
     def view(self, q_size: int, k_size: int) -> BlockView:
-        """Returns which blocks of `q_size` queries see which of `k_size` keys."""
+        """Returns which blocks of `q_size` queries see which blocks of `k_size` keys."""
         return BoundsView(self, self.q_bounds(q_size), self.k_bounds(k_size))
 
     def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
-        """Returns, by block, False only where in no row any query of q sees any key of k. q and k broadcast."""
+        """Returns, by block, False only if in no row any query of q sees any key of k. q and k broadcast."""
         seen = (q.low_segment <= k.high_segment) & (k.low_segment <= q.high_segment)
         seen &= (q.low_position <= q.high_position) & (k.low_position <= k.high_position)
         if self.is_causal:
@@ -203,11 +204,11 @@ class Mask:
         return seen.any(0)
 
     def shows_any(self) -> Bool[Array, ""]:
-        """Returns False only where no query sees any key."""
+        """Returns False only if no query sees any key."""
         return self.maybe_visible(self.q_bounds(self.q_position.shape[1]), self.k_bounds(self.k_position.shape[1]))[0]
 
     def fully_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
-        """Returns, by block, True only where every query of q sees every key of k, in all rows of the batch."""
+        """Returns, by block, True only if in all rows every query of q sees every key of k. q and k broadcast."""
         seen = q.is_whole & k.is_whole & (q.low_segment == q.high_segment)
         seen &= (q.low_segment == k.low_segment) & (k.low_segment == k.high_segment)
         if self.is_causal:
@@ -217,7 +218,7 @@ class Mask:
 
 
 class BoundsView(NamedTuple):
-    """What follows from the bounds of the blocks: memory is linear in the number of blocks."""
+    """A BlockView computed from the bounds of the blocks; its memory is linear in the number of blocks."""
 
     mask: Mask
     q: Bounds
@@ -234,11 +235,11 @@ class BoundsView(NamedTuple):
 
 
 def checked(mask: Mask, queries: tuple[int, ...], keys: tuple[int, ...]) -> Mask:
-    """Returns the mask in int32.
+    """Returns the mask with int32 arrays; `queries` is (B, T) and `keys` is (B, S).
 
     Raises:
-        UsageError: no Mask; or arrays that are not [B, T] of queries and [B, S] of keys, or whose type has numbers that
-            int32 does not hold: floats, booleans, and int64 or uint32 (of NumPy only where there are such numbers).
+        UsageError: `mask` is not a Mask; its arrays do not have these shapes; or their type may not fit into int32:
+            floats, booleans, int64 and uint32. NumPy integers are accepted if all values fit.
     """
     if not isinstance(mask, Mask):
         raise UsageError(

@@ -1,10 +1,11 @@
 """Ring attention (Liu et al. 2310.01889): queries stay, keys and values go once around the ring of devices.
 
-A hop's transfer is issued before the hop's compute, so that the two can overlap. Keys, values, positions and segments
-travel as one buffer, in one collective a hop; a device that sees nothing of what it holds skips the compute, never the
-collective. In the backward the gradients of keys and values follow their keys one hop late, in float32, in the buffer
-of the next keys. A CPU hides nothing: there the backward sends array by array and goes on from what has arrived, which
-takes a quarter of the memory.
+In each step of the ring, a "hop", every device sends its present keys and values to the next device and computes
+attention over them. The transfer is issued before the computation, so that the two can overlap. Keys, values, positions
+and segments are sent as one buffer, in one collective per hop. A device whose queries see none of the present keys
+skips the computation, but never the collective. In the backward, the gradients of keys and values follow their keys one
+hop later, in float32, in the same buffer as the next keys. A CPU cannot overlap transfers: there the backward sends
+array by array, and continues from the gradients that have arrived, which takes a quarter of the memory.
 """
 
 from collections.abc import Callable
@@ -24,11 +25,11 @@ from rlring.attention.ring_transport import OVERLAPPING, PACKED, UNPACKED, Packi
 from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import PartialAttention
 
-BLOCKS_COMPARED = 16  # of each shard, to find out how far a window reaches
+BLOCKS_COMPARED = 16  # blocks per shard whose bounds are compared to find how far a window reaches
 
 
 class _KVShard(NamedTuple):
-    """What goes around the ring: the keys and values of a device, with what the mask knows of them."""
+    """The data that is sent around the ring: keys and values of a device, with their positions and segments."""
 
     k: Float[Array, "B S K H"]  # or [B, K, S, H], if the kernel wants the heads first
     v: Float[Array, "B S K V"]
@@ -58,13 +59,13 @@ def ring_attention(
 ) -> Float[Array, "B T N V"]:
     """Returns attention of this device's queries over the keys of every device of the mesh axis, in q's type.
 
-    Runs inside shard_map; q, k, v and mask are this device's shards. Exact for any layout of the tokens over the ring.
+    Runs inside shard_map; q, k, v and mask are this device's shards. Exact for any order of the tokens on the ring.
     """
     return local_attention(q, k, v, mask, RingKernel(axis, kernel, transport))
 
 
 class RingKernel(NamedTuple):
-    """A kernel over the keys of all devices of the mesh axis, which go around."""
+    """A kernel over the keys of all devices of the mesh axis, which are sent around the ring."""
 
     axis: str
     kernel: Kernel
@@ -76,11 +77,11 @@ class RingKernel(NamedTuple):
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the bits are the same on a ring of any size."""
+        """Whether the result has the same bits on a ring of any size."""
         return isinstance(self.kernel, FixedOrderKernel)
 
     def parts(self, *, rises: bool = False) -> Parts:
-        """Returns the kernels of the keys here, of those that arrive, and at last of those here again."""
+        """Returns the kernels for the own keys, for arriving keys, and at the end for the own keys again."""
         return Parts.of(self.kernel, rises=rises)
 
     def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
@@ -109,7 +110,7 @@ def _forward_packed_as(packing: Packing, here: RingKernel, q, k, v, mask, mod, b
 
 
 class _Forward(NamedTuple):
-    """A pass around the ring; the arrays are those of this device."""
+    """The forward pass around the ring; the arrays are this device's shards."""
 
     ring: RingKernel
     packing: Packing
@@ -121,7 +122,7 @@ class _Forward(NamedTuple):
     before: PartialAttention | None
 
     def around(self, hops: int) -> PartialAttention:
-        """Returns attention over the keys of this device and of so many before it."""
+        """Returns attention over the keys of this device and of the `hops` devices before it."""
         arriving = self.packing.sent(self.packing.load(self.home), self.ring.axis) if hops else None
         at_home, parts = (self.q, self.k, self.v, self.mask, self.mod), self.ring.parts()
         total = parts.begin.forward(*at_home, self.before)
@@ -131,17 +132,17 @@ class _Forward(NamedTuple):
         return total if parts.end is None else parts.end.forward(*at_home, total)
 
     def hop(self, state, is_last: bool = False):
-        """Returns attention over the keys that have arrived as well, and what arrives next."""
+        """Returns the state after a hop: attention that includes the keys that have arrived, and the next keys."""
         (total, loaded), kernel = state, self.ring.parts().away
         arriving = None if is_last else self.packing.sent(loaded, self.ring.axis)
-        shard = self.packing.unload(loaded, self.home)  # and sent on as it came
+        shard = self.packing.unload(loaded, self.home)  # the packed form is what is sent on
         mask = shard.mask(self.mask)
 
         def attend(total: PartialAttention) -> PartialAttention:
             return kernel.forward(self.q, *shard.keys(kernel), mask, self.mod, total)
 
-        # Going on inside of the branch makes every hop wait for the one before: side by side each would hold its own
-        # out.
+        # Merging inside of the branch makes every hop wait for the previous one. If hops ran in parallel, each would
+        # hold an output.
         return in_turn((lax.cond(mask.shows_any(), attend, lambda total: total, total), arriving))
 
     @property
@@ -150,7 +151,7 @@ class _Forward(NamedTuple):
 
 
 class _Backward(NamedTuple):
-    """A pass around the ring with the gradients of keys and values; the arrays are those of this device."""
+    """The backward pass around the ring, which also sends gradients; the arrays are this device's shards."""
 
     ring: RingKernel
     q: Float[Array, "B T N H"]
@@ -161,7 +162,7 @@ class _Backward(NamedTuple):
     inputs: BackwardInputs
 
     def around(self, hops: int) -> Gradients:
-        """Returns the gradients of attention over the keys of this device and of so many before it."""
+        """Returns the gradients of attention over the keys of this device and of the `hops` devices before it."""
         _, kernel, transport = self.ring
         step, parts = (-1 if self.turns_back(hops) else 1), self.parts
         shift = partial(transport.shift, axis=self.ring.axis)
@@ -170,7 +171,7 @@ class _Backward(NamedTuple):
         at_home = self.q, self.k, self.v, self.mask, self.mod, self.inputs
         here = parts.begin.backward(*at_home)
         if hops:
-            # What is found at home travels as well: kept, it would be there beside what arrives in the end.
+            # The gradients of the own keys are sent around too. If kept, they would need memory beside those arriving.
             here, arriving = in_turn((_travelling(here, kernel), arriving))
             hop = partial(self.hop, partial(shift, step=step))
             state = transport.repeat(hop, hops - 1, (_at_home(here), (here.dk, here.dv), arriving))
@@ -180,12 +181,12 @@ class _Backward(NamedTuple):
         return here if parts.end is None else parts.end.backward(*at_home, here)
 
     def turns_back(self, hops: int) -> bool:
-        """Returns whether it turns the other way round than the forward.
+        """Returns whether the ring turns in the other direction than in the forward.
 
-        A whole ring does: a compiler that sees both passes would else keep the keys of all devices since the forward.
-        Where few hops are enough they are those of the forward.
+        A whole ring does. In the same direction, a compiler that sees both passes would keep the keys of all devices
+        from the forward. If a window needs only a few hops, they are in the direction of the forward.
         """
-        if self.ring.is_in_order:  # on a ring of any size alike
+        if self.ring.is_in_order:  # must not depend on the size of the ring
             return turns_back(self.mask)
         return hops == lax.axis_size(self.ring.axis) - 1
 
@@ -194,14 +195,14 @@ class _Backward(NamedTuple):
         return self.ring.parts(rises=turns_back(self.mask))
 
     def hop(self, shift: Callable, state, is_last: bool = False):
-        at_home, behind, shard = state  # behind: what the hops before this one found for the keys that were here then
+        at_home, behind, shard = state  # behind: gradients from earlier hops, of the keys of the previous hop
         waits = self.ring.is_in_order or not self.ring.transport.overlaps
         onwards = None if is_last else shard
-        if waits and self.ring.transport.overlaps:  # for what is behind, and then not for the keys of the next hop
+        if waits and self.ring.transport.overlaps:  # the gradients are sent first; the next keys overlap with compute
             behind, onwards = in_turn((shift(behind), onwards))
             arriving = shift(onwards)
         else:
-            # In one collective: two at a time are more than the compiler for TPUs hides behind one hop.
+            # In one collective, because the TPU compiler does not hide two of them behind the compute of one hop.
             arriving, behind = shift((onwards, behind))
         before = at_home._replace(dk=behind[0], dv=behind[1])
         differentiate = self.differentiate_in_place if waits else self.differentiate_beside
@@ -209,7 +210,7 @@ class _Backward(NamedTuple):
         return _at_home(after), (after.dk, after.dv), arriving
 
     def differentiate_beside(self, before: Gradients, shard: _KVShard, arriving):
-        """Returns the gradients with those of the shard's keys, which need not wait for what is behind."""
+        """Returns the gradients with those of the shard's keys added, computed before the gradients `behind` arrive."""
         mask, kernel = shard.mask(self.mask), self.ring.kernel
 
         def add(at_home: Gradients) -> Gradients:
@@ -225,9 +226,10 @@ class _Backward(NamedTuple):
         return here._replace(dk=before.dk + here.dk, dv=before.dv + here.dv), arriving
 
     def differentiate_in_place(self, before: Gradients, shard: _KVShard, arriving):
-        """The same, waiting for what is behind: no price where nothing is sent while it computes.
+        """Like differentiate_beside(), but waits for the gradients `behind` and adds to them.
 
-        The fixed order waits everywhere: each block adds to what those before it found.
+        Waiting costs nothing if transfers do not overlap. The fixed order always waits, because each block adds to the
+        sum of the blocks before it.
         """
         mask, kernel = shard.mask(self.mask), self.parts.away
 
@@ -241,9 +243,9 @@ class _Backward(NamedTuple):
 
 
 def _as_far_as_seen(ring: Callable, mask: Mask, axis: str):
-    """Returns ring(hops): only as many hops as a window needs while the tokens stand in their order.
+    """Returns ring(hops) with only as many hops as a causal window needs, if the tokens are in their order.
 
-    Whether they do is known when it runs. If any device of the mesh sees farther, all of them go once around.
+    Whether they are is checked at run time. If any device of the mesh sees farther, all of them go once around.
     """
     devices = lax.axis_size(axis)
     reach, _ = mask.reach
@@ -252,13 +254,13 @@ def _as_far_as_seen(ring: Callable, mask: Mask, axis: str):
     near = -(-(reach - 1) // mask.k_position.shape[1])
     if near >= devices - 1:
         return ring(devices - 1)
-    # The same on every device, so that all of them enter the same collectives.
+    # pmax makes the decision the same on every device, so that all of them run the same collectives.
     is_seen_beyond = lax.pmax(_sees_beyond(mask, near, axis), jax.sharding.get_abstract_mesh().manual_axes)
     return lax.cond(is_seen_beyond, partial(ring, devices - 1), partial(ring, near))
 
 
 def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
-    """Returns whether any query of this device may see any key from more than so many devices before it."""
+    """Returns whether any query of this device may see a key of a device more than `hops` before it."""
 
     def size(length):
         return length // next(n for n in range(BLOCKS_COMPARED, 0, -1) if length % n == 0)
@@ -272,18 +274,19 @@ def _sees_beyond(mask: Mask, hops: int, axis: str) -> Bool[Array, ""]:
 
 
 def _turned(x: Array, kernel: Kernel) -> Array:
-    """Returns keys as they go around, or as they are in between if they came so.
+    """Returns keys with tokens and heads swapped if the kernel wants heads first; the function is its own inverse.
 
-    Turned round at each hop they are more than the compiler for TPUs hides transfers behind (3b, 64 chips of a v4).
+    They are sent in the kernel's layout: if they were transposed at each hop, the TPU compiler would not hide the
+    transfers (3b, 64 chips of a v4).
     """
     return jnp.swapaxes(x, 1, 2) if kernel.heads_first else x
 
 
 def _at_home(gradients: Gradients) -> Gradients:
-    """Returns those gradients that do not travel."""
+    """Returns the gradients without dk and dv: those that are not sent around."""
     return gradients._replace(dk=None, dv=None)
 
 
 def _travelling(gradients: Gradients, kernel: Kernel) -> Gradients:
-    """Returns gradients with those of the keys turned as the keys are."""
+    """Returns the gradients with dk and dv in the layout in which keys are sent, or back."""
     return gradients._replace(dk=_turned(gradients.dk, kernel), dv=_turned(gradients.dv, kernel))

@@ -1,9 +1,9 @@
-"""Rows: the shape in which attention is computed. A row is one key/value head of one sequence, R = B * K of them.
+"""Rows: the layout in which attention is computed. A row is one key/value head of one sequence; there are R = B * K.
 
-Query heads are grouped by the row that they read, N = K * G, so that a block's product is one batched matrix product:
+Query heads are grouped by the row that they read, N = K * G, so that a block needs one batched matrix product:
 q[R, G, T, H], k[R, S, H], v[R, S, H]. Everywhere else arrays have the shapes of attention(), tokens before heads. They
-become rows block by block: a copy that stays in the cache, where rows of all tokens at once would be one more copy in
-memory of all that attention takes and returns.
+are converted to rows block by block. Such a copy stays in the CPU cache, whereas converting all tokens at once would
+copy all inputs and outputs in memory.
 """
 
 from typing import NamedTuple
@@ -31,23 +31,23 @@ def rows_of_keys(k: Shaped[Array, "B S K H"]) -> Shaped[Array, "R S H"]:
 
 
 def tokens_of_rows(out: Float[Array, "R G T H"], batch: int) -> Float[Array, "B T N H"]:
-    """Returns the inverse of rows_of_queries; of keys' rows, too, with a group of 1."""
+    """Returns the inverse of rows_of_queries(); for rows of keys, use a group axis G of 1."""
     rows, group, length, size = out.shape
     grouped = out.reshape(batch, rows // batch, group, length, size)
     return grouped.transpose(0, 3, 1, 2, 4).reshape(batch, length, rows // batch * group, size)
 
 
 class Rows(NamedTuple):
-    """Some of the rows, to be worked on at once: all those of some sequences, or some of one sequence."""
+    """A set of rows that are computed at once: all rows of some sequences, or some rows of one sequence."""
 
-    first: Int32[Array, ""] | int
+    first: Int32[Array, ""] | int  # index of the first row
     sequences: int
-    heads: int  # key/value heads of each of them
+    heads: int  # key/value heads of each of these sequences
     kv_heads: int  # K
     total: int  # R
 
     def take(self, x: Float[Array, "B T N H"], start, size: int) -> Float[Array, "r Q H"]:
-        """Returns these rows of so many tokens, flat: Q = G * size, of keys just size."""
+        """Returns these rows of `size` tokens from `start`, flattened: Q = G * size for queries, `size` for keys."""
         group = x.shape[2] // self.kv_heads
         sequence, head = self._start(group)
         sizes = self.sequences, size, self.heads * group, x.shape[3]
@@ -55,37 +55,38 @@ class Rows(NamedTuple):
         return rows_of_queries(tokens, self.heads).reshape(-1, group * size, x.shape[3])
 
     def put(self, x: Float[Array, "B T N H"], part: Float[Array, "r Q H"], start) -> Float[Array, "B T N H"]:
-        """Returns x with these tokens in it: in place, in a loop."""
+        """Returns x with `part` written to these rows from token `start` on; in a loop this is in place."""
         group = x.shape[2] // self.kv_heads
         sequence, head = self._start(group)
         tokens = tokens_of_rows(part.reshape(part.shape[0], group, -1, x.shape[3]), self.sequences)
         return lax.dynamic_update_slice(x, tokens, (sequence, start, head, 0))
 
     def add(self, x: Float[Array, "B T N H"], part: Float[Array, "r Q H"], start) -> Float[Array, "B T N H"]:
-        """Returns x with these tokens added to it."""
+        """Returns x with `part` added to these rows from token `start` on."""
         size = part.shape[1] * self.kv_heads // x.shape[2]
         return self.put(x, self.take(x, start, size) + part, start)
 
     def take_numbers(self, x: Shaped[Array, "B N T"], start, size: int) -> Shaped[Array, "r Q"]:
-        """Returns what take() does, of arrays of one number a query."""
+        """Like take(), for arrays of one number per query."""
         group = x.shape[1] // self.kv_heads
         sizes = self.sequences, self.heads * group, size
         return lax.dynamic_slice(x, (*self._start(group), start), sizes).reshape(-1, group * size)
 
     def put_numbers(self, x: Float[Array, "B N T"], part: Float[Array, "r Q"], start) -> Float[Array, "B N T"]:
-        """Returns what put() does, of arrays of one number a query."""
+        """Like put(), for arrays of one number per query."""
         group = x.shape[1] // self.kv_heads
         numbers = part.reshape(self.sequences, self.heads * group, -1)
         return lax.dynamic_update_slice(x, numbers, (*self._start(group), start))
 
     def put_partial(self, whole: PartialAttention, part: tuple[Array, Array, Array], start) -> PartialAttention:
-        """Returns `whole` with the out, exponent and total of these queries in it."""
+        """Returns `whole` with `part` (out, exponent, total) written to these rows from query `start` on."""
         out, exponent, total = part
         numbers = (self.put_numbers(x, new, start) for x, new in ((whole.exponent, exponent), (whole.total, total)))
         return PartialAttention(self.put(whole.out, out, start), *numbers)
 
     def terms(self, mod: ScoreMod, start, size: int, keys) -> RowTerms:
-        """Returns what belongs to these heads; of a bias `size` queries from start, and keys = (start, size)."""
+        """Returns slopes, seeds and bias of these rows; of a bias, `size` queries from `start`, and `keys` = (start,
+        size)."""
         slopes = bias = seeds = None
         if mod.slopes is not None:
             slopes = self._take_heads(mod.slopes, (), ())
@@ -97,7 +98,7 @@ class Rows(NamedTuple):
         return RowTerms(slopes, seeds, bias)
 
     def add_terms(self, total: ModGradients, part: RowTerms, start, keys) -> ModGradients:
-        """Returns the total with the gradients of what terms() returned."""
+        """Returns the total with the gradients `part` of the result of terms() added."""
         slopes = bias = None
         if total.slopes is not None:
             slopes = self._add_heads(total.slopes, part.slopes, ())
@@ -116,7 +117,7 @@ class Rows(NamedTuple):
         return lax.dynamic_update_slice(x, lax.dynamic_slice(x, place, more.shape) + more, place)
 
     def of_masks(self, masks):
-        """Returns what belongs to these rows, of arrays [B, ...] or [R, ...]."""
+        """Returns the parts of arrays [B, ...] or [R, ...] that belong to these rows."""
 
         def take(x: Array) -> Array:
             if x.shape[0] == self.total:
@@ -126,22 +127,22 @@ class Rows(NamedTuple):
         return jax.tree.map(take, masks)
 
     def _start(self, group: int):
-        """Returns the first sequence and the first of its heads, of which there are so many for each row."""
+        """Returns the first sequence and its first head, for arrays with `group` heads per row."""
         return self.first // self.kv_heads, self.first % self.kv_heads * group
 
 
 def _places(*starts) -> tuple[Int32[Array, ""], ...]:
-    """Returns the starts in one type: JAX takes no others together."""
+    """Returns the starts as int32: JAX requires all start indices of a slice to have one type."""
     return tuple(jnp.asarray(start, jnp.int32) for start in starts)
 
 
 def all_rows(batch: int, kv_heads: int) -> Rows:
-    """Returns all the rows at once."""
+    """Returns the set of all rows."""
     return Rows(0, batch, kv_heads, kv_heads, batch * kv_heads)
 
 
 class RowGroups(NamedTuple):
-    """The rows in groups: those of a group are computed at once, one group after the other."""
+    """A division of the rows into groups. The rows of a group are computed at once, the groups one after the other."""
 
     count: int
     rows: int  # in each group
@@ -149,7 +150,7 @@ class RowGroups(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, kv_heads: int, most: int) -> "RowGroups":
-        """Returns groups of at most `most` rows, but at least one."""
+        """Returns groups of at most `most` rows, and at least one row."""
         fitting = (n for n in range(max(1, min(rows, most)), 0, -1) if rows % n == 0)
         at_once = next(n for n in fitting if n % kv_heads == 0 or kv_heads % n == 0)
         return cls(rows // at_once, at_once, kv_heads)

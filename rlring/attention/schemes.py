@@ -1,4 +1,4 @@
-"""The schemes: one table that says what each splits and how it is made; and the settings that choose among them."""
+"""The table of attention schemes: how each is built and what it can split; and AttentionConfig, which chooses one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -93,21 +93,26 @@ class AttentionConfig:
             )
 
     def blocks(self, platform: str, *, is_split: bool) -> Blocks:
-        """Returns the blocks, those of a platform where they are left out; is_split: the sequence is, over devices."""
+        """Returns the blocks, with the platform's defaults for fields that are None.
+
+        Args:
+            is_split: whether the sequence is split over devices.
+        """
         default = default_block(platform, is_split=is_split or self.deterministic)
         return Blocks(self.block_q or default, self.block_k or default, self.scores)
 
 
 class Setting(NamedTuple):
-    """Where a scheme runs."""
+    """The settings and the mesh axes with which a scheme is built."""
 
     config: AttentionConfig
-    platform: str  # kernels.platform_of()
-    axes: MeshAxes  # those of the mesh
-    needs_lse: bool  # whether something depends on the lse, so that it has a gradient
+    platform: str  # from kernels.platform_of()
+    axes: MeshAxes  # the axes that the mesh has
+    needs_lse: bool  # whether the log-sum-exp is returned or used, so that it may have a gradient
 
     def on_kernel(self, of: Callable[[Kernel], Kernel] | None = None) -> Attend:
-        """Returns attention by the kernel that the settings choose, or by what `of` makes of it: then of shards."""
+        """Returns attention with the kernel of the settings. With `of`, with the kernel of(kernel), which works on
+        shards of the sequence."""
 
         def run(q, k, v, mask: Mask, mod: ScoreMod):
             blocks = self.blocks(is_split=of is not None)
@@ -127,18 +132,18 @@ class Setting(NamedTuple):
         return self.config.blocks(self.platform, is_split=is_split)
 
     def by_heads(self, local: Attend) -> Attend:
-        """Returns attention whose heads are split over the ulysses axis for `local`."""
+        """Returns attention that splits the heads over the ulysses axis and calls `local` on each part."""
         if self.axes.ulysses is None:
             return local
         return lambda *arrays: ulysses_attention(*arrays, axis=self.axes.ulysses, local=local)
 
 
 class Scheme(NamedTuple):
-    """One way to compute attention."""
+    """An attention scheme of the table."""
 
     make: Callable[[Setting], Attend]
-    splits: tuple[str, ...] = ()  # over which of MeshAxes the sequence may be split
-    splits_heads: bool = False  # over ulysses
+    splits: tuple[str, ...] = ()  # the fields of MeshAxes over which it can split the sequence
+    splits_heads: bool = False  # whether it splits the heads over ulysses
 
 
 def _ring(here: Setting) -> Attend:

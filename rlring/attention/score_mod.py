@@ -1,8 +1,8 @@
-"""ScoreMod: what becomes of q k^T before the softmax and of its weights: scale, soft cap, bias, dropout.
+"""ScoreMod: the modifications of scores before the softmax (scale, soft cap, bias) and of its weights (dropout).
 
     logits = cap * tanh(scale * q k^T / cap) + bias - slopes * |q_position - k_position|
 
-The only place that knows any of these. What computes attention hands the value on.
+They are implemented only here. Schemes and kernels pass the ScoreMod on.
 """
 
 from collections.abc import Callable
@@ -27,43 +27,43 @@ LOG2_E = float(1.0 / np.log(2))
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ScoreMod:
-    """How scores become weights; N counts the query heads that are here, T the queries, S the keys of all devices."""
+    """How scores become weights. N: query heads of this device; T: queries of this device; S: keys of all devices."""
 
     scale: float = field(metadata={"static": True})
     soft_cap: float | None = field(default=None, metadata={"static": True})
     dropout: float = field(default=0.0, metadata={"static": True})  # the share of the weights that become 0
     slopes: Float[Array, "N"] | None = None  # ALiBi: Press et al. 2108.12409
     bias: Float[Array, "N T S"] | None = None
-    seeds: UInt32[Array, "B N 2"] | None = None  # of the dropout, for each sequence and head
+    seeds: UInt32[Array, "B N 2"] | None = None  # random seeds of the dropout, for each sequence and head
     sinks: Float[Array, "N"] | None = None  # logits of one more key for each head, whose value is 0
 
     @classmethod
     def plain(cls, head_size: int) -> "ScoreMod":
-        """Returns softmax attention as it was defined: scores / sqrt(H) (Vaswani et al. 1706.03762, equation 1)."""
+        """Returns the ScoreMod of plain softmax attention, scores / sqrt(H) (Vaswani et al. 1706.03762, equation 1)."""
         return cls(head_size**-0.5)
 
     @property
     def is_plain(self) -> bool:
-        """Whether logits are scale * scores, so that scores may be compared and masked before they are scaled."""
+        """Whether logits are a positive scale times scores, so that scores can be compared and masked unscaled."""
         return self.scale > 0 and self.soft_cap is None and self.slopes is None and self.bias is None
 
     @property
     def unit(self) -> float:
-        """What logits() is to be multiplied by to be the logarithm to base 2 of a weight."""
+        """The factor by which logits() is multiplied to get the base-2 logarithm of an unnormalised weight."""
         return self.scale * LOG2_E if self.is_plain else LOG2_E
 
     @property
     def kept_share(self) -> float:
-        """Of the weights, after dropout."""
+        """The share of the weights that dropout keeps."""
         return 1.0 - self.dropout
 
     @property
     def needs_places(self) -> bool:
-        """Whether something belongs to the places of tokens in the whole arrays, which the mask then carries."""
+        """Whether bias or dropout need the places (indices in the whole arrays) of tokens, which the mask then has."""
         return self.bias is not None or self.seeds is not None
 
     def logits(self, scores: Float[Array, "..."], bias: Float[Array, "..."] | None) -> Float[Array, "..."]:
-        """Returns what the softmax is taken of, but for a constant factor: `unit`."""
+        """Returns the logits, up to the constant factor that `unit` contains."""
         if self.is_plain:
             return scores
         logits = scores * self.scale
@@ -72,13 +72,13 @@ class ScoreMod:
         return logits if bias is None else logits + bias
 
     def d_scores(self, d_logits: Float[Array, "..."], scores: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Returns the gradient of the scores, still to be multiplied by `scale`."""
+        """Returns the gradient of the scores divided by `scale`, from the gradient of the logits."""
         if self.soft_cap is None:
             return d_logits
         return d_logits * (1.0 - jnp.square(jnp.tanh(scores * (self.scale / self.soft_cap))))
 
     def of_heads(self, axis: str) -> "ScoreMod":
-        """Returns what belongs to this device's share of the heads, where those of the mesh axis share them."""
+        """Returns the ScoreMod of this device's share of the heads, which are split over the mesh axis."""
         devices, device = lax.axis_size(axis), lax.axis_index(axis)
 
         def share(x: Array, dimension: int) -> Array:
@@ -94,7 +94,7 @@ class ScoreMod:
         )
 
     def cotangent(self, gradients: "ModGradients") -> "ScoreMod":
-        """Returns the gradients in the shape in which jax.custom_vjp wants them."""
+        """Returns the gradients as a ScoreMod, the structure that jax.custom_vjp requires."""
         seeds = None if self.seeds is None else np.zeros(self.seeds.shape, jax.dtypes.float0)
         slopes, bias = (
             None if x is None else found.astype(x.dtype)
@@ -103,31 +103,31 @@ class ScoreMod:
         return replace(self, slopes=slopes, bias=bias, seeds=seeds)
 
     def specs(self, per_head: P, *, bias: P, seeds: P | None = None) -> "ScoreMod":
-        """Returns how its arrays are split: those of heads, a bias, and the seeds."""
+        """Returns the PartitionSpecs of its arrays, in a ScoreMod: `per_head` for slopes and sinks, `bias`, `seeds`."""
         specs = {"slopes": per_head, "sinks": per_head, "bias": bias, "seeds": seeds}
         return replace(self, **{name: spec for name, spec in specs.items() if getattr(self, name) is not None})
 
     def padded(self, queries: int, more_keys: int) -> "ScoreMod":
-        """Returns it with a bias of so many queries, and of so many keys more."""
+        """Returns the ScoreMod with its bias padded to `queries` queries and by `more_keys` keys."""
         if self.bias is None:
             return self
         more = ((0, 0), (0, queries - self.bias.shape[1]), (0, more_keys))
         return replace(self, bias=jnp.pad(self.bias, more))
 
     def no_gradients(self) -> "ModGradients":
-        """Returns zeros."""
+        """Returns ModGradients of zeros."""
         parts = (self.slopes, self.bias)
         return ModGradients(*(None if x is None else zeros(x.shape, accumulator_type(x.dtype), x) for x in parts))
 
     def padded_gradients(self, gradients: "ModGradients") -> "ModGradients":
-        """Returns gradients of what padded() padded in the shape of this, which it returned."""
+        """Returns gradients padded to the shapes of this ScoreMod, a result of padded()."""
         if self.bias is None:
             return gradients
         more = [(0, size - given) for size, given in zip(self.bias.shape, gradients.bias.shape, strict=True)]
         return gradients._replace(bias=jnp.pad(gradients.bias, more))
 
     def cut_gradients(self, gradients: "ModGradients") -> "ModGradients":
-        """Returns the inverse of padded_gradients(); this is what was not padded yet."""
+        """Returns gradients cut to the shapes of this ScoreMod: the inverse of padded_gradients()."""
         if self.bias is None:
             return gradients
         _, queries, keys = self.bias.shape
@@ -135,32 +135,32 @@ class ScoreMod:
 
 
 class ModGradients(NamedTuple):
-    """Of a ScoreMod, at least float32; None where it has no such part."""
+    """Gradients of a ScoreMod, at least float32; None for parts that it does not have."""
 
     slopes: Float[Array, "N"] | None = None
     bias: Float[Array, "N T S"] | None = None
 
 
 class RowTerms(NamedTuple):
-    """What belongs to the heads of some rows (rows.py); None where a ScoreMod has no such part."""
+    """The parts of a ScoreMod that belong to some rows (rows.py); None for parts that it does not have."""
 
     slopes: Float[Array, "R G"] | None = None
     seeds: UInt32[Array, "R G 2"] | None = None
     bias: Float[Array, "R G Q S"] | None = None
 
     def repeated(self, times: int) -> "RowTerms":
-        """Returns the terms with each row `times` times."""
+        """Returns the terms with each row repeated `times` times."""
         return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
 
 
 class Tile(NamedTuple):
-    """What there is to know about the scores [R, Q, S] of one block, beside queries and keys; Q = G * size."""
+    """The mask, bias and dropout of the scores [R, Q, S] of one block; Q = G * size."""
 
     mod: ScoreMod
     visible: Bool[Array, "R Q S"] | None  # None: every query sees every key
-    bias: Float[Array, "R Q S"] | None = None
-    keep: Bool[Array, "R Q S"] | None = None  # what dropout leaves
-    distance: Float[Array, "R G size S"] | None = None  # of the positions
+    bias: Float[Array, "R Q S"] | None = None  # including that of ALiBi slopes
+    keep: Bool[Array, "R Q S"] | None = None  # the weights that dropout keeps
+    distance: Float[Array, "R G size S"] | None = None  # |q_position - k_position|
 
     @classmethod
     def of(
@@ -175,7 +175,8 @@ class Tile(NamedTuple):
     ) -> "Tile":
         """Returns the tile of these queries and keys.
 
-        per_row: makes of what is known of the masks' m rows what is known of R; None: neighbours share a mask.
+        Args:
+            per_row: expands arrays of the mask's m rows to R rows. None: R // m neighbouring rows share a mask.
         """
         (rows, queries, _), (masks, size) = q.shape, mask.q_position.shape
 
@@ -200,16 +201,16 @@ class Tile(NamedTuple):
         return cls(mod, visible, None if bias is None else flat(bias.astype(dtype)), keep, distance)
 
     def logits(self, scores: Float[Array, "R Q S"]) -> Float[Array, "R Q S"]:
-        """Returns ScoreMod.logits(), -inf where nothing is seen."""
+        """Returns ScoreMod.logits() of the scores, with -inf for keys that are not visible."""
         logits = self.mod.logits(scores, self.bias)
         return logits if self.visible is None else jnp.where(self.visible, logits, -jnp.inf)
 
     def kept(self, weights: Float[Array, "R Q S"]) -> Float[Array, "R Q S"]:
-        """Returns the weights that dropout leaves, still to be divided by `kept_share`."""
+        """Returns the weights with dropped ones set to 0; they are not yet divided by `kept_share`."""
         return weights if self.keep is None else jnp.where(self.keep, weights, 0)
 
     def gradients(self, d_logits: Float[Array, "R Q S"], terms: RowTerms) -> RowTerms:
-        """Returns those of the terms that the tile was made of."""
+        """Returns the gradients of `terms`, from which the tile was made."""
         slopes = bias = None
         if terms.slopes is not None:
             each = d_logits.reshape(*terms.slopes.shape, -1, d_logits.shape[2])
@@ -222,7 +223,7 @@ class Tile(NamedTuple):
 def _bits(
     seeds: UInt32[Array, "R G 2"], q_place: UInt32[Array, "R 1 size S"], k_place: UInt32[Array, "R 1 size S"]
 ) -> UInt32[Array, "R G size S"]:
-    """Returns random bits that depend on seed and places alone: Threefry, with the places as its counter."""
+    """Returns random bits that depend only on seeds and places: Threefry with the places as its counter."""
 
     def of_head(q_place, k_place, seed):
         counter = jnp.concatenate([q_place.reshape(-1), k_place.reshape(-1)])

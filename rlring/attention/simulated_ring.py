@@ -1,7 +1,7 @@
-"""A ring without its links: what its devices compute, hop by hop, one device after the other on a single one.
+"""A ring simulated on one device: the computations of all its devices, one device after the other, without transfers.
 
-For measuring what cutting attention into hops costs: the same kernel calls as ring_attention's, and nothing
-sent. Not a scheme: on one device nothing is gained by it.
+It makes the same kernel calls as ring_attention(), and serves to measure the cost of dividing attention into ring
+steps. It is not a scheme, because on one device it has no advantage.
 """
 
 from functools import partial
@@ -26,12 +26,12 @@ def simulated_ring_attention(
     ring: int,
     kernel: Kernel,
 ) -> Float[Array, "B T N V"]:
-    """Returns attention in q's type, computed as a ring of so many devices would; both lengths divide by them."""
+    """Returns attention in q's type, computed as on a ring of `ring` devices, which must divide both lengths."""
     return local_attention(q, k, v, mask, _SimulatedRingKernel(ring, kernel))
 
 
 class _SimulatedRingKernel(NamedTuple):
-    """For plain attention: without a bias, slopes or dropout."""
+    """The kernel of a simulated ring, for plain attention without bias, slopes and dropout."""
 
     ring: int
     kernel: Kernel
@@ -85,7 +85,7 @@ class _SimulatedRingKernel(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """Arrays in the shards of the devices of a ring."""
+    """Arrays of the whole sequence, divided into the shards of the devices of a ring."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B S K H"]
@@ -105,5 +105,5 @@ class _Cut(NamedTuple):
         return take(self.k, device, self.k_size, 1), take(self.v, device, self.k_size, 1)
 
     def pair(self, q_device, k_device) -> Mask:
-        """Returns the mask of one device's queries and another's keys."""
+        """Returns the mask of the queries of one device and the keys of another."""
         return self.mask.block(q_device * self.q_size, self.q_size, k_device * self.k_size, self.k_size)

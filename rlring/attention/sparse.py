@@ -1,15 +1,16 @@
-"""S2 attention (2407.17678): every head reads its own shard of the context, and what it does not read is not computed.
+"""S2 attention (2407.17678): every head reads its own shard of the context, and the rest is not computed.
 
-A query sees its near past in full, and of the rest every stride-th block of positions, another one for each key/value
-head. So the keys fall into two parts, each of which is a dense problem for blockwise.forward() and backward():
+A query sees its near past in full, and every stride-th block of positions of the rest, with a different offset for each
+key/value head. So the keys form two parts, each of which is computed by dense kernels:
 
-    near   all keys in their order, seen through a band along the diagonal: tiles outside of the band are not visited
-    far    the strided keys of each head, gathered once into a sequence that is shorter by the stride, and seen causally
+    near   all keys in order, under a mask that is a band along the diagonal; tiles outside of the band are skipped
+    far    the strided keys of each head, gathered once into a sequence that is shorter by the stride; causal
 
-A key that is both belongs to near, so the parts are disjoint: the softmax over near goes on over far, and their
-gradients add up.
-That is the paper's MergeQ: a tile of queries holds as many sparsity blocks as fit, what it visits is the union of what
-they see, a mask per entry does the rest, and each key is gathered once for all tiles of its head.
+A key in both parts counts as near, so the parts are disjoint: the softmax over near keys continues over far keys, and
+the gradients of the parts add up.
+
+This is the paper's MergeQ: a tile of queries has several sparsity blocks and visits the union of the keys that they
+see, with an elementwise mask. Each key is gathered once for all tiles of its head.
 """
 
 from collections.abc import Callable
@@ -30,19 +31,19 @@ from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import PartialAttention, accumulator_type
 from rlring.attention.sparse_pattern import SparsePattern, check_mask
 
-SMALLEST_TILE = 64  # tokens; products of less cost more than the scores they save
+SMALLEST_TILE = 64  # tokens; smaller products cost more than the skipped scores save
 
 
 class SparseKernel(NamedTuple):
-    """The kernel of a pattern: attention over the keys that both the mask and the pattern show, without a bias.
+    """The kernel of a SparsePattern: attention over the keys that both the mask and the pattern show, without a bias.
 
-    Exact for any layout of the tokens; fast where neighbours in the layout are neighbours in position.
+    Exact for any order of the tokens; fast if neighbouring tokens have neighbouring positions.
     """
 
     pattern: SparsePattern
     blocks: Blocks
-    kv_heads: int  # of all devices
-    axis: str | None = None  # of the mesh, over which the heads are split
+    kv_heads: int  # key/value heads of all devices together
+    axis: str | None = None  # the mesh axis over which the heads are split
     heads_first = False
 
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
@@ -75,19 +76,21 @@ class SparseKernel(NamedTuple):
         return lax.fori_loop(0, far.chunks, add, near)
 
     def near_cut(self) -> tuple[int, int]:
-        """Returns tiles of which not too much lies outside of the band, and how many scores are held at once."""
+        """Returns the tile size, small enough that tiles do not extend far beyond the band, and the number of scores
+        held at once."""
         tile = max(SMALLEST_TILE, self.pattern.local_blocks * self.pattern.block // 8)
         return min(self.blocks.q, self.blocks.k, tile), self.blocks.scores // 4
 
     def _far(self, mask: Mask, k: Float[Array, "B S K H"]) -> "_Far":
         heads = jnp.arange(k.shape[2], dtype=jnp.int32)
-        if self.axis is not None:  # ulysses_attention copies the key/value heads where there are fewer than devices
+        if self.axis is not None:  # ulysses_attention() copies key/value heads if there are fewer than devices
             copies = k.shape[2] * lax.axis_size(self.axis) // self.kv_heads
             heads = (heads + lax.axis_index(self.axis) * k.shape[2]) // copies
         return _Far.of(mask, heads, self.kv_heads, self.pattern)
 
     def far_blocks(self, length: int) -> Blocks:
-        """Returns tiles of which not too much lies above the diagonal, which the stride has made flat: so are they."""
+        """Returns blocks with few keys and many queries. The stride makes the diagonal flat, so such blocks extend less
+        above it."""
         k = min(self.blocks.k, max(2 * SMALLEST_TILE, length // self.pattern.stride // 16))
         return self.blocks._replace(q=self.blocks.q * self.blocks.k // k, k=k)
 
@@ -95,7 +98,7 @@ class SparseKernel(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _NearMask(Mask):
-    """A causal mask that shows no more than the last local_blocks blocks of positions."""
+    """A causal mask limited to the last local_blocks blocks of positions."""
 
     pattern: SparsePattern = field(default=SparsePattern(), metadata={"static": True})
 
@@ -107,7 +110,7 @@ class _NearMask(Mask):
         return super().visible() & self.pattern.is_near(self.q_position[:, :, None], self.k_position[:, None, :])
 
     def maybe_visible(self, q: Bounds, k: Bounds) -> Bool[Array, "..."]:
-        # In all rows at once: with other bounds in each, more is visited than need be.
+        # any() over rows separately from the other conditions: rows with different bounds may visit unneeded blocks.
         near = self.pattern.is_near(q.low_position, k.high_position).any(0)
         return super().maybe_visible(q, k) & near
 
@@ -118,13 +121,13 @@ class _NearMask(Mask):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HeldMask(Mask):
-    """A causal mask of keys some of which stand twice: in the first slots as near ones, in the others as strided ones.
+    """A causal mask over the slots of a sparse cache, which hold near keys first and then strided keys.
 
-    For one block of a few queries, as decode has: it skips nothing.
+    A key in both parts is seen once. For decoding a few queries as one block, so it skips no blocks.
     """
 
     pattern: SparsePattern = field(default=SparsePattern(), metadata={"static": True})
-    near: int = field(default=0, metadata={"static": True})  # slots
+    near: int = field(default=0, metadata={"static": True})  # number of near slots
 
     @classmethod
     def of(cls, mask: Mask, pattern: SparsePattern, near: int) -> "HeldMask":
@@ -143,10 +146,10 @@ def _strided(mask: Mask, heads: Int32[Array, "K"], kv_heads: int, pattern: Spars
 
 
 class _FarKeys(NamedTuple):
-    """Some strided keys of each row: their places, and which of them are there."""
+    """The strided keys of each row in one chunk: their places in the sequence, and which entries are real."""
 
     place: Int32[Array, "R C"]
-    is_there: Bool[Array, "R C"]
+    is_there: Bool[Array, "R C"]  # False: padding, because the row has fewer strided keys
 
     def take(self, x: Float[Array, "B S K H"]) -> Float[Array, "B C K H"]:
         """Returns these keys or values."""
@@ -160,25 +163,25 @@ class _FarKeys(NamedTuple):
 
 
 def _taken(x: Float[Array, "B S K H"], place: Int32[Array, "B C K"]) -> Float[Array, "B C K H"]:
-    """Returns for each head its own places."""
+    """Returns the entries of x at `place`, which has different places for each head."""
     return jnp.take_along_axis(x, place[..., None], 1, mode="clip")
 
 
 def _by_token(x: Shaped[Array, "R C"], heads: int) -> Shaped[Array, "B C K"]:
-    """Returns what is known of each row as what is known of each head."""
+    """Returns an array of rows [R, C] as an array of tokens and heads [B, C, K]."""
     return jnp.swapaxes(x.reshape(-1, heads, x.shape[1]), 1, 2)
 
 
 class _Far(NamedTuple):
     """The strided keys of each row, in the order of their places.
 
-    They are worked on in chunks of as many as the sequence 0, 1, 2 ... has, so that only for layouts with more of them,
-    such as many short packed sequences, there is a second chunk.
+    They are computed in chunks. A chunk has room for the strided keys of one sequence with positions 0, 1, 2, ...; a
+    second chunk is needed only if there are more, for example with many short packed sequences.
     """
 
     is_strided: Bool[Array, "R S"]
-    count: Int32[Array, "R S"]  # of the strided keys up to here
-    size: int  # of a chunk
+    count: Int32[Array, "R S"]  # number of strided keys up to and including each place
+    size: int  # keys per chunk
 
     @classmethod
     def of(cls, mask: Mask, heads: Int32[Array, "K"], kv_heads: int, pattern: SparsePattern) -> "_Far":
@@ -201,22 +204,22 @@ class _Far(NamedTuple):
     def add(
         self, total: Float[Array, "B S K H"], x: Float[Array, "B C K H"], chunk: Int32[Array, ""]
     ) -> Float[Array, "B S K H"]:
-        """Returns the total with what was found for one chunk of keys."""
+        """Returns the total with `x`, the gradients of one chunk of keys, added."""
         place = self.count - 1 - chunk * self.size
         is_here = self.is_strided & (place >= 0) & (place < self.size)
         place, is_here = (_by_token(x, total.shape[2]) for x in (place, is_here))
-        # A gather: scattering is slow wherever it is not sure that no two values meet.
+        # A gather, because a scatter is slow if XLA cannot know that no two indices are equal.
         return total + jnp.where(is_here[..., None], _taken(x, jnp.clip(place, 0, self.size - 1)), 0.0)
 
     def mask(self, mask: Mask, keys: _FarKeys, pattern: SparsePattern) -> "_FarMask":
-        """Returns the mask of these keys."""
+        """Returns the mask of all queries over these keys, with R rows."""
         return keys.mask(mask).as_kind(_FarMask, pattern=pattern)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _FarMask(Mask):
-    """A causal mask that shows what lies before the last local_blocks blocks of positions."""
+    """A causal mask limited to positions before the last local_blocks blocks."""
 
     pattern: SparsePattern = field(default=SparsePattern(), metadata={"static": True})
 
@@ -234,7 +237,7 @@ class _FarMask(Mask):
         return position // self.pattern.block
 
     def _last_far(self, position: Int32[Array, "..."]) -> Int32[Array, "..."]:
-        """Returns the last block that queries see from afar."""
+        """Returns the last block that queries at these positions see as far keys."""
         return self._block(position) - self.pattern.local_blocks
 
 

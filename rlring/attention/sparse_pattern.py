@@ -35,7 +35,7 @@ class SparsePattern:
 
     block: int = 64  # positions
     local_blocks: int = 16
-    stride: int = 8  # 1 sees all that is causal
+    stride: int = 8  # with 1, every causal key is seen
     offset: int = 0
 
     def __post_init__(self):
@@ -53,28 +53,28 @@ class SparsePattern:
         *,
         kv_heads: int,
     ) -> Bool[Array | np.ndarray, "..."]:
-        """Returns whether key/value head `head` of `kv_heads` sees these blocks from afar; the two broadcast."""
+        """Returns whether the blocks are strided for key/value head `head` of `kv_heads`; block and head broadcast."""
         step = max(1, self.stride // kv_heads)
         return (block + head * step + self.offset) % self.stride == 0
 
     def is_near(
         self, q_position: Integer[Array | np.ndarray, "..."], k_position: Integer[Array | np.ndarray, "..."]
     ) -> Bool[Array | np.ndarray, "..."]:
-        """Returns whether keys are in the near past of queries, or later; the two broadcast."""
-        # No division of keys: the same for every pair of tokens, it would cost more than the attention itself.
+        """Returns whether keys are in the near blocks of queries, or later; the two broadcast."""
+        # Divides only query positions: a division for every pair of tokens would cost more than the attention itself.
         return k_position >= (q_position // self.block - (self.local_blocks - 1)) * self.block
 
     def density(self, length: int, *, kv_heads: int) -> float:
-        """Returns the share of the causal blocks of a sequence of this length that is seen, as a mean over heads."""
+        """Returns the share of the causal blocks of a sequence of `length` tokens that is seen, averaged over heads."""
         blocks = -(-length // self.block)
         strided = self.is_strided(np.arange(blocks), np.arange(kv_heads)[:, None], kv_heads=kv_heads)
-        seen_from = np.maximum(blocks - self.local_blocks - np.arange(blocks), 0)  # by how many blocks, if strided
+        seen_from = np.maximum(blocks - self.local_blocks - np.arange(blocks), 0)  # blocks that see it, if strided
         near = np.minimum(np.arange(blocks) + 1, self.local_blocks).sum()
         return float((near + (strided * seen_from).sum() / kv_heads) / (blocks * (blocks + 1) / 2))
 
 
 def check_mask(mask: Mask) -> None:
-    """Raises UsageError for a mask that does not go with a pattern."""
+    """Raises UsageError unless the mask is a plain causal mask without a window."""
     if mask.kind is not None:
         raise UsageError(
             f"attention scheme 'sparse' needs a causal mask without a window; got a {mask.kind}. Use another scheme."

@@ -1,4 +1,4 @@
-"""Windows: how many positions a query sees back and ahead."""
+"""Windows of masks: how many positions a query sees back and ahead."""
 
 import operator
 
@@ -9,29 +9,29 @@ from jaxtyping import Array, Bool, Int32, UInt32
 
 from rlring.errors import UsageError, shown
 
-MOST = 2**31 - 1  # that int32 holds
+MOST = 2**31 - 1  # the largest int32
 
 Window = int | tuple[int | None, int | None]
-AnyArray = Array | np.ndarray  # positions may be NumPy's: a program takes them as a constant
+AnyArray = Array | np.ndarray  # positions may be NumPy arrays, which are constants in a compiled program
 
 
 def is_within(later: Int32[AnyArray, "..."], earlier: Int32[AnyArray, "..."], reach: int) -> Bool[AnyArray, "..."]:
-    """Returns whether later - earlier < reach, also where it is negative; the two broadcast."""
+    """Returns whether later - earlier < reach, without overflow; true if the difference is negative. They broadcast."""
     return (earlier > later) | (_distance(later, earlier) < reach)
 
 
 def apart(one: Int32[AnyArray, "..."], other: Int32[AnyArray, "..."]) -> UInt32[Array, "..."]:
-    """Returns |one - other|; the two broadcast."""
+    """Returns |one - other| without overflow; the two broadcast."""
     return _distance(jnp.maximum(one, other), jnp.minimum(one, other))
 
 
 def _distance(later: Int32[AnyArray, "..."], earlier: Int32[AnyArray, "..."]) -> UInt32[AnyArray, "..."]:
-    """Returns later - earlier, at least 0: of two int32 it may be none, but it is a uint32."""
+    """Returns later - earlier for later >= earlier. The difference of two int32 may overflow int32, but fits uint32."""
     return (later - earlier).astype(jnp.uint32)
 
 
 def narrowed(window: Window | None, back: int) -> Window:
-    """Returns the window that reaches no farther back than so many tokens, the query included."""
+    """Returns the window limited to `back` tokens back, the query included."""
     if not isinstance(window, tuple):
         return back if window is None else min(window, back)
     left, right = window
@@ -39,7 +39,7 @@ def narrowed(window: Window | None, back: int) -> Window:
 
 
 def checked_window(window) -> Window | None:
-    """Returns the window in plain numbers; raises UsageError for what is none."""
+    """Returns the window as Python integers; raises UsageError if it is not a valid window."""
     if window is None:
         return None
     if isinstance(window, tuple | list):
@@ -71,7 +71,7 @@ def _checked_sides(sides: tuple) -> tuple[int | None, int | None] | None:
 
 
 def _whole(number) -> int | None:
-    """Returns the number as an int, or None where it is not one that is known now."""
+    """Returns the number as an int; None if it is not an integer, or is traced."""
     if isinstance(number, bool | np.bool_ | jax.core.Tracer):
         return None
     try:

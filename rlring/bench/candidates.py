@@ -1,4 +1,6 @@
-"""What `rlring.bench.timing` measures: the schemes, a ring that takes turns on one device, S2, and other libraries."""
+"""The functions that `rlring.bench.timing` measures: the attention schemes, a ring simulated on one device, sparse (S2)
+attention, and attention of JAX and torch.
+"""
 
 import importlib
 import importlib.util
@@ -20,13 +22,13 @@ from rlring.attention.kernels.cudnn import unavailable
 from rlring.attention.simulated_ring import simulated_ring_attention
 from rlring.mesh import SEQUENCE_AXES, make_mesh
 
-EXACT = ("auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")  # all the same work: comparable
+EXACT = ("auto", "dense", "blockwise", "ring", "all_gather", "ulysses", "hybrid")  # these compute the same attention
 ONE_DEVICE = ("dense", "blockwise")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """The settings of a benchmark: the arguments of the command."""
 
     schemes: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -39,22 +41,22 @@ class Settings:
     repeats: int
     matmul: int
     kernel: str = "jax"
-    blocks: tuple[int, int] | None = None  # None: those of AttentionConfig
-    hops: int = 0  # of a ring whose devices take turns on one: attention.simulated_ring; 0: not measured
+    blocks: tuple[int, int] | None = None  # None: the defaults of AttentionConfig
+    hops: int = 0  # devices of a ring simulated on one device (attention.simulated_ring); 0: not measured
     sparse: tuple[SparsePattern, ...] = ()
-    deterministic: bool = False  # whether those schemes that have a fixed order of blocks are measured with it as well
-    masks: tuple[str, ...] = ()  # of masks.cases(), beside other libraries
+    deterministic: bool = False  # whether to measure schemes that support deterministic=True with it as well
+    masks: tuple[str, ...] = ()  # names of masks.cases() for the comparison with other libraries
 
 
 class Run(NamedTuple):
-    """Something to be timed: calling it runs it to its end."""
+    """A function to be timed; `call` returns when the computation has finished."""
 
     call: Callable[[], object]
     temporary_bytes: int | None
 
 
-MATMUL = {"cpu": 2048}  # the side of the square matrices that give the peak; elsewhere:
-LARGE_MATMUL = 8192
+MATMUL = {"cpu": 2048}  # side of the square matrices whose product measures the peak, by platform
+LARGE_MATMUL = 8192  # the same, for other platforms
 
 
 class Candidate(NamedTuple):
@@ -84,7 +86,7 @@ def scheme_candidate(
 
 
 def sparse_candidate(pattern: SparsePattern, length: int, settings: Settings) -> Candidate:
-    """Returns S2 attention on one device; its share of the peak counts the blocks that it leaves out as done."""
+    """Returns S2 attention on one device. Its share of the peak counts skipped blocks as if they were computed."""
     kept = pattern.density(length, kv_heads=settings.kv_heads)
     say(f"{length} tokens: compiling sparse, {kept:.1%} of the blocks kept")
     config = AttentionConfig("sparse", *settings.blocks or (), sparse=pattern)
@@ -97,7 +99,7 @@ def sparse_candidate(pattern: SparsePattern, length: int, settings: Settings) ->
 
 
 def hops_candidates(length: int, settings: Settings) -> list[Candidate]:
-    """Returns a ring whose devices take turns on one, or nothing if it was not asked for."""
+    """Returns a ring of `settings.hops` devices simulated on one device; no candidate if `settings.hops` is 0."""
     if not settings.hops:
         return []
     say(f"{length} tokens: compiling {settings.hops} x {settings.hops} hops on 1 device")
@@ -120,7 +122,7 @@ def hops_candidates(length: int, settings: Settings) -> list[Candidate]:
 
 
 def jax_candidates(length: int, settings: Settings) -> list[Candidate]:
-    """Returns JAX's own call of cuDNN's attention, over the whole sequence at once, where there is one."""
+    """Returns jax.nn.dot_product_attention with cuDNN over the whole sequence; no candidate where that cannot run."""
     dtype = jnp.dtype(settings.type)
     if jax.default_backend() != "gpu" or unavailable(dtype, settings.head_size) is not None:
         return []
@@ -133,7 +135,7 @@ def jax_candidates(length: int, settings: Settings) -> list[Candidate]:
 
 
 def _arrays(length: int, settings: Settings, order) -> tuple:
-    """Returns q, k, v, the mask, and the gradient of the out; the tokens stand in this order."""
+    """Returns q, k, v, the mask, and the gradient of the output; token i has position `order[i]`."""
     mask = Mask.causal(jnp.broadcast_to(jnp.asarray(order, jnp.int32), (settings.batch, length)))
     shapes = [(settings.batch, length, n, settings.head_size) for n in _heads_of(settings)]
     keys = jax.random.split(jax.random.key(0), len(shapes))
@@ -142,7 +144,7 @@ def _arrays(length: int, settings: Settings, order) -> tuple:
 
 
 def _both(forward: Callable, arrays: tuple) -> tuple[Run, Run]:
-    """Returns a forward, and a forward and backward."""
+    """Returns the forward pass, and the forward and backward pass together."""
 
     def forward_backward(q, k, v, mask, d_out):
         out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, mask), q, k, v)
@@ -152,7 +154,8 @@ def _both(forward: Callable, arrays: tuple) -> tuple[Run, Run]:
 
 
 def axes_of(scheme: str, devices: int, settings: Settings) -> tuple[int, int]:
-    """Returns the sizes of (ring, ulysses). hybrid takes the largest ulysses that fits the heads and leaves a ring."""
+    """Returns the mesh sizes (ring, ulysses) of a scheme. For "hybrid", ulysses is the largest size that fits the heads
+    and, with more than one device, leaves a ring of at least 2."""
     match scheme:
         case "ulysses":
             return 1, devices
@@ -165,7 +168,7 @@ def axes_of(scheme: str, devices: int, settings: Settings) -> tuple[int, int]:
 
 
 def _heads_of(settings: Settings) -> tuple[int, int, int, int]:
-    """Of q, k, v and the gradient of the out."""
+    """Returns the numbers of heads of q, k, v and the gradient of the output."""
     return settings.heads, settings.kv_heads, settings.kv_heads, settings.heads
 
 
@@ -178,12 +181,12 @@ def _compiled(function: Callable, *arguments) -> Run:
 
 
 def matmul(devices: int, settings: Settings) -> Run:
-    """The peak to be compared with."""
+    """Returns the matrix product whose speed counts as the peak of `devices` devices."""
     return product(devices, settings.matmul, settings.type)
 
 
 def product(devices: int, side: int, dtype: str) -> Run:
-    """A product of two square matrices on every device, all at the same time."""
+    """Returns a product of two square matrices of side `side` on every device at the same time."""
     mesh = make_mesh(ring=devices)
     matrices = jax.random.normal(jax.random.key(0), (devices * side, side), dtype)
     matrices = jax.device_put(matrices, NamedSharding(mesh, P("ring")))
@@ -195,7 +198,7 @@ def matmul_flops(devices: int, settings: Settings) -> float:
 
 
 def torch_candidates(length: int, settings: Settings) -> list[Candidate]:
-    """Returns torch's own attention on one device, the same work, or nothing where torch cannot run it."""
+    """Returns torch's scaled_dot_product_attention on one device; no candidate where torch cannot run."""
     device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
     if importlib.util.find_spec("torch") is None:
         return []

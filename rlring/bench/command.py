@@ -1,4 +1,4 @@
-"""python -m rlring.bench: the arguments, and the order in which things are measured, printed and written."""
+"""The command python -m rlring.bench: parses the arguments, runs the measurements, prints and writes the results."""
 
 import argparse
 import os
@@ -31,7 +31,7 @@ LARGEST_MATMUL = 2**17  # beyond some size XLA aborts the process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, 2 for arguments that cannot work, 130 when interrupted."""
+    """Runs the command and returns its exit status: 0, 2 for invalid arguments, 130 when interrupted."""
     arguments = _arguments(argv)
     command = shlex.join(["python", "-m", "rlring.bench", *(sys.argv[1:] if argv is None else argv)])
     return run(lambda: _main(arguments, command))
@@ -47,7 +47,7 @@ def _main(arguments: argparse.Namespace, command: str) -> None:
         raise UsageError(f"--matmul is at most {LARGEST_MATMUL}; got {arguments.matmul}. Leave it out.")
     check_json(arguments.json)
     if arguments.traffic:
-        jax.config.update("jax_platforms", "cpu")  # nothing runs: what else is here is left alone
+        jax.config.update("jax_platforms", "cpu")  # programs are only compiled, so other devices stay unused
     if not set(arguments.schemes) <= set(ONE_DEVICE):
         request_cpu_devices(max(arguments.devices))
     versions = _versions(command)
@@ -105,7 +105,7 @@ def _traffic(settings: Settings, versions: Versions, json: Path | None) -> None:
 
 def _versions(command: str) -> Versions:
     device = jax.devices()[0]
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it
     return Versions(
         command=command,
         date=datetime.now(UTC).isoformat(timespec="seconds"),

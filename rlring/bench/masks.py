@@ -1,4 +1,4 @@
-"""Twelve masks of attention: as ours, and once more as plain NumPy, which knows nothing of ours."""
+"""Twelve attention masks, each as a mask of rlring and independently as a NumPy array."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,11 +8,14 @@ import numpy as np
 
 from rlring.attention import BlockMask, FunctionMask, Mask
 
-BLOCKS = 32  # of the masks of blocks
+BLOCKS = 32  # blocks per sequence in the block masks
 
 
 class Case(NamedTuple):
-    """A mask of self-attention over a sequence of tokens 0, 1, 2, ...; `ours` is of them in any order, int32[1, T]."""
+    """A mask of self-attention over tokens at positions 0, 1, 2, ...
+
+    `ours` takes the positions in any order, int32[B, T], and returns rlring's mask for tokens in that order.
+    """
 
     name: str
     seen: np.ndarray  # bool[T, T]: query, key
@@ -20,7 +23,7 @@ class Case(NamedTuple):
 
 
 def cases(length: int) -> list[Case]:
-    """Returns the twelve, whose sizes are shares of the length."""
+    """Returns the twelve masks for a sequence of `length` tokens; windows and segments are fractions of the length."""
     place, wide, narrow, block = np.arange(length), max(1, length // 8), max(1, length // 16), -(-length // BLOCKS)
     q, k = place[:, None], place[None]
     causal, near = k <= q, (k <= q) & (q - k < wide)
@@ -29,7 +32,7 @@ def cases(length: int) -> list[Case]:
     table = np.random.default_rng(0).random((BLOCKS, BLOCKS)) < 0.3
     table |= np.eye(BLOCKS, dtype=bool)
 
-    def shares_question(q, k, q_segment, k_segment):  # the question is segment 0, the others are answers to it
+    def shares_question(q, k, q_segment, k_segment):  # segment 0 is the question, the other segments are answers
         return (k <= q) & ((q_segment == k_segment) | (k_segment == 0))
 
     def global_and_window(q, k, *_):
@@ -63,5 +66,5 @@ def cases(length: int) -> list[Case]:
 
 
 def _segments(length: int, *starts: float) -> np.ndarray:
-    """Returns which segment each token is in; they begin at these shares of the length."""
+    """Returns the segment index of each token, int32[T]; segments 1, 2, ... start at these fractions of the length."""
     return np.searchsorted(length * np.array(starts), np.arange(length), side="right").astype(np.int32)

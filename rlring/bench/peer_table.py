@@ -1,4 +1,4 @@
-"""Ours beside other libraries over twelve masks: time, memory and the error against float64."""
+"""Compares rlring with other libraries over twelve masks: time, memory and the error against float64."""
 
 import statistics
 import time
@@ -19,7 +19,7 @@ from rlring.bench.table import Versions
 
 @dataclass(frozen=True)
 class PeerMeasurement:
-    """One library with one mask; without numbers where it refused."""
+    """The results of one library with one mask; `refused` has the reason if the library could not run it."""
 
     mask: str
     length: int
@@ -28,13 +28,13 @@ class PeerMeasurement:
     refused: str | None = None
     forward_ms: tuple[float, ...] = ()  # of each round
     forward_backward_ms: tuple[float, ...] = ()
-    temporary_bytes: int | None = None  # of forward and backward, on one device; None where nobody knows
-    error: float | None = None  # of the out, as a share of its greatest number
-    gradient_error: float | None = None  # the worst of dq, dk and dv
+    temporary_bytes: int | None = None  # of forward and backward, on one device; None if unknown
+    error: float | None = None  # largest error of the output, divided by its largest absolute value
+    gradient_error: float | None = None  # the same, the largest of dq, dk and dv
 
 
 def measure_peers(settings: Settings) -> list[PeerMeasurement]:
-    """Returns the measurements, mask by mask."""
+    """Returns the measurements of all libraries, for each length and each mask of `settings`."""
     found = []
     for length in settings.lengths:
         inputs = _inputs(length, settings)
@@ -45,7 +45,7 @@ def measure_peers(settings: Settings) -> list[PeerMeasurement]:
 
 
 def peer_table(measurements: Iterable[PeerMeasurement], settings: Settings, versions: Versions) -> str:
-    """Returns the measurements as a Markdown table, with what was measured and where below it."""
+    """Returns the measurements as a Markdown table, followed by the settings, versions and machine."""
     columns = ["mask", "tokens", "who", "devices", "forward ms (min)", "forward+backward ms (min)", "temporary MiB"]
     columns += ["error", "of gradients"]
     lines = ["| " + " | ".join(columns) + " |", "| --- | ---: | --- |" + " ---: |" * (len(columns) - 3)]
@@ -79,7 +79,7 @@ def _measured(case: Case, inputs: Inputs, settings: Settings) -> list[PeerMeasur
         if isinstance(peer, Refused):
             done.append(of(peer.name, peer.devices, peer.reason))
             continue
-        try:  # the first run is never like the others
+        try:  # the first run is slower, and is not timed
             errors = [_error(*pair) for pair in zip(peer.both(), expected, strict=True)]
             peer.forward()
         except LACKS as error:
@@ -94,7 +94,8 @@ def _measured(case: Case, inputs: Inputs, settings: Settings) -> list[PeerMeasur
 
 
 def _rounds(ready: list[Peer], repeats: int) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Returns the milliseconds of each peer's forward, and forward and backward: all run once in every round."""
+    """Returns, for each peer, the milliseconds of its forward, and of its forward and backward, by round. In every
+    round each runs once."""
     took: list[tuple[list[float], list[float]]] = [([], []) for _ in ready]
     for number in range(repeats):
         say(f"round {number + 1} of {repeats}")
@@ -114,7 +115,7 @@ def _inputs(length: int, settings: Settings) -> Inputs:
 
 
 def _exact(inputs: Inputs, seen: np.ndarray) -> list[np.ndarray]:
-    """Returns out, dq, dk and dv in float64 by the definition, head by head."""
+    """Returns out, dq, dk and dv in float64, computed from the definition of attention, one head at a time."""
     with jax.enable_x64(True):
         q, k, v, d_out = (jnp.moveaxis(jnp.asarray(x, jnp.float64), 2, 0) for x in inputs)
         group = q.shape[0] // k.shape[0]

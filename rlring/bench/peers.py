@@ -1,4 +1,4 @@
-"""Other libraries' attention, each as its own documentation calls it; what is not installed or cannot run says why."""
+"""Attention of other libraries, called as in their documentation. A library that cannot run gives the reason."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ from rlring.bench.candidates import ONE_DEVICE, Settings, say
 from rlring.bench.masks import Case
 from rlring.mesh import SEQUENCE_AXES, make_mesh
 
-# What a library raises where it lacks something; anything else is a fault of ours.
+# The exceptions that count as a library's lack of a feature. Any other exception is a bug in this benchmark.
 LACKS = (NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError, ImportError, AttributeError)
 
 
@@ -30,13 +30,14 @@ class Inputs(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """Attention with one mask. Each call runs to its end and returns arrays in the order of the tokens."""
+    """A library's attention with one mask. Both functions return when the computation has finished. `both` returns
+    arrays in the order of the tokens."""
 
     name: str
     devices: int
     forward: Callable[[], object]
     both: Callable[[], tuple]  # out, dq, dk, dv
-    temporary_bytes: int | None = None  # of `both`; None where nobody knows
+    temporary_bytes: int | None = None  # of `both`; None if unknown
 
 
 class Refused(NamedTuple):
@@ -48,7 +49,7 @@ class Refused(NamedTuple):
 
 
 def peers(case: Case, inputs: Inputs, settings: Settings) -> Iterator[Peer | Refused]:
-    """Returns ours first."""
+    """Yields rlring's schemes, then the other libraries, or the reasons why they cannot run."""
     length = inputs.q.shape[1]
     for scheme in settings.schemes:
         for devices in (1,) if scheme in ONE_DEVICE else settings.devices:
@@ -82,7 +83,7 @@ def _ours(scheme: str, devices: int, case: Case, inputs: Inputs) -> Peer:
 
 
 def _compiled(name: str, devices: int, attend: Callable, inputs: Inputs) -> Peer:
-    """Returns what is measured of a function of JAX arrays q, k and v."""
+    """Compiles `attend(q, k, v)`, a function of JAX arrays, and its backward pass, and returns them as a Peer."""
 
     def both(q, k, v, d_out):
         out, pull = jax.vjp(attend, q, k, v)
@@ -104,7 +105,7 @@ def _jax_nn(name: str, devices: int, case: Case, inputs: Inputs) -> Peer:
 
 def _tokamax(name: str, devices: int, case: Case, inputs: Inputs) -> Peer:
     tokamax = importlib.import_module("tokamax")
-    importlib.import_module("absl.flags").FLAGS.mark_as_parsed()  # else it takes this command's arguments for its own
+    importlib.import_module("absl.flags").FLAGS.mark_as_parsed()  # else tokamax would parse this command's arguments
     mask = {"is_causal": True} if case.name == "causal" else {"mask": jnp.asarray(case.seen)[None, None]}
     mask = {} if case.name == "full" else mask
     return _compiled(name, devices, partial(tokamax.dot_product_attention, **mask), inputs)
@@ -122,7 +123,10 @@ def _transformer_engine(name: str, devices: int, case: Case, inputs: Inputs) -> 
 
 
 def _window(case: Case) -> dict:
-    """Returns a mask as those say it who know causal ones and windows only."""
+    """Returns a mask as keyword arguments of libraries that support only causal masks and windows.
+
+    NotImplementedError for other masks.
+    """
     length = len(case.seen)
     wide, narrow = max(1, length // 8), max(1, length // 16)
     of = {"full": {}, "causal": {"is_causal": True}, "two-sided window": {"window_size": (narrow, narrow)}}
@@ -133,7 +137,7 @@ def _window(case: Case) -> dict:
 
 
 def _ejkernel(name: str, devices: int, case: Case, inputs: Inputs) -> Peer:
-    """Its ring, with the arguments of its docstring; its window counts the tokens back and ahead."""
+    """Returns ejkernel's ring attention, called as in its docstring; its window is (tokens back, tokens ahead)."""
     ring = importlib.import_module("ejkernel.modules").ring_attention
     here = _window(case)
     window = {"sliding_window": here["window_size"]} if "window_size" in here else {}
@@ -180,14 +184,14 @@ def _sdpa(torch, case: Case, device: str) -> Callable:
 
 
 def _flex(torch, case: Case, device: str) -> Callable:
-    """FlexAttention as it runs without a compiler."""
+    """Returns FlexAttention without torch.compile."""
     flex, length = importlib.import_module("torch.nn.attention.flex_attention"), len(case.seen)
     seen = torch.from_numpy(case.seen).to(device)
     blocks = flex.create_block_mask(lambda b, h, q, k: seen[q, k], None, None, length, length, device=device)
     return partial(flex.flex_attention, block_mask=blocks, enable_gqa=True)
 
 
-LIBRARIES = (  # name, module, how it is made
+LIBRARIES = (  # name, module, function that makes the Peer
     ("jax.nn.dot_product_attention", "jax", _jax_nn),
     ("torch SDPA", "torch", _torch),
     ("torch FlexAttention", "torch", _torch),

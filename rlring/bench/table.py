@@ -1,4 +1,4 @@
-"""The Markdown table of what was measured, and what its numbers hold for."""
+"""The Markdown table of a benchmark, with the versions and the machine that its numbers hold for."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rlring.bench.timing import Measurement
 
 @dataclass(frozen=True)
 class Versions:
-    """What the numbers hold for."""
+    """The command, date, package versions and machine of a benchmark."""
 
     command: str
     date: str
@@ -25,7 +25,7 @@ class Versions:
 
 
 def table(measurements: Iterable[Measurement], settings: Settings, versions: Versions) -> str:
-    """Returns the measurements as a Markdown table, with what was measured and where below it."""
+    """Returns the measurements as a Markdown table, followed by the settings, versions and machine."""
     measurements = list(measurements)
     beside_jax = any(m.forward.ratio_to_jax is not None for m in measurements)
     columns = ["scheme", "tokens", "devices", "mesh"]

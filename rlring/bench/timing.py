@@ -1,9 +1,9 @@
-"""Timing of the attention schemes beside each other: what rlring.bench prints.
+"""Times the attention schemes for the table of rlring.bench.
 
-What is compared is measured in turns: in every round each candidate of a length runs once, so that a machine that gets
-slower gets slower for all. Ratios and shares are taken within a round, and their median is what counts. Beside the
-schemes run a product of matrices on as many devices, which is the peak that the shares are of, and torch's attention
-where torch is there. Everything is causal self-attention; where there is a ring, tokens stand in the zigzag order.
+Candidates are measured in rounds. In every round each candidate of a length runs once, so that a slowdown of the
+machine affects all of them. Ratios and shares are computed within a round, and their medians are reported. A matrix
+product on the same number of devices is timed too; its speed is the peak for the shares. torch's attention is measured
+if torch is installed. All candidates compute causal self-attention; on a ring the tokens are in zigzag order.
 """
 
 import statistics
@@ -29,38 +29,38 @@ from rlring.bench.candidates import (
 from rlring.errors import UsageError
 from rlring.mesh import make_mesh
 
-BACKWARD_FLOPS = 2.5  # of a forward's: five products of matrices for two
+BACKWARD_FLOPS = 2.5  # relative to the forward: the backward has five matrix products, the forward two
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward, or a forward and backward."""
+    """The timing of a forward pass, or of a forward and backward pass together."""
 
     median_ms: float
     min_ms: float
-    ratio_to_blockwise: float | None  # None where blockwise was not measured
+    ratio_to_blockwise: float | None  # of the times; None if blockwise was not measured
     share_of_peak: float
-    temporary_bytes: int | None  # of one device, beyond arguments and results; None where nobody knows
+    temporary_bytes: int | None  # of one device, without arguments and results; None if unknown
     rounds_ms: tuple[float, ...]
-    ratio_to_jax: float | None = None  # to jax.nn.dot_product_attention's one call, where it was measured
+    ratio_to_jax: float | None = None  # to jax.nn.dot_product_attention; None if it was not measured
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A scheme at a length. devices are those it uses: one for dense, blockwise and torch."""
+    """The results of a scheme at a length. `devices` is the number used: 1 for dense, blockwise and torch."""
 
     scheme: str
     length: int
     devices: int
     ring: int
     ulysses: int
-    peak_flops: float  # operations a second of the product of matrices on these devices, all together
+    peak_flops: float  # operations per second of the matrix product, summed over these devices
     forward: Pass
     forward_backward: Pass
 
 
 def measure(settings: Settings) -> list[Measurement]:
-    """Returns the measurements, length by length.
+    """Returns the measurements of all candidates, for each length of `settings`.
 
     Raises:
         UsageError: a scheme or a length does not fit the devices, or there are too few of them.
@@ -73,10 +73,10 @@ def measure(settings: Settings) -> list[Measurement]:
 
 
 def causal_flops(settings: Settings, length: int) -> float:
-    """Returns the operations of a causal forward; of forward and backward together it is 3.5 times as many.
+    """Returns the floating-point operations of a causal forward; forward and backward together have 3.5 times as many.
 
-    As FlashAttention counts (2205.14135, 2307.08691): two products of matrices in the forward, five in the backward,
-    the masked half left out.
+    Counted as in FlashAttention (2205.14135, 2307.08691): two matrix products in the forward, five in the backward,
+    without the masked half.
     """
     pairs = length * (length + 1) / 2
     return 4.0 * settings.batch * settings.heads * settings.head_size * pairs
@@ -114,9 +114,9 @@ def _measure_length(length: int, settings: Settings) -> list[Measurement]:
 
 
 def _in_turns(runs: dict[tuple, Run], what: str, rounds: int) -> dict[tuple, list[float]]:
-    """Returns the seconds of every run, a number a round."""
+    """Returns the seconds of every run, one number per round."""
     for run in runs.values():
-        run.call()  # the first one is never like the others
+        run.call()  # the first run is slower, and is not timed
     seconds: dict[tuple, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         say(f"{what}: round {number + 1} of {rounds}")
@@ -129,15 +129,15 @@ def _in_turns(runs: dict[tuple, Run], what: str, rounds: int) -> dict[tuple, lis
 
 @dataclass(frozen=True)
 class _Rounds:
-    """What every candidate of a length took."""
+    """The times of every candidate of a length, by round."""
 
-    seconds: dict[tuple, list[float]]  # of ("matmul", devices), (place, "forward") and (place, "both")
-    candidates: list[Candidate]  # by place
+    seconds: dict[tuple, list[float]]  # keys: ("matmul", devices), (place, "forward") and (place, "both")
+    candidates: list[Candidate]  # `place` is an index into this list
     length: int
     settings: Settings
 
     def peaks(self, candidate: Candidate) -> list[float]:
-        """Returns the operations a second of the product of matrices, by round."""
+        """Returns the operations per second of the matrix product on the candidate's devices, by round."""
         flops = matmul_flops(candidate.devices, self.settings)
         return [flops / s for s in self.seconds["matmul", candidate.devices]]
 
@@ -156,7 +156,8 @@ class _Rounds:
         )
 
     def ratio(self, took: list[float], scheme: str, name: str) -> float | None:
-        """Returns the time over that of the first candidate of this scheme; None where there is none."""
+        """Returns the median ratio of the times `took` to those of the first candidate of `scheme`; None if there is no
+        such candidate."""
         other = next((place for place, c in enumerate(self.candidates) if c.scheme == scheme), None)
         if other is None:
             return None
@@ -164,7 +165,7 @@ class _Rounds:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises UsageError for a scheme or a length that does not fit the devices, or too few of them."""
+    """Raises UsageError when a scheme or a length does not fit the devices, or there are too few devices."""
     for length in settings.lengths if settings.hops else ():
         if length % (2 * settings.hops):
             raise UsageError(

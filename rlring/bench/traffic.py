@@ -1,21 +1,23 @@
-"""What each scheme sends, counted in the compiled program, beside its formula: nothing runs, for thousands of devices.
+"""Counts the bytes that each scheme sends, from the compiled program, and compares them with a formula.
 
-A device holds t = B * T / P tokens of b bytes a number, D = N * H and E = K * H numbers of a query and of a key. With a
-ring of r and ulysses of u devices, P = r * u, it sends in a layer:
+Programs are only compiled, not run, so this works for thousands of devices.
+
+A device holds t = B * T / P tokens. A query has D = N * H numbers and a key E = K * H numbers, of b bytes each. With
+ring = r and ulysses = u, P = r * u, a device sends per layer:
 
     ring                (r - 1) t (2 E b + 8)                     backward: as much, and r t 8 E of gradients in float32
     all_gather          (P - 1) t (2 E b + 8)                     backward: as much, for keys are gathered again, and
                                                                   (P - 1) t 8 E of gradients
-    ulysses             (1 - 1 / u) t (2 D + 2 E) b, (u - 1) 8 t  backward: the first of the two
-    hybrid              of ulysses and, in tokens of u devices and heads of one, of the ring
+    ulysses             (1 - 1 / u) t (2 D + 2 E) b, (u - 1) 8 t  backward: the first term
+    hybrid              the sum of ulysses and ring; in the ring's term the tokens of u devices and the heads of one
     Megatron's          4 (P - 1) t D b                           backward: as much
 
-8 bytes a token are its position and segment. With as many heads of keys as of queries, and without 1 / P beside 1, that
-is 4 N h / P of Ulysses (2309.14509, section 3.2, its N tokens and width h), 4 N h of Megatron's sequence parallelism
-(2205.05198: two gathers and two scatters of all activations a layer), and 2 N h of a ring and of all_gather. What a
-device sends is what its link into a network of switches carries. Where there are fewer heads of keys than devices
-Ulysses copies them: E is then of as many heads as devices. Megatron gathers its inputs again in the backward, for
-memory: 2 N h more, which are not in the program here.
+The 8 bytes per token are its position and segment. With as many key/value heads as query heads, and neglecting 1 / P
+against 1, this is 4 N h / P for Ulysses (2309.14509, section 3.2, with its N tokens and width h), 4 N h for Megatron's
+sequence parallelism (2205.05198: two gathers and two scatters of all activations per layer), and 2 N h for ring and
+all_gather. The bytes that a device sends are those on its link to a network of switches. If there are fewer key/value
+heads than devices, Ulysses copies heads, and E counts as many heads as devices. Megatron gathers its inputs again in
+the backward to save memory: 2 N h more, which the program here does not have.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +44,8 @@ MARKS = 8  # bytes of a token's position and segment
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a device sends in a layer, in bytes; of a scheme that does not fit the heads only why not."""
+    """The bytes that a device sends per layer, counted and by formula; `refused` has the reason if the scheme does not
+    fit the heads or the length."""
 
     scheme: str
     length: int
@@ -59,12 +62,12 @@ class Traffic:
 
 
 class Shape(NamedTuple):
-    """Of what a device holds."""
+    """The sizes t, D, E and b of the formulas."""
 
-    tokens: float
+    tokens: float  # t
     width: int  # D
-    kv_width: int  # E, heads that are copied included
-    item: int  # bytes of a number
+    kv_width: int  # E, with copied heads
+    item: int  # b
 
 
 class Program(NamedTuple):
@@ -74,7 +77,7 @@ class Program(NamedTuple):
 
 
 def count_traffic(settings: Settings) -> Iterator[Traffic]:
-    """Yields the traffic of each scheme, length by length, and of Megatron's sequence parallelism.
+    """Yields the traffic of each scheme and of Megatron's sequence parallelism, for each length and device count.
 
     Raises:
         UsageError: the scheme "auto", or too few devices.
@@ -92,7 +95,7 @@ def count_traffic(settings: Settings) -> Iterator[Traffic]:
 
 
 def formulas(scheme: str, here: Shape, ring: int, ulysses: int) -> tuple[float, float]:
-    """Returns the bytes that a device sends in the forward and in the backward of a layer."""
+    """Returns the bytes that a device sends per layer in the forward and in the backward pass, by formula."""
     t, D, E, b = here
     r, u = ring, ulysses
     if scheme == MEGATRON:
@@ -107,7 +110,7 @@ def formulas(scheme: str, here: Shape, ring: int, ulysses: int) -> tuple[float, 
 
 
 def counted(scheme: str, length: int, devices: int, settings: Settings) -> Traffic:
-    """Returns the traffic of one scheme on so many devices."""
+    """Returns the traffic of one scheme on `devices` devices."""
     ring, ulysses = (1, devices) if scheme == MEGATRON else axes_of(scheme, devices, settings)
     of = Traffic(scheme, length, devices, ring, ulysses)
     if misfit := _misfit(of, settings):
@@ -130,7 +133,7 @@ def counted(scheme: str, length: int, devices: int, settings: Settings) -> Traff
 
 
 def _misfit(of: Traffic, settings: Settings) -> str | None:
-    """Returns why these heads and tokens cannot be split so."""
+    """Returns the reason why the scheme cannot split these heads and tokens; None if it can."""
     if of.length % of.devices:
         return f"{of.length} tokens do not divide by {of.devices} devices."
     if of.scheme == MEGATRON:
@@ -143,8 +146,8 @@ def _misfit(of: Traffic, settings: Settings) -> str | None:
 
 
 def _compiled(program: Program) -> Iterator[str]:
-    """Yields the compiled forward and the compiled backward: two programs, as the rest of a model stands between them.
-    In one XLA would gather the keys once for both."""
+    """Yields the text of the compiled forward and of the compiled backward. They are separate programs, because in a
+    model other layers run between them; in a single program XLA would gather the keys once for both."""
 
     def forward(*arguments):
         some, others = arguments[: program.differentiable], arguments[program.differentiable :]
@@ -177,8 +180,8 @@ def _attention(of: Traffic, settings: Settings) -> Program:
 
 
 def _megatron(of: Traffic, settings: Settings) -> Program:
-    """A layer whose heads and inner width are split, and whose tokens are in between (2205.05198, figure 5); as many
-    heads of keys as of queries, which are not sent."""
+    """Returns a layer with tensor parallelism over heads and feed-forward width, and with tokens split between these
+    parts (2205.05198, figure 5). It has as many key/value heads as query heads; heads are not sent."""
     mesh = make_mesh(ulysses=of.devices)
     D, H = settings.heads * settings.head_size, settings.head_size
     config, axes = AttentionConfig("blockwise", *settings.blocks or ()), MeshAxes(ring=None, ulysses=None)

@@ -1,4 +1,4 @@
-"""The Markdown table of what was counted, beside the formulas."""
+"""The Markdown table of counted traffic and formulas."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,11 +7,11 @@ from rlring.bench.candidates import Settings
 from rlring.bench.table import Versions
 from rlring.bench.traffic import Traffic
 
-CLOSE = 0.05  # counted and formula agree
+CLOSE = 0.05  # count and formula agree up to this relative difference
 
 
 def traffic_table(counted: Sequence[Traffic], settings: Settings, versions: Versions) -> str:
-    """Returns what was counted as a Markdown table, with what it holds for, and what is off, below it."""
+    """Returns the traffic as a Markdown table, followed by settings, versions and deviations from the formulas."""
     columns = ["scheme", "tokens", "devices", "mesh", *("forward MiB", "formula", "ratio")]
     columns += ["backward MiB", "formula", "ratio"]
     lines = ["| " + " | ".join(columns) + " |", "| --- | ---: | ---: | --- |" + " ---: |" * 6]
@@ -45,7 +45,7 @@ def traffic_table(counted: Sequence[Traffic], settings: Settings, versions: Vers
 
 
 def as_json(one: Traffic) -> dict:
-    """Returns a Traffic as JSON has it."""
+    """Returns a Traffic as a JSON object."""
     names = ("forward_collectives", "backward_collectives")
     return asdict(one) | {name: [sent._asdict() for sent in getattr(one, name)] for name in names}
 

@@ -1,10 +1,10 @@
-"""Does this model fit that cluster? python -m rlring.plan --model 3b --topology v4:8x8x16 --tokens 16777216
+"""Computes whether a model fits a cluster: python -m rlring.plan --model 3b --topology v4:8x8x16 --tokens 16777216
 
-Compiles the whole training step (forward, backward, AdamW, FSDP, remat) with the compiler of the cluster, without the
-cluster, and prints a Markdown table: memory of a device, work, traffic. Progress is on stderr.
+Compiles the whole training step (forward, backward, AdamW, FSDP, remat) with the cluster's compiler, which does not
+need the cluster. Prints a Markdown table of memory, operations and traffic per device. Progress is on stderr.
 
-Memory is the compiler's word, and so is whether a hop is sent while it computes. Times are a model: peak compute and
-one link of the torus (`links`), so the share of hidden communication is a prediction.
+Memory, and whether a hop (one step of the ring) is sent during computation, come from the compiler. Times come from a
+model with peak compute and one link of the torus (`links`), so the share of hidden communication is a prediction.
 """
 
 from rlring.plan.command import main, publish, reported

@@ -1,4 +1,4 @@
-"""python -m rlring.plan: the arguments, the progress on stderr, and what is printed and written."""
+"""The command python -m rlring.plan: parses the arguments, reports progress on stderr, prints and writes the plans."""
 
 import argparse
 import shlex
@@ -20,16 +20,16 @@ from rlring.plan.topology import EXAMPLES, topology_devices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 2 for arguments that cannot work, 130 when interrupted.
+    """Runs the command and returns its exit status: 0, 2 for invalid arguments, 130 when interrupted.
 
-    Whether the model fits is no error: it is in the table.
+    A model that does not fit is no error; the table says whether it fits.
     """
     arguments = _arguments(argv)
     command = ["python", "-m", "rlring.plan", *(sys.argv[1:] if argv is None else argv)]
 
     def body() -> None:
         check_json(arguments.json)
-        jax.config.update("jax_platforms", "cpu")  # nothing runs: a TPU that is here is left alone
+        jax.config.update("jax_platforms", "cpu")  # programs are only compiled, so a TPU of this machine stays unused
         request = _request(arguments)
         plans = list(search(request, _reported)) if arguments.search else [_reported(request)]
         publish(plans, command, arguments.json)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def publish(plans: Sequence[Plan], command: Sequence[str], path: Path | None) -> None:
-    """Prints the table with the command and versions that made it, and writes all of it as JSON where asked."""
+    """Prints the table with the command and the versions; if `path` is given, writes everything to it as JSON."""
     line = shlex.join(command)
     versions = {name: version(name) for name in ("rlring", "jax", "jaxlib", "libtpu")}
     print(table(plans))
@@ -53,13 +53,13 @@ def _reported(request: Request) -> Plan:
 
 
 def reported(request: Request, make: Callable[[], Plan]) -> Plan:
-    """Returns make(), which takes minutes, and says so on stderr."""
+    """Calls `make`, which may take minutes, reports progress and result on stderr, and returns the plan."""
     what = f"{request.model} at {request.tokens:,} tokens on {request.topology}"
     print(f"{what}: compiling ...", end=" ", file=sys.stderr, flush=True)
     try:
         one = make()
     except BaseException:
-        print(file=sys.stderr)  # what went wrong has a line of its own
+        print(file=sys.stderr)  # ends the line, so that the error message starts a new one
         raise
     total = "" if one.total_bytes is None else f"{one.total_bytes / GIB:.2f} GiB a device, "
     fits = {True: "fits", False: "does not fit", None: "compiled"}[one.fits]

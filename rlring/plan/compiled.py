@@ -1,4 +1,4 @@
-"""What the compiler of a cluster says of a training step: whether it fits, and how much of its sending is hidden."""
+"""Compiles a training step for a cluster: finds whether it fits, and how much of its communication is hidden."""
 
 import re
 import time
@@ -18,8 +18,8 @@ from rlring.plan.topology import topology_devices
 
 GIB = 2**30
 
-# What a program may use of a device, in GiB: the compiler's own figure, from its refusal of a program of 512 GiB
-# (libtpu 0.0.52). The chips have 16 (each core of a v3), 32, 16, 95 and 32: cloud.google.com/tpu/docs/v3 to v6e.
+# Memory of a device that a program may use, in GiB, as stated in the compiler's error for a program of 512 GiB (libtpu
+# 0.0.52). The chips have 16 (each core of a v3), 32, 16, 95 and 32: cloud.google.com/tpu/docs/v3 to v6e.
 HBM = {"v3": 15.48, "v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 _REFUSED = re.compile(r"(?:total memory required for .*?|Used )\(?([\d.]+)([KMGTP])\)? ", re.S)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -27,30 +27,30 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer. Bytes and operations are those of one device in one step."""
+    """Memory, operations and traffic of a training step; bytes and operations are per device and step."""
 
     request: Request
     parameters: int
-    fits: bool | None  # None where nobody says how much memory there is
+    fits: bool | None  # None if the memory of the device is not known
     hbm_bytes: int | None
-    argument_bytes: int | None  # weights, optimizer state and tokens; None where the compiler refused
+    argument_bytes: int | None  # weights, optimizer state and tokens; None if the compiler refused the program
     temporary_bytes: int | None
     total_bytes: int | None
-    flops: float  # of the model: forward and backward, causal, nothing computed twice
-    computed_flops: float  # with what remat computes again
+    flops: float  # of the model: forward and backward, causal, without recomputation
+    computed_flops: float  # with what remat recomputes
     ring_bytes: float  # sent to the next device of the ring
-    gather_bytes: float  # of weights and gradients, received: FSDP
-    permutes: int | None  # of the ring, in the program, and how many are sent while matrices are multiplied
-    permutes_hidden: int | None
-    hidden_share: float | None  # of the time that the ring sends, by the model of the links
+    gather_bytes: float  # weights and gradients received, by FSDP
+    permutes: int | None  # the ring's collective permutes in the program
+    permutes_hidden: int | None  # how many of them are sent while matrices are multiplied
+    hidden_share: float | None  # of the ring's communication time, by the model of the links
     compile_seconds: float
 
 
 def plan(request: Request) -> Plan:
-    """Returns what the compiler says of the training step.
+    """Compiles the training step of a request and returns its plan.
 
     Raises:
-        UsageError: a topology, mesh or model that cannot be.
+        UsageError: an unknown topology or model, or a mesh that does not fit.
     """
     devices = topology_devices(request.topology)
     mesh = make_mesh(data=request.data, ring=request.ring, ulysses=request.ulysses, devices=devices)
@@ -63,7 +63,7 @@ def plan(request: Request) -> Plan:
 
 
 def compiled_plan(request: Request, cost: StepCost, lowered: jax.stages.Lowered) -> Plan:
-    """Returns what the compiler says of a step that was lowered for the devices of request.topology."""
+    """Compiles a step that was lowered for the devices of request.topology, and returns its plan."""
     started, refusal, compiled = time.perf_counter(), None, None
     try:
         compiled = lowered.compile()
@@ -81,7 +81,7 @@ def compiled_plan(request: Request, cost: StepCost, lowered: jax.stages.Lowered)
         memory = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         total = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporary
-        # The ring's; the compiler turns products with scattered gradients into rings of its own.
+        # Only the ring's permutes: the compiler also makes rings of matrix products with scattered gradients.
         transfers = [x for x in permutes(compiled.as_text()) if x.source.endswith("ppermute")]
     link = next((x for x in DATASHEETS if x.device == f"TPU {generation}"), None)
     known = compiled is not None and link is not None
@@ -105,10 +105,12 @@ def compiled_plan(request: Request, cost: StepCost, lowered: jax.stages.Lowered)
 
 
 def search(request: Request, report: Callable[[Request], Plan]) -> Iterator[Plan]:
-    """Yields the plans on the way to the longest context that fits, the tokens doubled or halved each time.
+    """Searches for the longest context that fits, doubling or halving the tokens, and yields the plan of each try.
+
+    `report(request)` returns the plan of a request.
 
     Raises:
-        UsageError: nobody says how much memory the devices have.
+        UsageError: the memory of the devices is not known.
     """
     if _generation(request) not in HBM:
         raise UsageError(
@@ -128,6 +130,6 @@ def _generation(request: Request) -> str:
 
 
 def _wanted(refusal: str) -> int | None:
-    """Returns how many bytes the refused program wanted."""
+    """Returns the bytes that a program needs, from the compiler's error message; None if it does not state them."""
     found = _REFUSED.search(refusal)
     return int(float(found[1]) * _UNITS[found[2]]) if found else None

@@ -1,7 +1,7 @@
-"""What a compiled program does while its transfers are under way: read from the schedule that the compiler settled on.
+"""Finds what a compiled program computes during its transfers, from the compiler's instruction schedule.
 
-A transfer is asynchronous if it is split into a start and a done, and hidden if matrices are multiplied between the
-two. Instructions of a scheduled program run in the order in which they stand.
+A transfer is asynchronous if it is split into a start and a done instruction, and hidden if matrices are multiplied
+between the two. The instructions of a scheduled program run in the order of its text.
 """
 
 import math
@@ -17,17 +17,17 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?[\])}]) ([a-z][\w-]*
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
-_PRODUCTS = ("dot", "convolution")  # the TPU compiler writes every product of matrices as a convolution
+_PRODUCTS = ("dot", "convolution")  # the TPU compiler writes every matrix product as a convolution
 
 
 class Transfer(NamedTuple):
-    """One permute of the program."""
+    """A collective permute of a program."""
 
-    source: str  # the operation of the model that it came from
-    bytes: int  # that one device sends
+    source: str  # op_name: the operation of the model that it comes from
+    bytes: int  # sent by one device
     is_asynchronous: bool
     is_hidden: bool
-    is_repeated: bool  # stands in a loop
+    is_repeated: bool  # not in the entry computation, so usually in a loop
 
     @property
     def is_backward(self) -> bool:
@@ -49,7 +49,7 @@ class Instruction(NamedTuple):
 
 
 def permutes(program: str) -> list[Transfer]:
-    """Returns the permutes of a compiled program, compiled.as_text(), as they stand in it.
+    """Returns the collective permutes of a compiled program (compiled.as_text()) in the order of its text.
 
     Raises:
         UsageError: the program is not scheduled.
@@ -96,7 +96,7 @@ def permutes(program: str) -> list[Transfer]:
 
 
 def computations_of(program: str) -> dict[str, list[Instruction]]:
-    """Returns the computations of a program by name, each with its instructions in their order."""
+    """Returns the instructions of each computation of a program, in order, by the name of the computation."""
     computations, current = {}, []
     for line in program.splitlines():
         if start := _COMPUTATION.match(line):
@@ -107,12 +107,12 @@ def computations_of(program: str) -> dict[str, list[Instruction]]:
 
 
 def entry_of(program: str) -> str:
-    """Returns the name of the computation that a program begins with."""
+    """Returns the name of the entry computation of a program."""
     return _COMPUTATION.match(next(line for line in program.splitlines() if line.startswith("ENTRY")))[1]
 
 
 def sizes_in_bytes(type: str) -> list[int]:
-    """Returns the sizes of the arrays of a type such as u16[2,1024]{1,0:T(8,128)}, or of a tuple of such."""
+    """Returns the sizes in bytes of the arrays in a type such as u16[2,1024]{1,0:T(8,128)} or a tuple of such types."""
     found = _ARRAY.findall(type)
     return [_item_bytes(kind) * math.prod(map(int, filter(None, sizes.split(",")))) for kind, sizes in found]
 

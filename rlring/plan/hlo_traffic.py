@@ -1,8 +1,9 @@
-"""What each device of a compiled program sends: its collectives, how often each runs, and their bytes.
+"""Counts what each device of a compiled program sends: its collectives, how often each runs, and their bytes.
 
-A device of a group of g sends of a collective with result r: an all-gather or an all-to-all (g - 1) / g * r, what is
-not its own; a reduce-scatter (g - 1) * r; an all-reduce, both after each other, 2 * (g - 1) / g * r; a permute r. So
-send the algorithms that send least (Thakur, Rabenseifner and Gropp 2005, section 4).
+In a collective over g devices whose result has r bytes, each device sends (g - 1) / g * r for an all-gather or an
+all-to-all, (g - 1) * r for a reduce-scatter, 2 * (g - 1) / g * r for an all-reduce, which is a reduce-scatter followed
+by an all-gather, and r for a permute. These are the bytes of the algorithms that send least (Thakur, Rabenseifner and
+Gropp 2005, section 4).
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from rlring.errors import UsageError
 from rlring.plan.hlo_schedule import Instruction, computations_of, entry_of, sizes_in_bytes
 
-_SHARES = {  # of the result, with g devices: what one of them sends
+_SHARES = {  # the bytes that each of g devices sends, relative to the size of the result
     "all-gather": lambda g: (g - 1) / g,
     "all-to-all": lambda g: (g - 1) / g,
     "reduce-scatter": lambda g: g - 1,
@@ -23,14 +24,14 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Collective(NamedTuple):
-    """A collective of the program."""
+    """A collective of a program."""
 
     operation: str
-    operand: str  # the type of its result on one device, or of each part of it
-    parts: int
-    devices: int  # that take part in it together; of a permute those of a ring
-    times: int  # it runs
-    bytes: float  # that one device sends each time
+    operand: str  # the type of its result on one device; of the first array if the result is a tuple
+    parts: int  # arrays in the result
+    devices: int  # in a group that communicates; for a permute, in a ring
+    times: int  # how often it runs
+    bytes: float  # sent by one device each time
 
     @property
     def total(self) -> float:
@@ -38,11 +39,12 @@ class Collective(NamedTuple):
 
 
 def collectives(program: str) -> list[Collective]:
-    """Returns the collectives of a program that was compiled for CPUs, compiled.as_text(). Of branches of which one
-    runs it takes that which sends most.
+    """Returns the collectives of a program compiled for CPUs (compiled.as_text()). Of the branches of a conditional,
+    counts the one that sends most.
 
     Raises:
-        UsageError: asynchronous collectives, as other compilers make them; or one in a loop without a fixed count.
+        UsageError: asynchronous collectives, which other compilers make, or a collective in a loop whose number of
+            iterations is not fixed.
     """
     computations = computations_of(program)
     devices = re.search(r"num_partitions=(\d+)", program.split("\n", 1)[0])
@@ -86,7 +88,7 @@ def _collective(instruction: Instruction, devices: int) -> Collective:
 
 
 def _group(rest: str, devices: int) -> int:
-    """Returns how many devices take part together."""
+    """Returns the number of devices in a group of the collective."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
         to = dict(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
         first = next(iter(to), None)

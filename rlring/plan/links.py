@@ -1,41 +1,44 @@
-"""When the link hides the ring: how many tokens a device needs so that a hop computes longer than its keys travel.
+"""Computes how many tokens per device the ring needs so that communication is hidden behind computation.
 
-Ring Attention (2310.01889, section 3 and Table 2). In a hop c queries meet c keys: 4 N H c^2 operations in the forward,
-while 2 K H c numbers of two bytes travel, so the transfer is hidden from c = (K / N) * F / B tokens a device, where F
-are operations a second and B bytes a second one way. Batch, head size and the number of devices cancel.
+Ring Attention (2310.01889, section 3 and Table 2). In a hop (one step of the ring) a device computes attention of its c
+queries over c keys, 4 N H c^2 operations in the forward pass, and sends 2 K H c numbers of two bytes. So the transfer
+is hidden if each device has at least c = (K / N) * F / B tokens, where F is operations per second and B is bytes per
+second in one direction. Batch, head size and the number of devices cancel.
 
-What the paper assumes, and what of it holds here:
+The paper's assumptions, and how they hold here:
 
-- compute and link both run at their full rate. At half the peak half the tokens are enough, at half the link twice;
-- as many key/value heads as query heads, K = N. Grouped heads cut the traffic, and c, by N / K;
-- every query sees every key. Under a causal mask in the zigzag order a hop computes half of that: twice the tokens;
-- the forward alone. Our backward computes 10 N H c^2 operations while keys, values and, in float32, their gradients
-  travel: 1.2 times the tokens in bfloat16;
-- nothing but keys and values travels. Their positions and segments are 8 bytes a token here, which we neglect too;
-- for TPUs, all links of a chip at once. A hop goes to one neighbour, over one link of the torus; NVLink behind a switch
-  gives one neighbour all of its bandwidth.
+- Compute and link run at their full rate. At half the compute, half the tokens are enough; at half the bandwidth, twice
+  as many are needed.
+- There are as many key/value heads as query heads, K = N. Grouped heads reduce the traffic, and c, by N / K.
+- Every query sees every key. With a causal mask in zigzag order a hop computes half as much: twice the tokens.
+- Only the forward pass counts. The backward of rlring computes 10 N H c^2 operations and sends keys, values and, in
+  float32, their gradients: 1.2 times the tokens in bfloat16.
+- Only keys and values are sent. Here 8 bytes per token of positions and segments are sent too, and are neglected.
+- A TPU uses all links of a chip at once. Here a hop goes to one neighbour, over one link of the torus. NVLink behind a
+  switch gives one neighbour its whole bandwidth.
 
-The "sequence" of Table 2 is 6 c: the six blocks that a device holds at once. It is about memory; hops hide from c on.
+The "sequence" of Table 2 is 6 c, because a device holds six blocks at once. It concerns memory: c tokens are enough to
+hide a hop.
 """
 
 from typing import NamedTuple
 
-NUMBER_BYTES = 2  # bfloat16, as the peaks below
-GRADIENT_BYTES = 4  # gradients of keys and values travel in float32
-BLOCKS_HELD = 6  # of c tokens each, on a device: Table 1
+NUMBER_BYTES = 2  # bfloat16, like the peaks below
+GRADIENT_BYTES = 4  # gradients of keys and values are sent in float32
+BLOCKS_HELD = 6  # blocks of c tokens that a device holds: Table 1
 
 
 class Link(NamedTuple):
-    """How fast a device computes, and sends to the next one."""
+    """The compute rate of a device and the bandwidth of its link to the next device."""
 
     device: str
     name: str
-    flops: float  # dense bfloat16 peak, operations a second
-    bandwidth: float  # bytes a second, one way
+    flops: float  # dense bfloat16 peak, operations per second
+    bandwidth: float  # bytes per second in one direction
     source: str
 
 
-# As the paper has them. Its InfiniBand row divides 312 by 12.5 to 24.5 (it is 24.96); the other figures are exact.
+# The figures of the paper. Its InfiniBand row gives 312 / 12.5 as 24.5 (it is 24.96); the other figures are exact.
 TABLE_2 = (
     # and NVIDIA A100 datasheet (nvidia-a100-datasheet-us-nvidia-1758950): 312 TFLOPS bfloat16, NVLink 600 GB/s.
     Link("A100", "NVLink", 312e12, 300e9, "Table 2, datasheet"),
@@ -45,8 +48,9 @@ TABLE_2 = (
     Link("TPU v5e", "ICI", 196e12, 186e9, "Table 2"),
 )
 
-# NVIDIA quotes NVLink in both directions together, and peaks of Hopper with sparsity: both are halved here. Google
-# quotes ICI in both directions and over all ports together: one port, one way, is 1 / (2 * ports) of it.
+# NVIDIA states NVLink bandwidth as the sum of both directions, and peaks of Hopper with sparsity: both are halved here.
+# Google states ICI bandwidth as the sum of both directions and all ports: one port in one direction has 1 / (2 * ports)
+# of it.
 DATASHEETS = (
     # NVIDIA DGX A100 datasheet: eight ConnectX-6, 200 Gb/s HDR each, for eight GPUs.
     Link("A100", "InfiniBand HDR", 312e12, 25e9, "datasheet"),
@@ -80,11 +84,11 @@ def hidden_from(
     is_causal: bool = False,
     is_backward: bool = False,
 ) -> float:
-    """Returns the tokens a device from which on the transfer of a hop takes no longer than its compute.
+    """Returns the smallest number of tokens per device with which a hop's transfer takes no longer than its compute.
 
-    The defaults are the paper's block c = F / B. peak_share is the part of the peak that the compute reaches.
+    The defaults give the paper's block c = F / B. `peak_share` is the share of the peak that the compute reaches.
     """
-    # For c = 1, and without the head size, which is in both.
+    # Both for c = 1 and without the head size, which cancels.
     numbers = 2 * kv_heads
     travelling = numbers * (NUMBER_BYTES + GRADIENT_BYTES) if is_backward else numbers * NUMBER_BYTES
     operations = (10 if is_backward else 4) * heads * (0.5 if is_causal else 1.0)
@@ -92,7 +96,7 @@ def hidden_from(
 
 
 def links_table(heads: int = 1, kv_heads: int = 1) -> str:
-    """Returns the Markdown table of all links, in thousands of tokens a device."""
+    """Returns a Markdown table of `hidden_from` for all links, in thousands of tokens per device."""
     columns = "device", "link", "TFLOP/s", "GB/s one way", "block c", "sequence 6c", "causal forward", "causal backward"
     lines = [f"| {' | '.join(columns)} | source |", f"| --- | --- |{' ---: |' * 6} --- |"]
     for link in TABLE_2 + DATASHEETS:

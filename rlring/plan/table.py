@@ -1,4 +1,4 @@
-"""Plans as a Markdown table."""
+"""The Markdown table of plans."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from rlring.plan.compiled import GIB, Plan
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """Returns the plans as a Markdown table; memory, work and traffic are those of one device in one step."""
+    """Returns the plans as a Markdown table; memory, operations and traffic are per device and step."""
     columns = (
         *("model", "topology", "data x ring x ulysses", "remat", "tokens", "a device", "arguments GiB"),
         *("temporaries GiB", "total of GiB", "fits", "PFLOP", "computed", "ring GB", "weights GB", "hops hidden"),

@@ -1,7 +1,7 @@
-"""Clusters that are not here: the devices of a TPU topology, for the compiler alone, and a mesh over them.
+"""Devices of a TPU cluster for compiling without the cluster.
 
-libtpu holds the whole TPU compiler and needs no TPU for it: a program lowered for these devices is compiled as it would
-be on the cluster, with its schedule and its memory, and is refused if it does not fit. Nothing can run on them.
+libtpu contains the TPU compiler, which needs no TPU. A program lowered for these devices is compiled as on the cluster,
+with the same schedule and memory use, and with an error if it does not fit. Programs cannot run on these devices.
 """
 
 import importlib.util
@@ -17,11 +17,12 @@ from rlring.mesh import request_cpu_devices
 
 EXAMPLES = ("v3:16x16", "v4:8x8x16", "v5e:16x16", "v5p:8x8x16", "v6e:16x16", "cpu:8")
 
-# Without a TPU around libtpu asks the network who it is, warns, and lets one process at a time in.
+# Without these variables, on a machine without a TPU, libtpu queries a metadata server, prints warnings, and allows
+# only one process at a time.
 _ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v4-8",  # of the host that it should believe to be on; the topology is another matter
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # a pretended host type, which is independent of the topology
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -29,13 +30,13 @@ _ALONE = {
 
 
 def topology_devices(name: str) -> Sequence[jax.Device]:
-    """Returns the devices of a cluster by its name: v4:8x8x16 is a TPU v4 of 8 x 8 x 16 chips, cpu:8 is 8 virtual ones.
+    """Returns the devices of a cluster by name: v4:8x8x16 is a TPU v4 of 8 x 8 x 16 chips, cpu:8 is 8 virtual CPUs.
 
-    A device is what a program runs on: a chip, but half a chip of a v3, whose two cores are apart. From the first TPU
-    topology on this process can only compile for TPUs: a real one that it has not used yet stays out of its reach.
+    A device is a chip, except for v3, where each of the two cores of a chip is a device. After a call with a TPU
+    topology this process can only compile for TPUs: it cannot use a real TPU that it has not used before.
 
     Raises:
-        UsageError: libtpu is not installed, or its compiler knows no such topology.
+        UsageError: `name` is not of this form, libtpu is not installed, or the compiler has no such topology.
     """
     if cpu := re.fullmatch(r"cpu:([1-9]\d*)", name):
         request_cpu_devices(int(cpu[1]))
@@ -52,7 +53,7 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
         )
     for variable, value in _ALONE.items():
         os.environ.setdefault(variable, value)
-    # The two cores of a v4 chip work as one device, as they do on a real one.
+    # As on a real v4, the two cores of a chip form one device.
     chip = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
         return topologies.get_topology_desc(name, platform="tpu", **chip).devices
@@ -64,6 +65,6 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
 
 
 def libtpu_wanted() -> str:
-    """Returns the requirement on libtpu that this jax was released with."""
+    """Returns the version requirement on libtpu of the installed jax."""
     wanted = [line for line in importlib.metadata.requires("jax") or () if line.startswith("libtpu")]
     return wanted[0].split(";")[0].strip() if wanted else "libtpu"

@@ -1,4 +1,4 @@
-"""The kernels: one table that says how each is made, what it lacks and where it runs; and the choice among them."""
+"""The table of kernels: how each is made, which features it lacks and where it runs. make_kernel() chooses one."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -20,14 +20,14 @@ from rlring.errors import UsageError
 
 
 def platform_of(device: jax.Device) -> str:
-    """Returns the platform of a device as make_kernel() wants it."""
-    # Their matrix unit takes no bfloat16 from a kernel of one's own: the compiler refuses it (libtpu 0.0.52).
+    """Returns the platform of a device by make_kernel()'s names: "cpu", "gpu", "tpu", or "old tpu" (v2 and v3)."""
+    # On TPU v2 and v3 the compiler refuses bfloat16 matrix products in custom kernels (libtpu 0.0.52).
     is_old = device.platform == "tpu" and device.device_kind.startswith(("TPU v2", "TPU v3"))
     return "old tpu" if is_old else device.platform
 
 
 def features(q, v, mask: Mask, mod: ScoreMod, *, needs_lse: bool) -> dict[str, object]:
-    """Returns what a kernel may lack, with its value as an error shows it."""
+    """Returns the features that this call needs and that a kernel may lack, with their values for error messages."""
     wanted = {
         mask.kind or "kind of mask": mask.kind and type(mask).__name__,
         "window": mask.window,
@@ -45,9 +45,9 @@ def features(q, v, mask: Mask, mod: ScoreMod, *, needs_lse: bool) -> dict[str, o
 
 
 class Device(NamedTuple):
-    """What a kernel is asked to run on, and the arrays."""
+    """The platform on which a kernel is to run, and the type and head size of the arrays."""
 
-    platform: str  # platform_of()
+    platform: str  # from platform_of()
     dtype: jnp.dtype
     head_size: int
 
@@ -55,12 +55,12 @@ class Device(NamedTuple):
 class Row(NamedTuple):
     """A kernel of the table."""
 
-    make: Callable[[Blocks, Kernel], Kernel]  # the second kernel computes the masks that the first one lacks
-    lacks: tuple[str, ...] = ()  # of what features() returns
-    cannot_run: Callable[[Device], str | None] = lambda device: None  # returns the reason
+    make: Callable[[Blocks, Kernel], Kernel]  # the argument kernel is used for masks that the made kernel lacks
+    lacks: tuple[str, ...] = ()  # unsupported features: keys of features()
+    cannot_run: Callable[[Device], str | None] = lambda device: None  # returns the reason, or None if it can run
 
     def reason(self, device: Device, wanted: Mapping[str, object]) -> str | None:
-        """Returns why the kernel cannot compute this, or None."""
+        """Returns the reason why the kernel cannot run on this device with these features; None if it can."""
         missing = next((feature for feature in self.lacks if feature in wanted), None)
         if (reason := self.cannot_run(device)) or missing is None:
             return reason
@@ -81,7 +81,7 @@ def _no_cudnn(device: Device) -> str | None:
     return unavailable(device.dtype, device.head_size)
 
 
-KINDS = ("mask of a function", "block mask")  # Mask.kind
+KINDS = ("mask of a function", "block mask")  # values of Mask.kind
 TABLE = {
     "jax": Row(lambda blocks, other: BlockwiseKernel(blocks)),
     "cudnn": Row(
@@ -96,7 +96,7 @@ TABLE = {
     ),
 }
 KERNELS = ("auto", *TABLE)
-BEST_FIRST = ("splash", "cudnn", "jax")  # what "auto" considers
+BEST_FIRST = ("splash", "cudnn", "jax")  # the kernels that "auto" tries, in this order
 
 
 def make_kernel(
@@ -108,27 +108,29 @@ def make_kernel(
     head_size: int,
     wanted: Mapping[str, object] = MappingProxyType({}),
 ) -> Kernel:
-    """Returns the kernel of this name for arrays of this type and head size, and features(), on a platform: "cpu",
-    "gpu", "tpu", or "old tpu", before v4.
+    """Returns the kernel called `name` for arrays of this type and head size, and for the features() `wanted`.
+
+    The platform is "cpu", "gpu", "tpu", or "old tpu" (before v4).
 
         jax      plain JAX: every device, type, mask and feature
-        splash   TPU from v4 on, float32 and bfloat16: every mask, scale, soft cap, sinks and log-sum-exp
+        splash   TPU from v4 on, float32 and bfloat16: positions, segments and windows (no FunctionMask or BlockMask),
+                 scale, soft cap, sinks and log-sum-exp
         cudnn    NVIDIA from Ampere on, bfloat16 and float16: masks without a window that are whole rectangles or the
-                 causal triangle, as the hops of a ring are over one causal sequence, in its order or in zigzag. Whether
-                 a hop is one is known when it runs: what sees a hop that is none (packed sequences, striped or shuffled
-                 tokens, padding among the keys that are seen) is NaN, out and gradients
-        auto     splash on a TPU that takes the type, cudnn on a GPU where it is available, and jax for the masks and
-                 hops that cudnn lacks; else jax
+                 causal triangle. The steps of a ring over one causal sequence, in order or in zigzag order, have such
+                 masks. Whether a mask is one is only known at run time: with others (packed sequences, striped or
+                 shuffled tokens, padding among visible keys), output and gradients are NaN
+        auto     splash on a TPU that supports the type; cudnn on a GPU where it is available, with jax for masks that
+                 cudnn lacks; otherwise jax
 
     Raises:
-        UsageError: there is no such kernel, it cannot run here, or it lacks a feature. Nothing but "auto" chooses
-            another one.
+        UsageError: there is no such kernel, it cannot run here, or it lacks a feature. Only "auto" falls back to
+            another kernel.
     """
     if name not in KERNELS:
         raise UsageError(f"there is no attention kernel {name!r}. Choose one of {', '.join(KERNELS)}.")
     device = Device(platform, jnp.dtype(dtype), head_size)
     if name == "auto":
-        # A window is no reason against cuDNN here: "jax" computes the hops that need it.
+        # A window does not exclude cuDNN here, because "jax" computes the masks where the window matters.
         needed = {feature: value for feature, value in wanted.items() if feature != "window"}
         best = next(row for row in map(TABLE.get, BEST_FIRST) if not row.reason(device, needed))
         return best.make(blocks, BlockwiseKernel(blocks))

@@ -1,7 +1,8 @@
-"""The NVIDIA kernel: cuDNN's fused attention, by JAX's private route to it.
+"""The NVIDIA kernel: cuDNN's fused attention, called through JAX's private primitives.
 
-Private, because the public jax.nn.dot_product_attention rounds the lse to the compute type and has no backward that
-takes the out and lse over all keys. All that is private is in this file, and unavailable() says why it cannot be used.
+The public jax.nn.dot_product_attention does not suffice: it rounds the log-sum-exp to the compute type, and has no
+backward that takes output and log-sum-exp over all keys. Only this file uses private parts of JAX for cuDNN, and
+unavailable() returns the reason if they cannot be used.
 """
 
 import inspect
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-# What the primitives take, in this order.
+# The operands of the primitives, in order.
 OPERANDS = ("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")
 OPERANDS += ("page_table_k", "page_table_v")
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -21,9 +22,9 @@ HOPPER = 9.0
 
 
 class CudnnTile(NamedTuple):
-    """The tile that cuDNN computes.
+    """A rectangles.Tile computed by cuDNN.
 
-    The lse and all sums are float32; the out, dq, dk and dv of one call are rounded to the compute type.
+    The lse and all sums are float32. The output, dq, dk and dv of one call are rounded to the compute type.
     """
 
     def forward(
@@ -61,7 +62,7 @@ class CudnnTile(NamedTuple):
 
 
 def unavailable(dtype: DTypeLike, head_size: int) -> str | None:
-    """Returns why cuDNN cannot compute attention of this type and head size here, or None if it can."""
+    """Returns the reason why cuDNN cannot compute attention of this type and head size here; None if it can."""
     if dtype not in DTYPES:
         return f"it computes in bfloat16 and float16, not in {jnp.dtype(dtype).name}: cast q, k and v"
     if not _has_route():
@@ -81,7 +82,7 @@ def unavailable(dtype: DTypeLike, head_size: int) -> str | None:
 
 
 def _has_route() -> bool:
-    """Returns whether this version of JAX has the two primitives, with the parameters that we give them."""
+    """Returns whether this version of JAX has the two primitives with the parameters used here."""
     try:
         from jax._src.cudnn import fused_attention_stablehlo as cudnn
     except ImportError:
@@ -104,9 +105,9 @@ def _parameters(scale: float, is_causal: bool) -> dict:
 
     parameters = {
         "scale": scale,
-        "seed": 42,  # of the dropout that there is not
+        "seed": 42,  # unused, because there is no dropout
         "dropout_rate": 0.0,
-        "variadic_args": (False, False),  # no bias, no gradient of it
+        "variadic_args": (False, False),  # (has a bias, has a gradient of the bias)
         "mask_type": cudnn.MaskType.CAUSAL if is_causal else cudnn.MaskType.NO_MASK,
         "layout": cudnn.AttentionLayout.BTNH.value,
         "sliding_window_length": 0,

@@ -1,4 +1,4 @@
-"""Keys that are too many for one call of a kernel, piece by piece."""
+"""Attention over more keys than one call of a kernel supports: computed piece by piece."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def forward_by_pieces(
     before: PartialAttention | None,
     length: int,
 ) -> PartialAttention:
-    """Returns forward(k, v, mask) of each `length` keys, merged, and with what was before."""
+    """Returns the merged results of forward(k, v, mask) for pieces of `length` keys, and of `before` if given."""
     if k.shape[1] <= length:
         here = forward(k, v, mask)
         return here if before is None else merge(before, here)
@@ -42,7 +42,7 @@ def backward_by_pieces(
     before: Gradients | None,
     length: int,
 ) -> Gradients:
-    """Returns the gradients of backward(k, v, mask) of each `length` keys, and of what was before."""
+    """Returns the gradients from backward(k, v, mask) for pieces of `length` keys, added to `before` if given."""
     if k.shape[1] <= length:
         here = backward(k, v, mask)
     else:
@@ -57,7 +57,7 @@ def backward_by_pieces(
 
 
 def _cut(k, v, mask: Mask, length: int) -> tuple[Array, Array, Mask]:
-    """Returns [pieces, ...] of each; the last piece is filled up with keys that are nowhere."""
+    """Returns k, v and the mask as stacks [pieces, ...]; the last piece is filled up with padding."""
     count = -(-k.shape[1] // length)
     mask = mask.padded(mask.q_position.shape[1], count * length)
 

@@ -1,8 +1,8 @@
-"""A kernel that knows only whole rectangles and the causal triangle, under masks of positions and segments.
+"""A kernel that uses a library's attention, which supports only no mask or the causal triangle, for general masks.
 
-Such is the hardware's own attention, and such is what a ring really asks for: the hops of a causal context in the order
-of time or in the zigzag order are one of five shapes. Which one a mask has is found out when it runs, from the least
-and greatest position and segment of its halves. Nothing is assumed: what is none of the five goes to the fallback.
+On a ring that is enough: with a causal context in order or in zigzag order, the mask of each ring step has one of five
+shapes, all made of full rectangles and the causal triangle. The shape of a mask is found at run time, from the smallest
+and largest position and segment of its halves. A mask of any other shape is computed by the fallback kernel.
 """
 
 from dataclasses import replace
@@ -21,13 +21,14 @@ from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import PartialAttention, by_token, nothing
 from rlring.attention.window import MOST, is_within
 
-SHORTEST_PIECE = 64  # keys; a few queries, as of a decoder, are no shard
-HIDDEN = 1e30  # as the lse of a query: its weights, exp(score - lse), are 0
+SHORTEST_PIECE = 64  # keys; fewer queries, as in decoding, do not determine the length of pieces
+HIDDEN = 1e30  # an lse with which all weights of a query, exp(score - lse), are 0
 
 
 @runtime_checkable
 class Tile(Protocol):
-    """Attention without a mask, or with key j seen from query i >= j. Hashable. What it returns may be rounded."""
+    """Attention without a mask, or with key j visible to queries i >= j. Hashable. Its results may be rounded to the
+    compute type."""
 
     def forward(
         self,
@@ -58,35 +59,37 @@ class Tile(Protocol):
 
 
 class _Shape(NamedTuple):
-    """Some of the queries and some of the keys, in halves of what there is: [start, stop) of 0, 1, 2."""
+    """A shape of a mask: a rectangle of queries and keys, in units of halves of the arrays ([start, stop) of 0, 1, 2),
+    which is fully or causally visible. Nothing outside of the rectangle is visible."""
 
     q: tuple[int, int] = (0, 2)
     k: tuple[int, int] = (0, 2)
-    is_causal: bool = False  # by place; else every query sees every key
+    is_causal: bool = False  # causal by index; otherwise every query sees every key
 
     def of_q(self, x: Array, dimension: int = 1) -> Array:
-        """Returns these queries of an array with T in this dimension."""
+        """Returns the rectangle's part of an array with queries in `dimension`."""
         return _halves(x, dimension, self.q)
 
     def of_k(self, x: Array) -> Array:
-        """Returns these keys."""
+        """Returns the rectangle's part of an array of keys."""
         return _halves(x, 1, self.k)
 
 
 NOTHING = _Shape((0, 0), (0, 0))
 WHOLE = _Shape()
 TRIANGLE = _Shape(is_causal=True)
-FIRST_KEYS = _Shape(k=(0, 1))  # zigzag, keys from earlier: their second half is later than all queries
-LAST_QUERIES = _Shape(q=(1, 2))  # zigzag, keys from later: seen from the second half of the queries only
-SHAPES = (NOTHING, WHOLE, TRIANGLE, FIRST_KEYS, LAST_QUERIES)  # in the order of lax.switch; then the fallback
+FIRST_KEYS = _Shape(k=(0, 1))  # zigzag, keys of an earlier shard: their second half is later than all queries
+LAST_QUERIES = _Shape(q=(1, 2))  # zigzag, keys of a later shard: only the second half of the queries sees them
+SHAPES = (NOTHING, WHOLE, TRIANGLE, FIRST_KEYS, LAST_QUERIES)  # the order of lax.switch; the fallback comes last
 
 
 class RectangleKernel(NamedTuple):
-    """The kernel made of a tile. All sequences of the batch share one decision.
+    """A kernel that computes masks of the five shapes with a tile, and others with a fallback kernel.
 
-    Queries that are nowhere (padding) disturb no shape: what the tile finds for them is dropped. Keys that are nowhere
-    go with a shape only where no query sees them anyway. More keys than queries, as all_gather has them, are taken in
-    pieces as long as the queries, the shards that they came from.
+    All sequences of a batch must have the same shape. Padding among the queries fits any shape, because its results are
+    dropped. Padding among the keys fits a shape only where no query would see it. If there are more keys than queries,
+    as in all_gather, they are computed in pieces of the length of the queries: the shards from which they were
+    gathered.
     """
 
     tile: Tile
@@ -94,7 +97,7 @@ class RectangleKernel(NamedTuple):
     heads_first = False
 
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        return dtype  # the library's kernels take it so
+        return dtype  # the backward of the library's kernels takes the output in this type
 
     def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
         def attend(k, v, mask: Mask) -> PartialAttention:
@@ -121,9 +124,9 @@ class RectangleKernel(NamedTuple):
 
 
 def shape_of(mask: Mask) -> Int32[Array, ""]:
-    """Returns which of SHAPES the mask has in all sequences, or len(SHAPES)."""
+    """Returns the index in SHAPES of the shape that the mask has in all sequences, or len(SHAPES) if there is none."""
     q_length, k_length = mask.q_position.shape[1], mask.k_position.shape[1]
-    # Without a middle there is one half: the tests of halves are then those of the whole, which comes before them.
+    # Odd lengths have no halves: then the tests of halves are the same as that of WHOLE, which comes first.
     has_halves = q_length % 2 == k_length % 2 == 0
     q_size, k_size = (q_length // 2, k_length // 2) if has_halves else (q_length, k_length)
     q_bounds, k_bounds = mask.q_bounds(q_size), mask.k_bounds(k_size)
@@ -133,7 +136,7 @@ def shape_of(mask: Mask) -> Int32[Array, ""]:
 
     seen = jax.vmap(partial(of_row, mask.maybe_visible))(q_bounds, k_bounds).any(0)
     whole = jax.vmap(partial(of_row, mask.fully_visible))(_filled(mask).q_bounds(q_size), k_bounds)
-    is_missing = q_bounds.low_position > q_bounds.high_position  # a half without a query goes with any shape
+    is_missing = q_bounds.low_position > q_bounds.high_position  # a half of only padding queries fits any shape
     whole = (whole | is_missing[:, :, None]).all(0)
     tests = {
         NOTHING: ~seen.any(),
@@ -146,7 +149,7 @@ def shape_of(mask: Mask) -> Int32[Array, ""]:
 
 
 def _filled(mask: Mask) -> Mask:
-    """Returns the mask with the queries that are nowhere put where the latest one is: they are not to decide."""
+    """Returns the mask with padding queries moved to the latest position, so that they do not affect the shape."""
     there = mask.q_segment >= 0
     latest = jnp.where(there, mask.q_position, -jnp.iinfo(jnp.int32).max).max(1, keepdims=True)
     segment = mask.q_segment.max(1, keepdims=True)
@@ -156,9 +159,9 @@ def _filled(mask: Mask) -> Mask:
 
 
 def _is_triangle(mask: Mask) -> Bool[Array, ""]:
-    """Returns whether queries and keys are the same tokens, of one segment, each later than the one before it.
+    """Returns whether queries and keys are the same tokens, of one segment, in order of position.
 
-    The tokens that are nowhere are the last ones: no other query sees them, and what they see is dropped.
+    Padding must come last: then no other query sees it, and its own results are dropped.
     """
     position, segment = mask.k_position, mask.k_segment
     if not mask.is_causal or mask.q_position.shape != position.shape:
@@ -206,14 +209,14 @@ def _backward(tile: Tile, scale: float, shape: _Shape):
 
 
 def _is_missing(shape: _Shape, q, k) -> bool:
-    """Returns whether arrays of these lengths never have the shape."""
+    """Returns whether arrays of these lengths cannot have the shape."""
     return (shape.is_causal and q.shape[1] != k.shape[1]) or (
         shape in (FIRST_KEYS, LAST_QUERIES) and bool(q.shape[1] % 2 or k.shape[1] % 2)
     )
 
 
 def _there(mask: Mask) -> Bool[Array, "B 1 T"]:
-    """Returns which queries are somewhere."""
+    """Returns which queries are not padding."""
     return mask.q_segment[:, None] >= 0
 
 
@@ -223,13 +226,13 @@ def _halves(x: Array, dimension: int, part: tuple[int, int]) -> Array:
 
 
 def _in_place(x: Array, dimension: int, part: tuple[int, int], length: int) -> Array:
-    """Returns the inverse of _halves, with 0 in the rest."""
+    """Returns x at its place in an array of `length`, with 0 in the rest: the inverse of _halves()."""
     start, stop = (length * half // 2 for half in part)
     widths = [(start, length - stop) if d == dimension else (0, 0) for d in range(x.ndim)]
     return jnp.pad(x, widths)
 
 
 def _piece(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> int:
-    """Returns how many keys are one piece."""
+    """Returns the number of keys in a piece."""
     length, keys = q.shape[1], k.shape[1]
     return length if length >= SHORTEST_PIECE and keys % length == 0 else keys

@@ -1,4 +1,4 @@
-"""What stands where a kernel asked for by its name lacks a mask: nothing that could pass for its work."""
+"""The fallback of a kernel that was chosen by name: it returns NaN for masks that the kernel lacks."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,8 @@ from rlring.attention.softmax import PartialAttention, nothing
 
 
 class Refusal(NamedTuple):
-    """A kernel whose every number is NaN: whether a mask is lacking is only known when the program runs."""
+    """A kernel that returns only NaN. Whether a kernel lacks a mask is only known at run time, where no error can be
+    raised."""
 
     heads_first = False
 

@@ -1,11 +1,11 @@
-"""The TPU kernel: JAX's splash attention, which knows masks of places, under our masks of positions and segments.
+"""The TPU kernel: JAX's splash attention, whose masks depend on indices, for masks of positions and segments.
 
-Why one kernel is enough for every mask: with the keys in order of (segment, position), what a query sees is an interval
-of them, whatever the segments, the window, ties and the layout of the tokens. So the mask of a context is two integers
-a query, and a block of keys outside of all the intervals of a block of queries is neither fetched nor computed.
+If the keys are in order of (segment, position), each query sees an interval of them, for all segments, windows, ties
+and token orders. So a mask is two integers per query, and a block of keys outside of all intervals of a block of
+queries is neither fetched nor computed.
 
-Keys that are not in order (a gathered context in the zigzag order) are put in order first; those of one shard that is
-in the order of time, zigzag, striped, or packed with one sequence after another, already are.
+Keys that are not in this order, such as a gathered context in zigzag order, are sorted first. The keys of one shard are
+already in order if the tokens are in order of time, in zigzag or striped order, or packed one sequence after another.
 """
 
 from collections.abc import Callable
@@ -26,18 +26,19 @@ from rlring.attention.score_mod import ScoreMod
 from rlring.attention.softmax import PartialAttention, finite
 
 DTYPES = (jnp.float32, jnp.bfloat16)
-LANES = 128  # of a TPU's vectors: blocks are multiples of it
-PLACE_BITS = 15  # of the start of an interval, so that start and stop share an integer
-LONGEST = 2**PLACE_BITS  # keys of one call; more of them take turns
-COMPUTED = 512  # keys of a block that are worked on at once: their scores have to fit into the vector memory
-FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max  # positions
+LANES = 128  # lanes of a TPU's vectors; block sizes are multiples of it
+PLACE_BITS = 15  # bits of the start of an interval, so that start and stop fit into one integer
+LONGEST = 2**PLACE_BITS  # keys in one call; more keys need several calls
+COMPUTED = 512  # keys of a block that are computed at once: their scores have to fit into the vector memory
+FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max  # the smallest and largest position
 
 
 class SplashKernel(NamedTuple):
-    """The kernel for TPUs: every mask, any length and head size, float32 and bfloat16.
+    """The kernel for TPUs: masks of positions, segments and windows, any length and head size, float32 and bfloat16.
 
-    The lse and all sums are float32. In bfloat16 these are rounded to it: the scaled queries, and the out, dq, dk and
-    dv of one call, because the library's kernels return them so. The calls of a ring are added up in float32.
+    The lse and all sums are float32. With bfloat16 arrays, the scaled queries and the output, dq, dk and dv of one call
+    are rounded to bfloat16, because the library's kernels do so. The results of the calls of a ring are summed in
+    float32.
     """
 
     blocks: Blocks
@@ -45,7 +46,7 @@ class SplashKernel(NamedTuple):
     heads_first = True
 
     def residual_dtype(self, dtype: jnp.dtype) -> jnp.dtype:
-        return dtype  # the library's kernels take it so
+        return dtype  # the backward of the library's kernels takes the output in this type
 
     def forward(self, q, k, v, mask: Mask, mod: ScoreMod, before: PartialAttention | None = None) -> PartialAttention:
         def attend(k, v, mask: Mask) -> PartialAttention:
@@ -71,7 +72,7 @@ class SplashKernel(NamedTuple):
 
 
 def _by_sequence(function: Callable, arrays, seen: "_Interval"):
-    """Returns function(*arrays, seen) of each sequence, one after another."""
+    """Returns function(*arrays, seen) for each sequence, one after the other."""
     every = (*arrays, seen)
     if arrays[0].shape[0] == 1:
         return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], every)))
@@ -79,20 +80,20 @@ def _by_sequence(function: Callable, arrays, seen: "_Interval"):
 
 
 class _Interval(NamedTuple):
-    """The keys that each query sees: those from place start up to, but not including, place stop."""
+    """The keys that each query sees: from index start up to, but not including, index stop."""
 
     start: Int32[Array, "*batch T"]
     stop: Int32[Array, "*batch T"]
 
 
 class _Keys(NamedTuple):
-    """Keys and values in order of (segment, position), those that are nowhere last."""
+    """Keys and values in order of (segment, position), padding last."""
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
-    mask: Mask  # of the keys as they came: which keys precede a query does not depend on their places
-    is_ordered: Bool[Array, ""]  # they came in this order
-    place: Int32[Array, "B S"]  # of each key
+    mask: Mask  # with the keys in their original order, because counting keys does not depend on the order
+    is_ordered: Bool[Array, ""]  # the original order was already this one
+    place: Int32[Array, "B S"]  # the new index of each key
 
     @classmethod
     def in_order(cls, k, v, mask: Mask) -> "_Keys":
@@ -119,14 +120,14 @@ class _Keys(NamedTuple):
         return cls(k, v, mask, is_ordered, place)
 
     def back(self, x: Float[Array, "B S K H"]) -> Float32[Array, "B S K H"]:
-        """Returns what belongs to the keys in the order in which they came."""
+        """Returns x, an array of the ordered keys, in the original order of the keys."""
         return lax.cond(self.is_ordered, lambda x: x, lambda x: _taken(x, self.place), x).astype(jnp.float32)
 
     def seen(self) -> _Interval:
-        """Returns the places that each query sees.
+        """Returns the interval of ordered keys that each query sees.
 
-        Counted, not searched for: the comparisons are summed up as they are made, which takes little of the time of the
-        attention itself, while a TPU's sort takes the compiler seconds.
+        The bounds are counts of preceding keys. The comparisons are summed without being stored, which takes little
+        time compared with attention, whereas a sort takes seconds to compile for a TPU.
         """
         mask = self.mask
         key = tuple(x[:, None, :] for x in (_segment(mask), mask.k_position))
@@ -142,12 +143,12 @@ class _Keys(NamedTuple):
 
 
 def _segment(mask: Mask) -> UInt32[Array, "B S"]:
-    """Returns the segments of the keys, as which those that are nowhere come after all others."""
+    """Returns the segments of the keys as uint32, in which padding (-1) comes after all others."""
     return mask.k_segment.astype(jnp.uint32)
 
 
 def _precedes(a, b, *, or_ties: bool = False) -> Bool[Array, "..."]:
-    """Returns whether (segment, position) a is before b."""
+    """Returns whether a = (segment, position) is before b."""
     earlier = a[1] <= b[1] if or_ties else a[1] < b[1]
     return (a[0] < b[0]) | ((a[0] == b[0]) & earlier)
 
@@ -156,11 +157,11 @@ def _taken(x: Float[Array, "B S K H"], which: Int32[Array, "B S"]) -> Float[Arra
     return jnp.take_along_axis(x, which[:, :, None, None], axis=1)
 
 
-# One sequence: q[T, N, H], k[S, K, H], and the library's kernels, which want the heads first.
+# The code below is for one sequence, q[T, N, H] and k[S, K, H]. The library's kernels want heads first.
 
 
 class _Tiles(NamedTuple):
-    """The blocks of the kernel and the lengths that they divide."""
+    """The block sizes of the kernel, and the padded lengths, which are multiples of them."""
 
     q: int
     k: int
@@ -178,7 +179,7 @@ class _Tiles(NamedTuple):
 
     @property
     def computed(self) -> int:
-        """How many keys of a block are worked on at once."""
+        """The number of keys of a block that are computed at once."""
         return next(n for n in range(min(COMPUTED, self.k), 0, -LANES) if self.k % n == 0)
 
     def queries(self, q: Float[Array, "T N H"]) -> Float[Array, "N padded H"]:
@@ -191,7 +192,7 @@ class _Tiles(NamedTuple):
         return pad(_swapped(k), 1, self.k_length)
 
     def masks(self, seen: _Interval):
-        """Returns the library's MaskInfo for the kernels whose innermost loop is over keys, and over queries."""
+        """Returns two MaskInfo of the library: for kernels whose inner loop is over keys, and over queries."""
         from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
         start, stop = (pad(x, 0, self.q_length) for x in seen)
@@ -208,14 +209,14 @@ class _Tiles(NamedTuple):
 
 
 def _next_seen(is_seen: Bool[Array, "outer inner"]) -> Int32[Array, "outer inner"]:
-    """Returns the next inner block that is worked on, in the order of the loops: a kernel fetches it ahead."""
+    """Returns, for each pair of blocks, the next inner block to be computed, which a kernel fetches in advance."""
     places = jnp.arange(is_seen.size, dtype=jnp.int32)
     following = lax.cummin(jnp.where(is_seen.reshape(-1), places, is_seen.size), reverse=True)
     return jnp.where(following < is_seen.size, following % is_seen.shape[1], 0).reshape(is_seen.shape)
 
 
 def _small(blocks: Int32[Array, "..."]) -> Array:
-    """Returns the numbers of blocks in the least type for so many: scalar memory is scarce."""
+    """Returns block indices in the smallest integer type that holds them, because scalar memory is scarce."""
     most = max(blocks.shape)
     return blocks.astype(jnp.int8 if most <= 2**7 else jnp.int16 if most <= 2**15 else jnp.int32)
 
@@ -225,9 +226,9 @@ def _is_seen(interval: Int32[Array, "q k"], place: Int32[Array, "q k"]) -> Bool[
 
 
 def _precision(q: Array):
-    """Returns the context in which the library's kernels are made.
+    """Returns the matmul-precision context in which the library's kernels are called.
 
-    Products of bfloat16 are exact in float32, and the TPU's compiler refuses to be asked for more precise ones.
+    Products of bfloat16 are exact in float32, and the TPU compiler rejects a request for higher precision.
     """
     return jax.default_matmul_precision("default") if q.dtype == jnp.bfloat16 else nullcontext()
 
@@ -257,7 +258,7 @@ def _forward(q, k, v, seen: _Interval, *, mod: ScoreMod, tiles: _Tiles, interpre
             mask_function=_is_seen,
             interpret=interpret,
         )
-    # Where a query sees nothing the library returns a mean of what it should not see, or NaN.
+    # For a query that sees no key, the library returns a mean over hidden values, or NaN.
     is_empty = seen.stop == 0
     out, lse = out[:, :length], lse[:, :length]
     return _swapped(jnp.where(is_empty[:, None], 0.0, out)), jnp.where(is_empty, -jnp.inf, lse)
@@ -291,5 +292,5 @@ def _backward(q, k, v, lse, delta, d_out, seen: _Interval, *, mod: ScoreMod, til
 
 
 def _swapped(x: Float[Array, "T N H"]) -> Float[Array, "N T H"]:
-    """Returns tokens by heads as heads by tokens, and the other way round."""
+    """Returns x with the axes of tokens and heads swapped."""
     return jnp.swapaxes(x, 0, 1)
