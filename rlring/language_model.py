@@ -66,8 +66,7 @@ class LanguageModelConfig:
 def preset(name: str, **changes) -> LanguageModelConfig:
     """Returns a language model in LLaMA's shape, with settings for training on a cluster.
 
-    Args:
-        changes: fields of TransformerConfig that replace those of the preset.
+    `changes` are fields of its TransformerConfig that replace those of the preset.
 
     Raises:
         UsageError: there is no such preset.
