@@ -21,9 +21,9 @@ class Origin:
     settings: str = ""
     digests: UInt8[np.ndarray, "F 32"] = field(default_factory=lambda: np.empty((0, 32), np.uint8))
     shard: str = ""
-    """Which part of a store it is, `I/N`; empty: all of it."""
+    """Index and number of the shard, `I/N`. Empty: the store is no shard."""
     whole: str = ""
-    """Of a shard: the hash of names and sizes of all the episodes that are shared out, 64 hex digits."""
+    """For a shard: hash of the names and sizes of the episodes of all shards, 64 hex digits."""
 
     @property
     def made_from(self) -> str:

@@ -50,9 +50,9 @@ class LanguageModelConfig:
     vocabulary: int = 256
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     is_tied: bool = False
-    """The head is the embedding."""
+    """Whether the output head shares the embedding's weights."""
     loss_tile: int = 1024
-    """Tokens a device compares with the vocabulary at a time."""
+    """Tokens per device whose logits are computed at a time."""
 
     def __post_init__(self) -> None:
         if self.transformer.attention.deterministic:
@@ -215,7 +215,7 @@ class Training:
     )
     mesh: Mesh | None = None
     accumulate: int = 1
-    """Parts of a batch whose gradients are added up before the weights change."""
+    """Micro-batches per update, whose gradients are summed."""
 
     def init(self, seed: Int[Array, ""] | int = 0) -> TrainState:
         """Returns the state before the first step."""

@@ -15,7 +15,7 @@ class Layer(NamedTuple):
 
     attention: AttentionConfig
     window: int | None
-    """Tokens that a query sees back at most, itself included."""
+    """Window: the number of latest tokens that a query sees, itself included. None: all."""
     rope_fraction: float
 
     def mask(self, mask: Mask) -> Mask:
@@ -33,7 +33,7 @@ class TransformerConfig:
     kv_heads: int | None = None
     """Heads of keys and values; each serves heads / kv_heads query heads. None: as many as heads."""
     head_size: int | None = None
-    """None: width / heads."""
+    """Size of each head. None: width / heads."""
     feed_forward: int | None = None
     """Inner width of the feed-forward layer. None: 4 * width."""
     feed_forward_tile: int = 4096

@@ -21,9 +21,9 @@ class Source(Protocol):
 
     path: Path
     task: str | None
-    """The task whose rewards they hold, where that is known."""
+    """Name of the task whose rewards the episodes hold; None where the source does not say."""
     control: str | None
-    """What its control costs saw, where its rewards were computed anew (`data.relabel`)."""
+    """What the control costs of relabelled rewards were computed from (`data.relabel`); None otherwise."""
     lengths: Int[np.ndarray, " E"]
 
     def read(self, episode: int) -> Trajectory:

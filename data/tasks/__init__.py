@@ -21,14 +21,14 @@ class GoalTask(Protocol):
 
     name: str
     collected_on: str
-    """The task whose episodes serve this one too: the same body, starts and held actions."""
+    """The task whose episodes this one shares: it has the same body, start states and action repeat."""
     goal_size: int
     sign_size: int
-    """Numbers of the observation, its last, that name the place where the episode is; 0: there are no places."""
+    """Size of the sign, the last numbers of the observation, which identifies the place. 0: the task has no places."""
     radius: float
     """Distance (metres) from the goal within which the reward is 1."""
     action_steps: int
-    """Physics steps during which one action is held."""
+    """Action repeat: physics steps per action."""
     episode_steps: int
     """Actions in an episode."""
 

@@ -34,7 +34,7 @@ class Row(NamedTuple):
     physics: int
     steps: int
     difference: str
-    """The largest difference between a reward that was paid and the same one computed from the stored episode."""
+    """The largest difference between the rewards of the environment and those computed from the stored episode."""
 
 
 def table(tasks: Iterable[str], episodes: int) -> str:

@@ -46,9 +46,9 @@ class AttentionConfig:
     scores: int = 2**20
     """Scores that are computed at once. A CPU's cache holds no more than the default; accelerators like 2**24."""
     kernel: str = "jax"
-    """What computes a block (kernels.make_kernel). Schemes "dense" and "sparse" are plain JAX."""
+    """Name of the kernel that computes a block (kernels.make_kernel). Schemes "dense" and "sparse" use plain JAX."""
     transport: Transport | None = None
-    """In which order a ring transfers and computes. None: a default for the platform."""
+    """Whether a ring overlaps transfers with computation (ring_transport). None: a default for the platform."""
     sparse: SparsePattern | None = None
     """With scheme "sparse": which blocks of the context each head sees."""
     forward_mode: bool = False
