@@ -36,11 +36,12 @@ def plan(config: Config, topology: str) -> Plan:
     Operations are counted for the Transformer only, without the tokenizer and the action head.
 
     Raises:
-        ConfigError: the agent is bc or value-based, or the mesh of the config has another number of devices.
+        ConfigError: the agent is bc, value-based or recurrent, or the mesh of the config has another number of devices.
         UsageError: the topology does not exist.
     """
-    if config.agent.kind in ("bc", *VALUE_KINDS):
-        raise ConfigError(f"agent.kind '{config.agent.kind}' has no context to plan for. Plan for a transformer.")
+    lacking = {"recurrent": "attention", **dict.fromkeys(("bc", *VALUE_KINDS), "context")}.get(config.agent.kind)
+    if lacking is not None:
+        raise ConfigError(f"agent.kind '{config.agent.kind}' has no {lacking} to plan for. Plan for a transformer.")
     devices, sizes = topology_devices(topology), config.mesh
     if len(devices) != sizes.devices:
         raise ConfigError(
