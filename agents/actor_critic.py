@@ -120,11 +120,11 @@ class ActorCritic:
         return None
 
     def init(self, key: Array) -> Params:
-        def made(key: Array) -> Params:
+        def initial(key: Array) -> Params:
             weights = {name: nnx.split(network)[1] for name, network in self.networks(nnx.Rngs(key)).items()}
             return weights | {"target": weights["critic"]}
 
-        return jax.jit(made)(key)
+        return jax.jit(initial)(key)
 
     def loss(self, params: Params, batch: TransitionBatch, whole: None = None) -> tuple[Array, Metrics]:
         batch = TransitionBatch(*(x.reshape(-1, *x.shape[2:]) for x in batch))

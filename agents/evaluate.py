@@ -140,7 +140,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     config = config.model_copy(update={"model": config.model.model_copy(update={"fsdp": False})})
     shape = config.evaluate.mesh
     request_cpu_devices(shape.devices)
-    mesh = shape.made()
+    mesh = shape.make_mesh()
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.latest()
         meta = checkpoints.meta(step)

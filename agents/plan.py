@@ -77,7 +77,7 @@ def plan(config: Config, topology: str) -> Plan:
         config.train.batch,
         config.model.remat,
     )
-    transformer = LanguageModelConfig(0, config.model.made(rope_fraction=1.0))
+    transformer = LanguageModelConfig(0, config.model.transformer_config(rope_fraction=1.0))
     cost = StepCost.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes.weights)))
     return reported(request, lambda: compiled_plan(request, cost, update.lower(shapes, batch)))
 

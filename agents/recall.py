@@ -133,8 +133,9 @@ class Tested(NamedTuple):
 
 def training(config: RecallConfig) -> Training:
     """Returns the training setup of a config: model, optimizer and mesh."""
-    mesh = config.mesh.made()
-    shape = config.model.made(rope_fraction=1.0, attention=config.attention.made(sharded=mesh is not None))
+    mesh = config.mesh.make_mesh()
+    attention = config.attention.attention_config(sharded=mesh is not None)
+    shape = config.model.transformer_config(rope_fraction=1.0, attention=attention)
     settings = config.optimizer
     rate = schedule(settings, config.train.updates)
     optimizer = optax.chain(

@@ -40,7 +40,7 @@ class Network(nnx.Module):
             rngs=rngs,
         )
         rope_fraction = ROPE_FRACTION[config.agent.tokens]
-        shape = model.made(rope_fraction=rope_fraction, attention=attention)
+        shape = model.transformer_config(rope_fraction=rope_fraction, attention=attention)
         self.transformer = Transformer(shape, rngs=rngs)
         self.head = action_head(model.width, action_size, config.agent.mixture, rngs=rngs)
 
@@ -70,7 +70,7 @@ class ReturnConditionedAgent:
 
     def network(self, key: Array) -> nnx.Module:
         """Returns the network with newly initialised weights."""
-        attention = self.config.attention.made(sharded=self.mesh is not None and self.mesh.size > 1)
+        attention = self.config.attention.attention_config(sharded=self.mesh is not None and self.mesh.size > 1)
         return Network(self.config, self.scales, self.action_size, self.longest_episode, attention, rngs=nnx.Rngs(key))
 
     @property

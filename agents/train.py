@@ -65,7 +65,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
 def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Path:
     starts_over = check_folder(folder, config, resume=resume)
     check_wandb(config.wandb)
-    mesh = config.mesh.made()
+    mesh = config.mesh.make_mesh()
     check_processes(mesh)
     is_first = jax.process_index() == 0
     # Called in every process: the first may already have moved the folder when another one checks it.

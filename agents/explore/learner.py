@@ -47,8 +47,8 @@ class Learner:
             "critic": partial(Critic, seen, sizes.action, bonus.values, settings.width),
         }
         abstract = {
-            name: nnx.split(nnx.eval_shape(lambda made=made: made(rngs=nnx.Rngs(0))))
-            for name, made in self.networks.items()
+            name: nnx.split(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0))))
+            for name, make in self.networks.items()
         }
         self.graphs = {name: graph for name, (graph, _) in abstract.items()}
         self.structure = jax.tree.structure(abstract["actor"][1])
@@ -61,7 +61,7 @@ class Learner:
         """Returns the initial state."""
         keys = jax.random.split(key, 3)
         actor, critic = (
-            nnx.state(made(rngs=nnx.Rngs(one))) for made, one in zip(self.networks.values(), keys[:2], strict=True)
+            nnx.state(make(rngs=nnx.Rngs(one))) for make, one in zip(self.networks.values(), keys[:2], strict=True)
         )
         learnt = (TrainState(weights, self.optimizer.init(weights)) for weights in (actor, critic))
         return LearnerState(*learnt, jax.tree.map(jnp.copy, critic), self.bonus.init(keys[2]))
