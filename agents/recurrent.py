@@ -94,5 +94,5 @@ class RecurrentAgent(AgenticTransformer):
 
     def _read(self, params: Params, batch: ChainBatch) -> tuple[Distribution, State]:
         network = nnx.merge(self.graph, params)
-        x, position, segment = network.tokenizer(Timesteps.of(batch))
+        x, position, segment = network.tokenizer(Timesteps.from_batch(batch))
         return network(x, position == 0, segment >= 0, network.empty(len(x)))

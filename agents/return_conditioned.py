@@ -111,7 +111,7 @@ class ReturnConditionedAgent:
     def features(self, params: Params, batch: ChainBatch) -> Distribution:
         """Returns the action distribution at every timestep of a batch, [B, M]."""
         network = nnx.merge(self.graph, self._whole(params))
-        x, position, segment = network.tokenizer(self.known(Timesteps.of(batch)))
+        x, position, segment = network.tokenizer(self.known(Timesteps.from_batch(batch)))
         mask = Mask.causal(position, segment, window=self.window)
         y = network.transformer(x, mask, mesh=self.mesh)
         return network.head(network.tokenizer.acting(y))
@@ -133,7 +133,7 @@ class ReturnConditionedAgent:
         transformer, k = network.transformer, self.tokens_per_timestep
         if self.config.agent.window is not None and prompt.position.shape[1] == 0:
             steps = min(steps, self.config.agent.window + 1)  # old slots are overwritten: memory is bounded
-        x, position, segment = network.tokenizer(self.known(Timesteps.of(prompt)))
+        x, position, segment = network.tokenizer(self.known(Timesteps.from_batch(prompt)))
         next_position = jnp.max(jnp.where(prompt.segment >= 0, prompt.position, -1), initial=-1) + 1
         multiple = k * self.shards
         capacity = -(-(x.shape[1] + steps * k) // multiple) * multiple
