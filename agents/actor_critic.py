@@ -116,7 +116,7 @@ class ActorCritic:
     def sampler(self, stores: list[TrajectoryStore]) -> Sampler:
         return transitions(self.config, stores)
 
-    def order(self, timesteps: int) -> None:
+    def timestep_order(self, timesteps: int) -> None:
         return None
 
     def init(self, key: Array) -> Params:

@@ -81,7 +81,7 @@ class Agent(Protocol):
         """Returns the sampler of the training batches."""
         ...
 
-    def order(self, timesteps: int) -> np.ndarray | None:
+    def timestep_order(self, timesteps: int) -> np.ndarray | None:
         """Returns the order in which batches hold their timesteps, -1 for padding. None: the natural order."""
         ...
 

@@ -34,7 +34,7 @@ from agents.identity import (
 )
 from agents.metrics import check_wandb, log_evaluation
 from agents.processes import evaluating
-from agents.prompts import context_tokens, held_out, laid_out
+from agents.prompts import context_tokens, held_out, pad_and_order
 from agents.registry import make_agent
 from agents.results import Result, append_results, read_results
 from agents.rollout import first_between, make_environments, play
@@ -231,7 +231,7 @@ def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, 
     if condition.context == "foreign" and goals is not None:
         told = foreign_goals(condition.task, config.evaluate.seed, goals)
     prompt = sampler.prompt(config.evaluate.seed, config.evaluate.groups, condition.trajectories, told, target)
-    return laid_out(agent, prompt)
+    return pad_and_order(agent, prompt)
 
 
 def _interval(row) -> str:

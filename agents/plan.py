@@ -58,7 +58,7 @@ def plan(config: Config, topology: str) -> Plan:
     shapes = jax.eval_shape(partial(new_state, agent, optimizer), jax.random.key(0))
     sharding = state_sharding(shapes, mesh, fsdp=config.model.fsdp)
     shapes = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, sharding)
-    order = agent.order(sampler.timesteps)
+    order = agent.timestep_order(sampler.timesteps)
     places = sampler.timesteps if order is None else len(order)
 
     def field(one: np.ndarray) -> jax.ShapeDtypeStruct:

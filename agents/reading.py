@@ -13,7 +13,7 @@ import numpy as np
 from agents.agent import Timesteps
 from agents.cli import ConfigError
 from agents.evaluate import Loaded, load_agent
-from agents.prompts import context_tokens, laid_out
+from agents.prompts import context_tokens, pad_and_order
 from agents.return_conditioned import ReturnConditionedAgent
 from agents.samplers import chains
 from data import ChainBatch
@@ -42,7 +42,7 @@ def measure_reading(run: Path, tokens: int, devices: int) -> list[Reading]:
         prompt, episode = _history(loaded, tokens)
         length = context_tokens(loaded.agent, prompt)
         steps = episode.position.shape[1]
-        prompt = laid_out(loaded.agent, prompt)
+        prompt = pad_and_order(loaded.agent, prompt)
         began = time.perf_counter()
         start = jax.jit(loaded.agent.start, static_argnums=2).lower(loaded.params, prompt, steps).compile()
         compiled = time.perf_counter()

@@ -174,7 +174,7 @@ def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> list[Teste
     updates = config.train.updates
 
     def update(state: TrainState, made: Texts) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, loss = step(state, *arranged(made, whole))
+        state, loss = step(state, *order_for_mesh(made, whole))
         return state, {"loss": loss}
 
     options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints)
@@ -231,7 +231,7 @@ def _restored(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, c
     return state
 
 
-def arranged(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:
+def order_for_mesh(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens and targets [B, T] in the order of the mesh."""
     tokens, _ = laid_out(made.bytes, mesh=whole.mesh)
     first = np.zeros((len(made.answers), 1), made.answers.dtype)  # laid_out drops it
@@ -256,7 +256,7 @@ def accuracy(config: RecallConfig, whole: Training, weights: nnx.State, *, progr
         rows += -rows % config.mesh.data
         right, rounds = np.zeros(lines), -(-TESTED // (lines * rows))
         for n in range(rounds):
-            tokens, targets = arranged(texts(config.seed, config.train.updates + n, rows, lines), whole)
+            tokens, targets = order_for_mesh(texts(config.seed, config.train.updates + n, rows, lines), whole)
             row, place = np.nonzero(targets != NO_TARGET)
             # The order of the tokens depends on the mesh; questions are identified by their positions.
             question = np.asarray(positions(*tokens.shape, mesh=whole.mesh))[row, place] // TOKENS

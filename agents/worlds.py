@@ -16,7 +16,7 @@ from tqdm import tqdm
 from agents.agent import Memory
 from agents.cli import ConfigError
 from agents.config import Config
-from agents.prompts import context_tokens, laid_out
+from agents.prompts import context_tokens, pad_and_order
 from agents.results import Result, append_results
 from agents.rollout import Between, episode_of_all, make_environments
 from data import WorldSampler
@@ -134,8 +134,8 @@ class _Player:
         sampler = self.samplers[history.task]
         prompt, asked = sampler.history(settings.seed, piece.worlds, history.places, history.seen, settings.queries)
         tokens = context_tokens(agent, prompt)
-        laid = laid_out(agent, prompt) if agent.context else prompt
-        memory = self.start(self.loaded.params, laid, sampler.longest)
+        ordered = pad_and_order(agent, prompt) if agent.context else prompt
+        memory = self.start(self.loaded.params, ordered, sampler.longest)
         kinds = {"own" if history.seen else "none": (piece.worlds, asked)}
         if settings.foreign and history.seen:
             others = (piece.worlds + 1) % _worlds(self.loaded.config)
