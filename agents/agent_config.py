@@ -129,6 +129,6 @@ class AgentConfig(Section):
         return self
 
     @property
-    def value(self) -> Any:
+    def value_settings(self) -> Any:
         """The settings table of the agent's kind, for agents that learn a value function."""
         return getattr(self, self.kind)

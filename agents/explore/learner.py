@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from agents.actor_critic import inside, temporal_difference
+from agents.actor_critic import clip_straight_through, temporal_difference
 from agents.explore.bonus import Bonus, BonusState, Transitions
 from agents.explore.config import LearnerConfig
 from agents.explore.networks import Actor, Critic
@@ -121,4 +121,4 @@ class Learner:
 
     def _noisy(self, mean: Float[Array, "B A"], key: Array) -> Float[Array, "B A"]:
         noise = self.settings.noise * jax.random.normal(key, mean.shape)
-        return inside(mean + jnp.clip(noise, -self.settings.noise_clip, self.settings.noise_clip))
+        return clip_straight_through(mean + jnp.clip(noise, -self.settings.noise_clip, self.settings.noise_clip))
