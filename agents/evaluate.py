@@ -37,7 +37,7 @@ from agents.processes import evaluating
 from agents.prompts import context_tokens, held_out, pad_and_order
 from agents.registry import make_agent
 from agents.results import Result, append_results, read_results
-from agents.rollout import first_between, make_environments, play
+from agents.rollout import initial_rollout_state, make_environments, play
 from agents.statistics import summarize, write_summary
 from agents.worlds import evaluate_worlds
 from data import ChainBatch, DataError, TrajectoryStore
@@ -47,7 +47,7 @@ from rlring import request_cpu_devices
 from rlring.cli import Parser
 
 
-class Loaded(NamedTuple):
+class TrainedAgent(NamedTuple):
     """A trained agent, ready to act."""
 
     config: Config
@@ -121,17 +121,17 @@ def _evaluation(folder: Path, overrides: Sequence[str], *, progress: bool) -> Ev
     environments = {task: make_environments(loaded, task, config.evaluate.groups) for task in tasks}
     with bar:
         for condition in todo:
-            for results in missing(loaded, condition, environments[condition.task], start, act, folder, before):
+            for results in play_missing(loaded, condition, environments[condition.task], start, act, folder, before):
                 append_results(path, results)
                 new += len(results)
             pause.forget(folder)
             bar.update()
-    made = partial(Result, **common(loaded))
+    made = partial(Result, **shared_result_fields(loaded))
     new += evaluate_worlds(loaded, path, before, made, progress=progress)
     return Evaluation(new, measured() if new else before)
 
 
-def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_agent(folder: Path, overrides: Sequence[str] = ()) -> TrainedAgent:
     """Returns the agent of a run's newest checkpoint (or the best one, `evaluate.checkpoint`). The weights are
     replicated over the devices of `evaluate.mesh`."""
     check_run(folder)
@@ -150,11 +150,11 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
         like = jax.eval_shape(agent.init, jax.random.key(0))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
         params = checkpoints.restore(like, sharding, part=WEIGHTS, step=step)
-        return Loaded(config, agent, params, meta, step, folder)
+        return TrainedAgent(config, agent, params, meta, step, folder)
 
 
-def missing(
-    loaded: Loaded,
+def play_missing(
+    loaded: TrainedAgent,
     condition: Condition,
     environments: EnvironmentBatch,
     start: Callable,
@@ -172,7 +172,7 @@ def missing(
     target = loaded.meta.targets[condition.task] if settings.target == "typical" else float(settings.target)
     prompt = make_prompt(loaded, condition, goals, target)
     memory = start(loaded.params, prompt, condition.episodes * environments.episode_steps)
-    state, first = first_between(loaded, condition, prompt, memory), 0
+    state, first = initial_rollout_state(loaded, condition, prompt, memory), 0
     there = set(map(episode_of, before))
     label = json.dumps([settings_id(loaded.settings), loaded.step, condition, config.model_dump_json(), versions()])
     kept = pause.paused(folder, label, state)
@@ -182,7 +182,7 @@ def missing(
         returns, steps, state = play(loaded, condition, environments, act, state, episode=episode, target=target)
         results = [
             Result(
-                **common(loaded),
+                **shared_result_fields(loaded),
                 task=condition.task,
                 context_trajectories=condition.trajectories,
                 context_tokens=context_tokens(loaded.agent, prompt),
@@ -201,7 +201,7 @@ def missing(
             pause.pause(folder, label, episode + 1, state)
 
 
-def common(loaded: Loaded) -> dict[str, Any]:
+def shared_result_fields(loaded: TrainedAgent) -> dict[str, Any]:
     """Returns the fields of `Result` that all results of an agent share."""
     return {
         "experiment": loaded.config.name,
@@ -218,7 +218,7 @@ def common(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, target: float) -> ChainBatch:
+def make_prompt(loaded: TrainedAgent, condition: Condition, goals: np.ndarray | None, target: float) -> ChainBatch:
     """Returns the contexts of all groups, a row each, drawn from held-out episodes, padded and ordered for the mesh."""
     config, agent = loaded.config, loaded.agent
     store = loaded.store(condition.task)
