@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from agents import pause
+from agents import evaluation_state
 from agents.agent import Agent, Params
 from agents.checkpoint import WEIGHTS, Checkpoints, Meta, versions
 from agents.cli import ConfigError, run
@@ -124,7 +124,7 @@ def _evaluation(folder: Path, overrides: Sequence[str], *, progress: bool) -> Ev
             for results in play_missing(loaded, condition, environments[condition.task], start, act, folder, before):
                 append_results(path, results)
                 new += len(results)
-            pause.forget(folder)
+            evaluation_state.delete(folder)
             bar.update()
     made = partial(Result, **shared_result_fields(loaded))
     new += evaluate_worlds(loaded, path, before, made, progress=progress)
@@ -175,7 +175,7 @@ def play_missing(
     state, first = initial_rollout_state(loaded, condition, prompt, memory), 0
     there = set(map(episode_of, before))
     label = json.dumps([settings_id(loaded.settings), loaded.step, condition, config.model_dump_json(), versions()])
-    kept = pause.paused(folder, label, state)
+    kept = evaluation_state.restore(folder, label, state)
     if kept is not None and {e for e in episodes_of(condition, config) if e.index < kept[0]} <= there:
         first, state = kept
     for episode in range(first, condition.episodes):
@@ -198,7 +198,7 @@ def play_missing(
         ]
         yield [result for result in results if episode_of(result) not in there]
         if episode + 1 < condition.episodes:
-            pause.pause(folder, label, episode + 1, state)
+            evaluation_state.save(folder, label, episode + 1, state)
 
 
 def shared_result_fields(loaded: TrainedAgent) -> dict[str, Any]:
