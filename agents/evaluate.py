@@ -33,7 +33,7 @@ from agents.identity import (
     settings_id,
 )
 from agents.metrics import check_wandb, log_evaluation
-from agents.processes import evaluating
+from agents.processes import evaluation_lock
 from agents.prompts import context_tokens, held_out, pad_and_order
 from agents.registry import make_agent
 from agents.results import Result, append_results, read_results
@@ -89,7 +89,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = Tr
 def evaluation(folder: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> Evaluation:
     """Does what `evaluate` does, and returns the results. Raises DataError when another process evaluates the run."""
     check_run(folder)
-    with evaluating(folder):
+    with evaluation_lock(folder):
         return _evaluation(folder, overrides, progress=progress)
 
 

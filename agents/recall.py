@@ -30,7 +30,7 @@ from agents.continuation import DIVERGED, check_command, diverged, has_checkpoin
 from agents.identity import check_config, check_total, differing_runs
 from agents.model_config import check_batch, check_network
 from agents.optimizer import schedule
-from agents.processes import alone
+from agents.processes import training_lock
 from agents.recall_texts import KEYS, TOKENS, VALUES, Texts, texts
 from agents.section import Count, Fraction, RunName, Section, Seed, Size
 from agents.training_loop import Logged, Loop, run_updates
@@ -148,7 +148,7 @@ def training(config: RecallConfig) -> Training:
 def recall(config: RecallConfig, *, progress: bool = True) -> list[Tested]:
     """Trains, or continues training, and returns the accuracy on new texts for each length that is tested."""
     folder = RUNS / config.name
-    with alone(folder):
+    with training_lock(folder):
         return _recall(folder, config, progress=progress)
 
 
@@ -223,8 +223,8 @@ def _restored(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, c
     place = Path(checkpoints.directory) / str(step)
     if (place / "state").is_dir():
         raise ConfigError(f"{place} is a checkpoint of agents.train, not of agents.recall. Choose another name.")
-    with damage.whole(place):
-        kept = damage.custom(checkpoints, step)
+    with damage.reporting_damage(place):
+        kept = damage.custom_metadata(checkpoints, step)
         check_config(RUNS / config.name, kept.get("config", {}), config)
         state = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
         damage.check(place, kept.get("checksums", {}), damage.checksums(by_name(state)))

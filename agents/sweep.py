@@ -18,7 +18,7 @@ from typing import NamedTuple
 from agents.checkpoint import Checkpoints
 from agents.cli import LESS_MEMORY, ConfigError, run
 from agents.config import Config, SweepConfig, dump, load
-from agents.processes import alone
+from agents.processes import training_lock
 from agents.results import Result, write_results
 from data import DataError, cli
 from data.atomic_file import write_text
@@ -41,7 +41,7 @@ def sweep(config: SweepConfig, source: Path) -> Swept:
     """Runs the missing parts of a sweep. When a run fails, the others continue, and the plot leaves it out. Raises
     DataError when another process is running this sweep."""
     folder = Path("runs") / config.name
-    with alone(folder):
+    with training_lock(folder):
         return _sweep(folder, config, source)
 
 

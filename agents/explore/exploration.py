@@ -119,8 +119,8 @@ class _Collection:
         place = Path(checkpoints.directory) / str(index)
         like = {"explorer": self.explorer.state, "visited": self.coverage.visited}
         named = by_name(like)
-        with damage.whole(place):
-            kept = damage.custom(checkpoints, index)
+        with damage.reporting_damage(place):
+            kept = damage.custom_metadata(checkpoints, index)
             arrays = checkpoints.restore(index, args=ocp.args.StandardRestore(named))
             damage.check(place, kept.get("checksums", {}), damage.checksums(arrays))
         state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named])
