@@ -35,7 +35,7 @@ class Meta(NamedTuple):
     stores: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - never written to
     """The stores that it was trained on, by task (`agents.identity.records`)."""
     updates: list[int] = []  # noqa: RUF012 - never written to
-    """The values of `train.updates` that it was trained with (`agents.identity.lengthened`)."""
+    """The values of `train.updates` that it was trained with (`agents.identity.update_totals`)."""
 
 
 class Checkpoints:

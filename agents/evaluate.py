@@ -28,7 +28,7 @@ from agents.identity import (
     check_overrides,
     check_stores,
     check_trained,
-    notable,
+    non_default,
     result_settings,
     settings_id,
 )
@@ -214,7 +214,7 @@ def shared_result_fields(loaded: TrainedAgent) -> dict[str, Any]:
         "run": loaded.config.name,
         "series": loaded.config.series or loaded.config.name,
         "settings_id": settings_id(loaded.settings),
-        "settings": notable(loaded.settings),
+        "settings": non_default(loaded.settings),
     }
 
 
