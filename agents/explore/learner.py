@@ -44,7 +44,7 @@ class Learner:
         sizes, seen = bonus.sizes, bonus.sizes.observation + bonus.skill_size
         self.networks = {
             "actor": partial(Actor, seen, sizes.action, settings.width),
-            "critic": partial(Critic, seen, sizes.action, bonus.values, settings.width),
+            "critic": partial(Critic, seen, sizes.action, bonus.critic_outputs, settings.width),
         }
         abstract = {
             name: nnx.split(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0))))
