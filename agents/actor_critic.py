@@ -34,7 +34,7 @@ NOW, NEXT, ANY = range(3)  # the use of a random draw: the action at s, the acti
 EDGE = 1.0 - 1e-6
 
 
-class Layers(nnx.Module):
+class MLP(nnx.Module):
     """An MLP: linear, layer norm, tanh; then `model.layers` - 1 times linear, ReLU; then linear. Orthogonal weights."""
 
     def __init__(self, inputs: int, outputs: int, model: ModelConfig, *, rngs: nnx.Rngs):
@@ -51,12 +51,12 @@ class Layers(nnx.Module):
         return self.last(x)
 
 
-class OfObservation(nnx.Module):
-    """An MLP (`Layers`) on standardised observations."""
+class ObservationMLP(nnx.Module):
+    """An MLP (`MLP`) on standardised observations."""
 
     def __init__(self, scales: Scales, outputs: int, model: ModelConfig, *, rngs: nnx.Rngs):
         self.standardized = Standardizer.of(scales)
-        self.layers = Layers(self.standardized.size, outputs, model, rngs=rngs)
+        self.layers = MLP(self.standardized.size, outputs, model, rngs=rngs)
 
     def __call__(self, observation: Float[Array, "*B O"]) -> Float[Array, "*B U"]:
         return self.layers(self.standardized(observation))
@@ -68,7 +68,7 @@ class Critic(nnx.Module):
     def __init__(self, scales: Scales, action_size: int, model: ModelConfig, *, rngs: nnx.Rngs):
         self.standardized = Standardizer.of(scales)
         size = self.standardized.size + action_size
-        self.pair = nnx.List([Layers(size, 1, model, rngs=rngs) for _ in range(2)])
+        self.pair = nnx.List([MLP(size, 1, model, rngs=rngs) for _ in range(2)])
 
     def __call__(self, observation: Float[Array, "*B O"], action: Float[Array, "*B A"]) -> Float[Array, "2 *B"]:
         x = jnp.concatenate([self.standardized(observation), action], axis=-1)
@@ -87,7 +87,7 @@ class ActorCritic:
 
     def __init__(self, config: Config, scales: Scales, action_size: int, episode_steps: int, mesh: Mesh | None):
         self.config, self.scales, self.action_size = config, scales, action_size
-        self.settings: Any = config.agent.value
+        self.settings: Any = config.agent.value_settings
         abstract = nnx.eval_shape(lambda key: self.networks(nnx.Rngs(key)), jax.random.key(0))
         self.graphs = {name: nnx.split(network)[0] for name, network in abstract.items()}
 
@@ -96,12 +96,12 @@ class ActorCritic:
         raise NotImplementedError
 
     def losses(
-        self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch
+        self, trainable: SimpleNamespace, frozen: SimpleNamespace, batch: TransitionBatch
     ) -> tuple[dict[str, Array], Metrics]:
         """Returns the losses of a batch [B] by name, the policy's loss as "action", and further metrics.
 
-        learnt, fixed: the networks by name, and the critic's target network as `target`. Gradients flow through
-        `learnt` only.
+        trainable, frozen: the networks by name, and the critic's target network as `target`. Gradients flow through
+        `trainable` only.
         """
         raise NotImplementedError
 
@@ -116,15 +116,15 @@ class ActorCritic:
     def sampler(self, stores: list[TrajectoryStore]) -> Sampler:
         return transitions(self.config, stores)
 
-    def order(self, timesteps: int) -> None:
+    def timestep_order(self, timesteps: int) -> None:
         return None
 
     def init(self, key: Array) -> Params:
-        def made(key: Array) -> Params:
+        def initial(key: Array) -> Params:
             weights = {name: nnx.split(network)[1] for name, network in self.networks(nnx.Rngs(key)).items()}
             return weights | {"target": weights["critic"]}
 
-        return jax.jit(made)(key)
+        return jax.jit(initial)(key)
 
     def loss(self, params: Params, batch: TransitionBatch, whole: None = None) -> tuple[Array, Metrics]:
         batch = TransitionBatch(*(x.reshape(-1, *x.shape[2:]) for x in batch))
@@ -169,6 +169,6 @@ def _drawn(draw: Any, key: Array, use: int, shape: tuple[int, ...]) -> Array:
     return jax.vmap(one)(key)
 
 
-def inside(action: Float[Array, "*B A"]) -> Float[Array, "*B A"]:
+def clip_straight_through(action: Float[Array, "*B A"]) -> Float[Array, "*B A"]:
     """Returns actions clipped into (-1, 1), with the gradient of the identity, as in ExoRL."""
     return action + jax.lax.stop_gradient(jnp.clip(action, -EDGE, EDGE) - action)

@@ -32,7 +32,7 @@ class Timesteps(NamedTuple):
     """Index of the chain in its row, or -1 for padding. None while acting."""
 
     @classmethod
-    def of(cls, batch: ChainBatch) -> "Timesteps":
+    def from_batch(cls, batch: ChainBatch) -> "Timesteps":
         """Returns the inputs at every timestep of a batch, [B, M]."""
         return cls(*(jnp.asarray(getattr(batch, name)) for name in cls._fields))
 
@@ -81,7 +81,7 @@ class Agent(Protocol):
         """Returns the sampler of the training batches."""
         ...
 
-    def order(self, timesteps: int) -> np.ndarray | None:
+    def timestep_order(self, timesteps: int) -> np.ndarray | None:
         """Returns the order in which batches hold their timesteps, -1 for padding. None: the natural order."""
         ...
 

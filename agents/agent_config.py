@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from agents.section import Between, Chance, Count, Fraction, Positive, Section, Size
+from agents.section import Chance, Count, Fraction, OpenFraction, Positive, Section, Size
 
 
 class ValueSection(Section):
     """Settings of all agents that learn a value function from transitions."""
 
-    discount: Between = 0.99
+    discount: OpenFraction = 0.99
     """Discount factor gamma."""
     target_rate: Chance = 0.01
     """Rate of the target network's update towards the critic (often called tau)."""
@@ -56,7 +56,7 @@ class IQLSection(ValueSection):
     """Settings of IQL, with the paper's defaults for locomotion (Kostrikov et al. 2021)."""
 
     target_rate: Chance = 0.005
-    expectile: Between = 0.7
+    expectile: OpenFraction = 0.7
     """Expectile tau of the value regression. 0.5 gives the mean value of the actions in the data; towards 1, the value
     of the best of them."""
     temperature: Positive = 3.0
@@ -129,6 +129,6 @@ class AgentConfig(Section):
         return self
 
     @property
-    def value(self) -> Any:
+    def value_settings(self) -> Any:
         """The settings table of the agent's kind, for agents that learn a value function."""
         return getattr(self, self.kind)

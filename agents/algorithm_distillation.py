@@ -24,7 +24,7 @@ from data import ChainBatch
 class AlgorithmDistillation(AgenticTransformer):
     """An Agentic Transformer without returns to go, whose loss weighs all actions equally."""
 
-    def known(self, timesteps: Timesteps) -> Timesteps:
+    def visible_inputs(self, timesteps: Timesteps) -> Timesteps:
         return timesteps._replace(return_to_go=jnp.zeros_like(timesteps.return_to_go))
 
     def weight(self, batch: ChainBatch) -> Float[Array, "B M"]:

@@ -43,7 +43,7 @@ def batches(
     The batches do not depend on `train.workers`. Closing the generator ends the workers; they also end when this
     process is killed. Raises ConfigError when a worker was killed.
     """
-    order = agent.order(sampler.timesteps)
+    order = agent.timestep_order(sampler.timesteps)
     order = np.arange(sampler.timesteps) if order is None else order
     part = BatchPart.of((config.train.batch, len(order)), mesh)
     make = Batches(sampler, part.rows, order[part.places])

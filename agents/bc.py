@@ -56,7 +56,7 @@ class BehaviourCloning:
         best = self.config.agent.top_fraction
         return chains(self.config, stores, trajectories=1, sort="time", target="own", best=best)
 
-    def order(self, timesteps: int) -> None:
+    def timestep_order(self, timesteps: int) -> None:
         return None
 
     def init(self, key: Array) -> Params:

@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 
 from agents.agent import Scales
 from agents.cli import ConfigError
-from agents.damage import check, checksums, custom, whole
+from agents.damage import check, checksums, custom_metadata, reporting_damage
 from rlring.language_model import TrainState
 
 WEIGHTS = "0."  # prefix of the weights' names in checkpoints
@@ -35,7 +35,7 @@ class Meta(NamedTuple):
     stores: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - never written to
     """The stores that it was trained on, by task (`agents.identity.records`)."""
     updates: list[int] = []  # noqa: RUF012 - never written to
-    """The values of `train.updates` that it was trained with (`agents.identity.lengthened`)."""
+    """The values of `train.updates` that it was trained with (`agents.identity.update_totals`)."""
 
 
 class Checkpoints:
@@ -61,7 +61,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        with whole(self.folder):
+        with reporting_damage(self.folder):
             self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
@@ -103,7 +103,7 @@ class Checkpoints:
         """Returns the metadata of a checkpoint, by default the newest."""
         step = self._newest() if step is None else step
         place = self._place(step)
-        with whole(place):
+        with reporting_damage(place):
             saved = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             check(place, self._checksums(step), checksums({}, saved))
             scales = Scales(
@@ -127,7 +127,7 @@ class Checkpoints:
         """
         step = self._newest() if step is None else step
         place = self._place(step)
-        with whole(place):
+        with reporting_damage(place):
             stored = self.manager.item_metadata(step)["state"]
             stored = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
         wanted = by_name(_as_stored(like), part)
@@ -153,7 +153,7 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         )
-        with whole(place):
+        with reporting_damage(place):
             arrays = self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
             check(place, self._checksums(step), checksums(arrays))
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
@@ -165,7 +165,7 @@ class Checkpoints:
         return place
 
     def _checksums(self, step: int) -> dict[str, int]:
-        return custom(self.manager, step).get("checksums", {})
+        return custom_metadata(self.manager, step).get("checksums", {})
 
     def _newest(self) -> int:
         step = self.latest()

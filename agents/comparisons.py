@@ -37,7 +37,7 @@ class Compared(NamedTuple):
     more: Interval
     """Mean return minus the mean return without history, paired by goal."""
     beyond: Interval | None
-    """Mean return minus the predicted one, as a share of known - prior (`gap`)."""
+    """Mean return minus the predicted one, as a share of known - prior (`excess_over_prediction`)."""
     rise: Trend | None
     """The trend over all contexts of the agent."""
 
@@ -69,7 +69,7 @@ def _beside(
     agent: str, members: list[Result], none: list[Result], results: Sequence[Result], rise: Trend | None, resamples: int
 ) -> Compared:
     whole = [result for result in results if player(result) == player(members[0]) and result.mode == "prompted"]
-    beyond = gap(whole, members, resamples=resamples) if is_predicted(members[0]) else None
+    beyond = excess_over_prediction(whole, members, resamples=resamples) if is_predicted(members[0]) else None
     tokens = round(float(np.mean([result.context_tokens for result in members])))
     more = difference(members, none, resamples=resamples)
     return Compared(agent, members[0].task, members[0].context_trajectories, tokens, more, beyond, rise)
@@ -89,7 +89,9 @@ def difference(a: Sequence[Result], b: Sequence[Result], *, resamples: int = RES
     return _mean({goal: ours[goal] - theirs[goal] for goal in ours}, resamples)
 
 
-def gap(results: Sequence[Result], one: Sequence[Result], *, resamples: int = RESAMPLES) -> Interval | None:
+def excess_over_prediction(
+    results: Sequence[Result], one: Sequence[Result], *, resamples: int = RESAMPLES
+) -> Interval | None:
     """Returns the mean return of one context minus that of a perfect memory (`agents.prediction`), as a share of
     known - prior, with its 95 % interval. None where prior or known was not measured for the same goals, and for rare
     goals, where results do not say how many trajectories of the context reached the goal.

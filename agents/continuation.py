@@ -9,7 +9,7 @@ from agents.checkpoint import Checkpoints, Meta
 from agents.cli import ConfigError, Diverged
 from agents.config import Config, load, validate
 from agents.config_file import read_settings
-from agents.identity import differing_runs, lengthened
+from agents.identity import differing_runs, update_totals
 from agents.results import merged, say_note
 from data.atomic_file import write_text
 
@@ -127,12 +127,12 @@ def continued(meta: Meta, before: Meta | None, config: Config) -> Meta:
     """Returns `meta` with the fields that a run keeps when it is continued: the scales and targets of its start, all
     package versions, and all values of `train.updates`. before: the metadata of its newest checkpoint."""
     if before is None:
-        return meta._replace(updates=lengthened([], config))
+        return meta._replace(updates=update_totals([], config))
     return meta._replace(
         scales=before.scales,
         targets=before.targets,
         versions=merged([before.versions, meta.versions]),
-        updates=lengthened(before.updates, config),
+        updates=update_totals(before.updates, config),
     )
 
 

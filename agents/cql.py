@@ -26,7 +26,7 @@ from agents.actor_critic import (
     NOW,
     ActorCritic,
     Critic,
-    OfObservation,
+    ObservationMLP,
     normal,
     repeated,
     temporal_difference,
@@ -51,36 +51,36 @@ class CQL(ActorCritic):
     def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         model = self.config.model
         return {
-            "actor": OfObservation(self.scales, 2 * self.action_size, model, rngs=rngs),
+            "actor": ObservationMLP(self.scales, 2 * self.action_size, model, rngs=rngs),
             "critic": Critic(self.scales, self.action_size, model, rngs=rngs),
             "temperature": Temperature(),
         }
 
     def losses(
-        self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch
+        self, trainable: SimpleNamespace, frozen: SimpleNamespace, batch: TransitionBatch
     ) -> tuple[dict[str, Array], Metrics]:
         settings, size, count = self.settings, self.action_size, self.settings.samples
         noise = {use: normal(batch.key, use, (1 + count, size)) for use in (NOW, NEXT)}
         now, next_ = (
-            drawn(fixed.actor(repeated(observation, 1 + count)), noise[use])[0]
+            drawn(frozen.actor(repeated(observation, 1 + count)), noise[use])[0]
             for use, observation in ((NOW, batch.observation), (NEXT, batch.next_observation))
         )
-        value = fixed.target(batch.next_observation, next_[:, 0]).min(axis=0)
+        value = frozen.target(batch.next_observation, next_[:, 0]).min(axis=0)
         target = batch.reward + settings.discount * batch.discount * value
 
         others = jnp.concatenate([uniform(batch.key, ANY, (count, size)), now[:, 1:], next_[:, 1:]], axis=1)
-        of_data = learnt.critic(batch.observation, batch.action)
-        of_others = learnt.critic(repeated(batch.observation, 3 * count), others)
+        of_data = trainable.critic(batch.observation, batch.action)
+        of_others = trainable.critic(repeated(batch.observation, 3 * count), others)
         every = jnp.concatenate([of_others, of_data[..., None]], axis=-1)
         gap = (jax.nn.logsumexp(every, axis=-1) - of_data).sum(axis=0).mean()
 
-        action, log_probability = drawn(learnt.actor(batch.observation), noise[NOW][:, 0])
-        worth = fixed.critic(batch.observation, action).min(axis=0)
+        action, log_probability = drawn(trainable.actor(batch.observation), noise[NOW][:, 0])
+        worth = frozen.critic(batch.observation, action).min(axis=0)
         surplus = jax.lax.stop_gradient(log_probability) - size
         losses = {
-            "action": (jnp.exp(fixed.temperature.log[...]) * log_probability - worth).mean(),
+            "action": (jnp.exp(frozen.temperature.log[...]) * log_probability - worth).mean(),
             "critic": temporal_difference(of_data, target) + settings.alpha * gap,
-            "temperature": -(learnt.temperature.log[...] * surplus).mean(),
+            "temperature": -(trainable.temperature.log[...] * surplus).mean(),
         }
         return losses, {"value/target": target.mean(), "value/gap": gap, "action/entropy": -log_probability.mean()}
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from agents.actor_critic import ANY, inside, normal, repeated
+from agents.actor_critic import ANY, clip_straight_through, normal, repeated
 from agents.td3 import TD3
 from data import TransitionBatch
 
@@ -26,14 +26,14 @@ LARGEST_WEIGHT = 20.0
 class CRR(TD3):
     """A Gaussian policy of fixed width that imitates actions weighted by their advantage. Settings: `agent.crr`."""
 
-    def policy_loss(self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch) -> Array:
+    def policy_loss(self, trainable: SimpleNamespace, frozen: SimpleNamespace, batch: TransitionBatch) -> Array:
         settings = self.settings
-        mean = jnp.tanh(learnt.actor(batch.observation))
+        mean = jnp.tanh(trainable.actor(batch.observation))
         samples = (settings.samples, self.action_size)
         noise = jnp.clip(settings.noise * normal(batch.key, ANY, samples), -settings.noise_clip, settings.noise_clip)
-        tried = inside(jax.lax.stop_gradient(mean)[:, None] + noise)
-        value = fixed.critic(repeated(batch.observation, settings.samples), tried).min(axis=0).mean(axis=-1)
-        advantage = fixed.critic(batch.observation, batch.action).min(axis=0) - value
+        tried = clip_straight_through(jax.lax.stop_gradient(mean)[:, None] + noise)
+        value = frozen.critic(repeated(batch.observation, settings.samples), tried).min(axis=0).mean(axis=-1)
+        advantage = frozen.critic(batch.observation, batch.action).min(axis=0) - value
         return -(self.weight(advantage) * self.log_probability(mean, batch.action)).mean()
 
     def weight(self, advantage: Float[Array, " B"]) -> Float[Array, " B"]:

@@ -18,7 +18,7 @@ from agents.cli import ConfigError
 
 
 @contextmanager
-def whole(place: Path) -> Iterator[None]:
+def reporting_damage(place: Path) -> Iterator[None]:
     """Turns the errors of orbax, raised in this context by a damaged checkpoint `place`, into a ConfigError.
 
     Damage means truncated, missing or overwritten files. `place` may also be the folder of all checkpoints, of which
@@ -61,7 +61,7 @@ def check(place: Path, kept: Mapping[str, int], now: Mapping[str, int]) -> None:
         raise damaged(place, f"other numbers than were written, in {', '.join(changed[:2])}")
 
 
-def custom(manager: Any, step: int) -> dict[str, Any]:
+def custom_metadata(manager: Any, step: int) -> dict[str, Any]:
     """Returns the `custom_metadata` that a checkpoint was saved with. Raises ConfigError when they are lost; orbax then
     returns nothing."""
     kept = manager.metadata(step)

@@ -105,7 +105,7 @@ def is_complete(results: Sequence[Result], condition: Condition, config: Config)
     return episodes_of(condition, config) <= set(map(episode_of, results))
 
 
-def asked_for(results: Sequence[Result], config: Config) -> list[Result]:
+def requested_results(results: Sequence[Result], config: Config) -> list[Result]:
     """Returns those results that a config asks for, without results of other contexts, groups or episodes."""
     settings, wanted = config.evaluate, set[Episode]()
     for condition in conditions(config):

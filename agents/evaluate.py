@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from agents import pause
+from agents import evaluation_state
 from agents.agent import Agent, Params
 from agents.checkpoint import WEIGHTS, Checkpoints, Meta, versions
 from agents.cli import ConfigError, run
@@ -28,16 +28,16 @@ from agents.identity import (
     check_overrides,
     check_stores,
     check_trained,
-    notable,
+    non_default,
     result_settings,
     settings_id,
 )
 from agents.metrics import check_wandb, log_evaluation
-from agents.processes import evaluating
-from agents.prompts import context_tokens, held_out, laid_out
+from agents.processes import evaluation_lock
+from agents.prompts import context_tokens, held_out, pad_and_order
 from agents.registry import make_agent
 from agents.results import Result, append_results, read_results
-from agents.rollout import first_between, make_environments, play
+from agents.rollout import initial_rollout_state, make_environments, play
 from agents.statistics import summarize, write_summary
 from agents.worlds import evaluate_worlds
 from data import ChainBatch, DataError, TrajectoryStore
@@ -47,7 +47,7 @@ from rlring import request_cpu_devices
 from rlring.cli import Parser
 
 
-class Loaded(NamedTuple):
+class TrainedAgent(NamedTuple):
     """A trained agent, ready to act."""
 
     config: Config
@@ -89,7 +89,7 @@ def evaluate(folder: Path, overrides: Sequence[str] = (), *, progress: bool = Tr
 def evaluation(folder: Path, overrides: Sequence[str] = (), *, progress: bool = True) -> Evaluation:
     """Does what `evaluate` does, and returns the results. Raises DataError when another process evaluates the run."""
     check_run(folder)
-    with evaluating(folder):
+    with evaluation_lock(folder):
         return _evaluation(folder, overrides, progress=progress)
 
 
@@ -121,17 +121,17 @@ def _evaluation(folder: Path, overrides: Sequence[str], *, progress: bool) -> Ev
     environments = {task: make_environments(loaded, task, config.evaluate.groups) for task in tasks}
     with bar:
         for condition in todo:
-            for results in missing(loaded, condition, environments[condition.task], start, act, folder, before):
+            for results in play_missing(loaded, condition, environments[condition.task], start, act, folder, before):
                 append_results(path, results)
                 new += len(results)
-            pause.forget(folder)
+            evaluation_state.delete(folder)
             bar.update()
-    made = partial(Result, **common(loaded))
+    made = partial(Result, **shared_result_fields(loaded))
     new += evaluate_worlds(loaded, path, before, made, progress=progress)
     return Evaluation(new, measured() if new else before)
 
 
-def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_agent(folder: Path, overrides: Sequence[str] = ()) -> TrainedAgent:
     """Returns the agent of a run's newest checkpoint (or the best one, `evaluate.checkpoint`). The weights are
     replicated over the devices of `evaluate.mesh`."""
     check_run(folder)
@@ -140,7 +140,7 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
     config = config.model_copy(update={"model": config.model.model_copy(update={"fsdp": False})})
     shape = config.evaluate.mesh
     request_cpu_devices(shape.devices)
-    mesh = shape.made()
+    mesh = shape.make_mesh()
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.latest()
         meta = checkpoints.meta(step)
@@ -150,11 +150,11 @@ def load_agent(folder: Path, overrides: Sequence[str] = ()) -> Loaded:
         like = jax.eval_shape(agent.init, jax.random.key(0))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
         params = checkpoints.restore(like, sharding, part=WEIGHTS, step=step)
-        return Loaded(config, agent, params, meta, step, folder)
+        return TrainedAgent(config, agent, params, meta, step, folder)
 
 
-def missing(
-    loaded: Loaded,
+def play_missing(
+    loaded: TrainedAgent,
     condition: Condition,
     environments: EnvironmentBatch,
     start: Callable,
@@ -172,17 +172,17 @@ def missing(
     target = loaded.meta.targets[condition.task] if settings.target == "typical" else float(settings.target)
     prompt = make_prompt(loaded, condition, goals, target)
     memory = start(loaded.params, prompt, condition.episodes * environments.episode_steps)
-    state, first = first_between(loaded, condition, prompt, memory), 0
+    state, first = initial_rollout_state(loaded, condition, prompt, memory), 0
     there = set(map(episode_of, before))
     label = json.dumps([settings_id(loaded.settings), loaded.step, condition, config.model_dump_json(), versions()])
-    kept = pause.paused(folder, label, state)
+    kept = evaluation_state.restore(folder, label, state)
     if kept is not None and {e for e in episodes_of(condition, config) if e.index < kept[0]} <= there:
         first, state = kept
     for episode in range(first, condition.episodes):
         returns, steps, state = play(loaded, condition, environments, act, state, episode=episode, target=target)
         results = [
             Result(
-                **common(loaded),
+                **shared_result_fields(loaded),
                 task=condition.task,
                 context_trajectories=condition.trajectories,
                 context_tokens=context_tokens(loaded.agent, prompt),
@@ -198,10 +198,10 @@ def missing(
         ]
         yield [result for result in results if episode_of(result) not in there]
         if episode + 1 < condition.episodes:
-            pause.pause(folder, label, episode + 1, state)
+            evaluation_state.save(folder, label, episode + 1, state)
 
 
-def common(loaded: Loaded) -> dict[str, Any]:
+def shared_result_fields(loaded: TrainedAgent) -> dict[str, Any]:
     """Returns the fields of `Result` that all results of an agent share."""
     return {
         "experiment": loaded.config.name,
@@ -214,11 +214,11 @@ def common(loaded: Loaded) -> dict[str, Any]:
         "run": loaded.config.name,
         "series": loaded.config.series or loaded.config.name,
         "settings_id": settings_id(loaded.settings),
-        "settings": notable(loaded.settings),
+        "settings": non_default(loaded.settings),
     }
 
 
-def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, target: float) -> ChainBatch:
+def make_prompt(loaded: TrainedAgent, condition: Condition, goals: np.ndarray | None, target: float) -> ChainBatch:
     """Returns the contexts of all groups, a row each, drawn from held-out episodes, padded and ordered for the mesh."""
     config, agent = loaded.config, loaded.agent
     store = loaded.store(condition.task)
@@ -231,7 +231,7 @@ def make_prompt(loaded: Loaded, condition: Condition, goals: np.ndarray | None, 
     if condition.context == "foreign" and goals is not None:
         told = foreign_goals(condition.task, config.evaluate.seed, goals)
     prompt = sampler.prompt(config.evaluate.seed, config.evaluate.groups, condition.trajectories, told, target)
-    return laid_out(agent, prompt)
+    return pad_and_order(agent, prompt)
 
 
 def _interval(row) -> str:

@@ -55,11 +55,11 @@ class GatedDelta(nnx.Module):
     def outputs(self) -> int:
         return self.heads * self.head_size
 
-    def empty(self, batch: int) -> State:
+    def initial_state(self, batch: int) -> State:
         return jnp.zeros((batch, self.heads, self.head_size, self.head_size))
 
     def read(
-        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_there: Bool[Array, "B T"], state: State
+        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_real: Bool[Array, "B T"], state: State
     ) -> tuple[Float[Array, "B T H"], State]:
         B, T, _ = x.shape
         size = max(1, min(CHUNK, T))
@@ -71,20 +71,20 @@ class GatedDelta(nnx.Module):
 
         @jax.checkpoint
         def step(state, chunk):
-            x, begins, is_there = chunk
-            read, state = read_chunk(self._written(x, is_there), begins & is_there, state)
+            x, begins, is_real = chunk
+            read, state = read_chunk(self._written(x, is_real), begins & is_real, state)
             y = self.norm(read) * self._heads(self.gate, x)
             return state, jnp.swapaxes(y, 1, 2).reshape(*x.shape[:2], -1)
 
-        state, y = jax.lax.scan(step, state, tuple(map(chunked, (x, begins, is_there))))
+        state, y = jax.lax.scan(step, state, tuple(map(chunked, (x, begins, is_real))))
         return jnp.swapaxes(y, 0, 1).reshape(B, chunks * size, self.outputs)[:, :T], state
 
-    def _written(self, x: Float[Array, "B C D"], is_there: Bool[Array, "B C"]) -> Written:
+    def _written(self, x: Float[Array, "B C D"], is_real: Bool[Array, "B C"]) -> Written:
         """Returns the projections of the tokens. Padding neither writes to the state nor decays it (b = 0, a = 1)."""
         q, k, v = (self._heads(project, x) for project in (self.query, self.key, self.value))
-        there = is_there[:, None]
-        log_a = jnp.where(there, jax.nn.log_sigmoid(jnp.swapaxes(self.keep(x), 1, 2)), 0.0)
-        b = jnp.where(there, jax.nn.sigmoid(jnp.swapaxes(self.write(x), 1, 2)), 0.0)
+        real = is_real[:, None]
+        log_a = jnp.where(real, jax.nn.log_sigmoid(jnp.swapaxes(self.keep(x), 1, 2)), 0.0)
+        b = jnp.where(real, jax.nn.sigmoid(jnp.swapaxes(self.write(x), 1, 2)), 0.0)
         return Written(unit(q), unit(k), v, log_a, b)
 
     def _heads(self, project: nnx.Linear, x: Float[Array, "B C D"]) -> Float[Array, "B N C H"]:

@@ -18,17 +18,17 @@ class GRU(nnx.GRUCell):
     def outputs(self) -> int:
         return self.hidden_features
 
-    def empty(self, batch: int) -> Float[Array, "B H"]:
+    def initial_state(self, batch: int) -> Float[Array, "B H"]:
         return jnp.zeros((batch, self.hidden_features))
 
     def read(
-        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_there: Bool[Array, "B T"], state: Array
+        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_real: Bool[Array, "B T"], state: Array
     ) -> tuple[Float[Array, "B T H"], Array]:
         def step(state, token):
-            x, begins, is_there = token
+            x, begins, is_real = token
             after, y = self(jnp.where(begins[:, None], 0.0, state), x)
-            return jnp.where(is_there[:, None], after, state), y
+            return jnp.where(is_real[:, None], after, state), y
 
-        tokens = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (x, begins, is_there))
+        tokens = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (x, begins, is_real))
         state, y = jax.lax.scan(step, state, tokens)
         return jnp.swapaxes(y, 0, 1), state

@@ -38,7 +38,7 @@ FREE = (
     "model.remat",
     "model.feed_forward_tile",
     "train.accumulate",
-    "train.updates",  # the totals of a run are kept in its checkpoints: `lengthened`
+    "train.updates",  # the totals of a run are kept in its checkpoints: `update_totals`
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -67,7 +67,7 @@ FREE_OF_A_RESULT = (
 )
 FREE_OF_A_RUN = (*FREE, "evaluate.*")
 # Settings that an evaluation may override, because they concern how the agent acts. The others define the training.
-FREE_OF_ACTING = (
+OVERRIDABLE_WHEN_ACTING = (
     *FREE_OF_A_RUN,
     "data.tasks",
     "data.collect.*",
@@ -79,11 +79,11 @@ FREE_OF_ACTING = (
 NAMES = ("name", "series")  # the same in all results of a run
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Settings:
     """Returns nested settings as a flat dict, by dotted name."""
     found: Settings = {}
     for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
 
 
@@ -94,7 +94,7 @@ def is_free(name: str, free: Iterable[str]) -> bool:
 
 def run_settings(config: Section) -> Settings:
     """Returns the settings that identify a run."""
-    return _without(flat(config.model_dump(mode="json")), FREE_OF_A_RUN)
+    return _without(flatten(config.model_dump(mode="json")), FREE_OF_A_RUN)
 
 
 def differing_runs(before: Section, now: Section) -> list[str]:
@@ -103,13 +103,13 @@ def differing_runs(before: Section, now: Section) -> list[str]:
     was, own = run_settings(before), run_settings(now)
     recipe = {name for name in was.keys() | own.keys() if name.startswith("data.collect")}
     compared = recipe if not recipe & was.keys() & own.keys() else set()
-    return differing(*(_without(settings, compared) for settings in (was, own)))
+    return describe_changes(*(_without(settings, compared) for settings in (was, own)))
 
 
 def result_settings(config: Config, stores: Stores, updates: Sequence[int]) -> Settings:
     """Returns the settings that identify a result. They include the tasks and the content hashes of the stores that its
-    run was trained on, and the values of train.updates (`updates`) if there was more than one (`lengthened`)."""
-    settings = _without(flat(config.model_dump(mode="json")), FREE_OF_A_RESULT)
+    run was trained on, and the values of train.updates (`updates`) if there was more than one (`update_totals`)."""
+    settings = _without(flatten(config.model_dump(mode="json")), FREE_OF_A_RESULT)
     if stores:  # runs of older versions did not record them
         settings["data.tasks"] = list(stores)
         settings["data.stores"] = [short(str(store["content_hash"])) for store in stores.values()]
@@ -122,9 +122,9 @@ def check_trained(owner: Path, trained: Mapping[str, Any], learnt: Iterable[str]
     other = [task for task in config.data.tasks if task not in learnt]
     if other:
         raise ConfigError(f"{owner} learnt {', '.join(learnt)}, not {', '.join(other)}. Change data.tasks.")
-    now = flat(config.model_dump(mode="json"))
-    was = defaults(Config) | flat(trained) if trained else now
-    changed = differing(*(_without(one, FREE_OF_ACTING) for one in (was, now)))
+    now = flatten(config.model_dump(mode="json"))
+    was = defaults(Config) | flatten(trained) if trained else now
+    changed = describe_changes(*(_without(one, OVERRIDABLE_WHEN_ACTING) for one in (was, now)))
     if changed:
         raise ConfigError(
             f"{owner} was trained with other settings: {', '.join(changed[:4])}. Leave them as they were: they say "
@@ -156,7 +156,7 @@ def check_overrides(owner: Path, overrides: Sequence[str]) -> None:
         )
 
 
-def differing(before: Settings, now: Settings) -> list[str]:
+def describe_changes(before: Settings, now: Settings) -> list[str]:
     """Returns a description of each setting that differs, such as "seed=1 (was 0)"."""
     return [
         f"{name}={_written(now.get(name))} (was {_written(before.get(name))})"
@@ -174,7 +174,7 @@ def settings_id(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def notable(settings: Settings) -> Settings:
+def non_default(settings: Settings) -> Settings:
     """Returns the settings that differ from their default."""
     known = defaults(Config)
     return {name: value for name, value in settings.items() if name not in known or known[name] != value}
@@ -186,14 +186,14 @@ def defaults(kind: type[Section]) -> Settings:
     for name, field in kind.model_fields.items():
         if not field.is_required():
             value = field.get_default(call_default_factory=True)
-            found |= flat({name: value.model_dump(mode="json") if isinstance(value, Section) else value})
+            found |= flatten({name: value.model_dump(mode="json") if isinstance(value, Section) else value})
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             found |= {f"{name}.{key}": value for key, value in defaults(field.annotation).items()}
     return found
 
 
 def differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Returns, by settings_id, a description of what distinguishes these `notable` settings; empty for a single one."""
+    """Returns, by settings_id, a description of what distinguishes these `non_default` settings; empty for one."""
     if len(settings) == 1:
         return dict.fromkeys(settings, "")
     known, names = defaults(Config) | UNRECORDED, {name for one in settings.values() for name in one}
@@ -213,7 +213,7 @@ def short(content_hash: str) -> str:
     return content_hash[:12]
 
 
-def lengthened(totals: Sequence[int], config: Config) -> list[int]:
+def update_totals(totals: Sequence[int], config: Config) -> list[int]:
     """Returns the values of train.updates that a run was trained with: `totals`, and now `config.train.updates`.
 
     A decaying learning rate and growing chains depend on the total. A run of 1,000 updates that is lengthened to 2,000

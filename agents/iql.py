@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from agents.actor_critic import ActorCritic, Critic, OfObservation, temporal_difference
+from agents.actor_critic import ActorCritic, Critic, ObservationMLP, temporal_difference
 from agents.agent import Metrics, Scales
 from agents.gaussian import Gaussian
 from agents.model_config import ModelConfig
@@ -30,7 +30,7 @@ class Actor(nnx.Module):
     """A Gaussian over actions, with a standard deviation that is a parameter of its own."""
 
     def __init__(self, scales: Scales, action_size: int, model: ModelConfig, *, rngs: nnx.Rngs):
-        self.mean = OfObservation(scales, action_size, model, rngs=rngs)
+        self.mean = ObservationMLP(scales, action_size, model, rngs=rngs)
         self.log_std = nnx.Param(jnp.zeros(action_size))
 
     def __call__(self, observation: Float[Array, "*B O"]) -> Gaussian:
@@ -46,20 +46,21 @@ class IQL(ActorCritic):
         return {
             "actor": Actor(self.scales, self.action_size, model, rngs=rngs),
             "critic": Critic(self.scales, self.action_size, model, rngs=rngs),
-            "value": OfObservation(self.scales, 1, model, rngs=rngs),
+            "value": ObservationMLP(self.scales, 1, model, rngs=rngs),
         }
 
     def losses(
-        self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch
+        self, trainable: SimpleNamespace, frozen: SimpleNamespace, batch: TransitionBatch
     ) -> tuple[dict[str, Array], Metrics]:
         settings = self.settings
-        advantage = fixed.target(batch.observation, batch.action).min(axis=0) - learnt.value(batch.observation)[:, 0]
+        value = frozen.target(batch.observation, batch.action).min(axis=0)
+        advantage = value - trainable.value(batch.observation)[:, 0]
         weight = jnp.where(advantage < 0, 1.0 - settings.expectile, settings.expectile)
-        target = batch.reward + settings.discount * batch.discount * fixed.value(batch.next_observation)[:, 0]
+        target = batch.reward + settings.discount * batch.discount * frozen.value(batch.next_observation)[:, 0]
         preferred = jnp.minimum(jnp.exp(settings.temperature * jax.lax.stop_gradient(advantage)), LARGEST_WEIGHT)
         losses = {
-            "action": -(preferred * learnt.actor(batch.observation).log_probability(batch.action)).mean(),
-            "critic": temporal_difference(learnt.critic(batch.observation, batch.action), target),
+            "action": -(preferred * trainable.actor(batch.observation).log_probability(batch.action)).mean(),
+            "critic": temporal_difference(trainable.critic(batch.observation, batch.action), target),
             "value": (weight * jnp.square(advantage)).mean(),
         }
         return losses, {"value/target": target.mean()}

@@ -41,7 +41,9 @@ class ModelConfig(Section):
     lets them, or to the last `local_window` tokens. None: all layers are alike."""
     local_window: Size | None = TransformerConfig.local_window
 
-    def made(self, *, rope_fraction: float, attention: AttentionConfig | None = None) -> TransformerConfig:
+    def transformer_config(
+        self, *, rope_fraction: float, attention: AttentionConfig | None = None
+    ) -> TransformerConfig:
         """Returns the `rlring` config; `rope_fraction` is the default. Raises UsageError for an invalid shape."""
         settings = self.model_dump()
         settings["rope_fraction"] = rope_fraction if self.rope_fraction is None else self.rope_fraction
@@ -74,7 +76,7 @@ class AttentionSection(Section):
             )
         return self
 
-    def made(self, *, sharded: bool) -> AttentionConfig:
+    def attention_config(self, *, sharded: bool) -> AttentionConfig:
         """Returns the `rlring` config. On one device (not `sharded`), dense schemes become "blockwise"."""
         fields = self.model_dump(exclude={"scheme", "sparse"})
         if self.sparse is not None:
@@ -93,7 +95,7 @@ class MeshConfig(Section):
     def devices(self) -> int:
         return self.data * self.ring * self.ulysses
 
-    def made(self) -> Mesh | None:
+    def make_mesh(self) -> Mesh | None:
         """Returns the mesh, or None for a single device."""
         return make_mesh(data=self.data, ring=self.ring, ulysses=self.ulysses) if self.devices > 1 else None
 
@@ -103,7 +105,7 @@ def check_network(model: ModelConfig, attention: AttentionSection, mesh: MeshCon
 
     Configs check this when they are loaded, so that a run that cannot start leaves nothing behind.
     """
-    model.made(rope_fraction=0.0, attention=attention.made(sharded=mesh.devices > 1))
+    model.transformer_config(rope_fraction=0.0, attention=attention.attention_config(sharded=mesh.devices > 1))
     split = [axis for axis in ("ring", "ulysses") if getattr(mesh, axis) > 1]
     if attention.scheme in SCHEMES and not set(split) <= set(SCHEMES[attention.scheme].splits):
         fitting = ["auto", *(name for name, scheme in SCHEMES.items() if set(split) <= set(scheme.splits))]

@@ -36,11 +36,12 @@ def plan(config: Config, topology: str) -> Plan:
     Operations are counted for the Transformer only, without the tokenizer and the action head.
 
     Raises:
-        ConfigError: the agent is bc or value-based, or the mesh of the config has another number of devices.
+        ConfigError: the agent is bc, value-based or recurrent, or the mesh of the config has another number of devices.
         UsageError: the topology does not exist.
     """
-    if config.agent.kind in ("bc", *VALUE_KINDS):
-        raise ConfigError(f"agent.kind '{config.agent.kind}' has no context to plan for. Plan for a transformer.")
+    lacking = {"recurrent": "attention", **dict.fromkeys(("bc", *VALUE_KINDS), "context")}.get(config.agent.kind)
+    if lacking is not None:
+        raise ConfigError(f"agent.kind '{config.agent.kind}' has no {lacking} to plan for. Plan for a transformer.")
     devices, sizes = topology_devices(topology), config.mesh
     if len(devices) != sizes.devices:
         raise ConfigError(
@@ -57,7 +58,7 @@ def plan(config: Config, topology: str) -> Plan:
     shapes = jax.eval_shape(partial(new_state, agent, optimizer), jax.random.key(0))
     sharding = state_sharding(shapes, mesh, fsdp=config.model.fsdp)
     shapes = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, sharding)
-    order = agent.order(sampler.timesteps)
+    order = agent.timestep_order(sampler.timesteps)
     places = sampler.timesteps if order is None else len(order)
 
     def field(one: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -76,7 +77,7 @@ def plan(config: Config, topology: str) -> Plan:
         config.train.batch,
         config.model.remat,
     )
-    transformer = LanguageModelConfig(0, config.model.made(rope_fraction=1.0))
+    transformer = LanguageModelConfig(0, config.model.transformer_config(rope_fraction=1.0))
     cost = StepCost.of(transformer, request, sum(x.size for x in jax.tree.leaves(shapes.weights)))
     return reported(request, lambda: compiled_plan(request, cost, update.lower(shapes, batch)))
 

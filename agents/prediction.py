@@ -26,22 +26,22 @@ ALWAYS = 1.0  # the value of `met` with which r(k) is measured
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Predictor:
     """The measured returns of an agent that predictions follow from. meetings: (k, r(k)), k ascending from 0."""
 
     prior: float
     known: float
     meetings: tuple[tuple[int, float], ...] = ()
 
-    def at(self, share: float) -> float:
+    def at_share(self, share: float) -> float:
         """Returns the predicted mean return when a share `share` of the episodes have the goal in their history."""
         return self.prior + (self.known - self.prior) * share
 
-    def of(self, result: Result) -> float:
+    def predict(self, result: Result) -> float:
         """Returns the predicted mean return under the context of a result (`is_predicted`)."""
         seen = result.context_trajectories
         if result.places or not self.meetings:
-            return self.at(share_known(result))
+            return self.at_share(share_known(result))
         met = np.arange(seen + 1)
         numbers, returns = np.array(self.meetings).T
         return float(binom.pmf(met, seen, result.met) @ np.interp(np.log1p(met), np.log1p(numbers), returns))
@@ -64,15 +64,15 @@ def is_known(result: Result) -> float:
     return share_known(result) if result.age is None else float(result.age < result.context_trajectories)
 
 
-def line(results: Sequence[Result]) -> Line | None:
-    """Returns the prediction from an agent's results on one task, or None where prior or known was not measured."""
+def make_predictor(results: Sequence[Result]) -> Predictor | None:
+    """Returns the predictor from an agent's results on one task, or None where prior or known was not measured."""
     predicted = [result for result in results if is_predicted(result)]
     smallest = min((result.places for result in predicted), default=0)
     prior = [result.return_ for result in predicted if result.context_trajectories == 0]
     known = [result.return_ for result in predicted if result.places == smallest and share_known(result) >= CERTAIN]
     if not (prior and known):
         return None
-    return Line(float(np.mean(prior)), float(np.mean(known)), _meetings(predicted, float(np.mean(prior))))
+    return Predictor(float(np.mean(prior)), float(np.mean(known)), _meetings(predicted, float(np.mean(prior))))
 
 
 def _meetings(results: Sequence[Result], prior: float) -> tuple[tuple[int, float], ...]:

@@ -33,7 +33,7 @@ def check_processes(mesh: Mesh | None) -> None:
         )
 
 
-def by_the_first(step: Callable[[], Made]) -> Made | None:
+def run_on_first_process(step: Callable[[], Made]) -> Made | None:
     """Runs `step` in the first process while the others wait. Returns its result there, and None in the others.
 
     When it fails with a user error, all processes raise it, so that none is left waiting.
@@ -63,7 +63,7 @@ def _told(text: str) -> str:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def training_lock(folder: Path) -> Iterator[None]:
     """Holds a lock on the folder of a run or a sweep. Raises DataError when another command holds it. With several
     processes, the first takes the lock; when it cannot, the others raise ConfigError.
 
@@ -82,12 +82,12 @@ def alone(folder: Path) -> Iterator[None]:
         if processes() == 1:  # jax.process_count() would initialise the devices
             hold()
         else:
-            by_the_first(hold)
+            run_on_first_process(hold)
         yield
 
 
 @contextmanager
-def evaluating(folder: Path) -> Iterator[None]:
+def evaluation_lock(folder: Path) -> Iterator[None]:
     """Holds a lock on the results of a run. Raises DataError when another command is evaluating it."""
     with held(folder / ".evaluating", f"another process evaluates {folder} right now; wait for it to end"):
         yield

@@ -25,11 +25,11 @@ def held_out(config: Config, store: TrajectoryStore, met: float = 0.0) -> ChainS
     )
 
 
-def laid_out(agent: Agent, prompt: ChainBatch) -> ChainBatch:
+def pad_and_order(agent: Agent, prompt: ChainBatch) -> ChainBatch:
     """Returns a prompt padded to a power of two timesteps, at least SHORTEST_PROMPT, in the agent's order."""
     timesteps = prompt.position.shape[1]
     length = max(SHORTEST_PROMPT, 1 << (timesteps - 1).bit_length())
-    order = agent.order(length)
+    order = agent.timestep_order(length)
     order = np.arange(length) if order is None else order
     return prompt.take(np.where(order < timesteps, order, -1))
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from agents.agent import Timesteps
 from agents.cli import ConfigError
-from agents.evaluate import Loaded, load_agent
-from agents.prompts import context_tokens, laid_out
+from agents.evaluate import TrainedAgent, load_agent
+from agents.prompts import context_tokens, pad_and_order
 from agents.return_conditioned import ReturnConditionedAgent
 from agents.samplers import chains
 from data import ChainBatch
@@ -42,7 +42,7 @@ def measure_reading(run: Path, tokens: int, devices: int) -> list[Reading]:
         prompt, episode = _history(loaded, tokens)
         length = context_tokens(loaded.agent, prompt)
         steps = episode.position.shape[1]
-        prompt = laid_out(loaded.agent, prompt)
+        prompt = pad_and_order(loaded.agent, prompt)
         began = time.perf_counter()
         start = jax.jit(loaded.agent.start, static_argnums=2).lower(loaded.params, prompt, steps).compile()
         compiled = time.perf_counter()
@@ -72,7 +72,7 @@ def reading_table(rows: Sequence[Reading]) -> str:
     return "\n".join(lines)
 
 
-def _history(loaded: Loaded, tokens: int) -> tuple[ChainBatch, ChainBatch]:
+def _history(loaded: TrainedAgent, tokens: int) -> tuple[ChainBatch, ChainBatch]:
     """Returns a history of at most `tokens` tokens, and the episode after it. Raises ConfigError for agents that do not
     read a history by attention, and for fewer tokens than an episode."""
     agent, config = loaded.agent, loaded.config
@@ -95,7 +95,7 @@ def _history(loaded: Loaded, tokens: int) -> tuple[ChainBatch, ChainBatch]:
     return batch.take(np.arange(timesteps)), batch.take(timesteps + np.arange(longest))
 
 
-def _act(loaded: Loaded, memory, episode: ChainBatch) -> tuple[np.ndarray, list[float]]:
+def _act(loaded: TrainedAgent, memory, episode: ChainBatch) -> tuple[np.ndarray, list[float]]:
     """Returns the mean actions at the timesteps of an episode [M, 1, A], and the time of each step in milliseconds,
     without the first, which compiles."""
     act, actions, took = jax.jit(loaded.agent.act, donate_argnums=1), [], []
@@ -108,7 +108,7 @@ def _act(loaded: Loaded, memory, episode: ChainBatch) -> tuple[np.ndarray, list[
     return np.stack(actions), took[1:] or took
 
 
-def _operations(loaded: Loaded, tokens: int) -> float:
+def _operations(loaded: TrainedAgent, tokens: int) -> float:
     """Returns the floating-point operations of reading: 2 per weight and token, and 2 T^2 / 2 per layer and channel for
     each of the two products of causal attention. Pairs that a window or a sparse pattern masks are counted too."""
     blocks = sum(leaf.size for leaf in jax.tree.leaves(loaded.params["transformer"]["blocks"]))

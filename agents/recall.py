@@ -30,7 +30,7 @@ from agents.continuation import DIVERGED, check_command, diverged, has_checkpoin
 from agents.identity import check_config, check_total, differing_runs
 from agents.model_config import check_batch, check_network
 from agents.optimizer import schedule
-from agents.processes import alone
+from agents.processes import training_lock
 from agents.recall_texts import KEYS, TOKENS, VALUES, Texts, texts
 from agents.section import Count, Fraction, RunName, Section, Seed, Size
 from agents.training_loop import Logged, Loop, run_updates
@@ -133,8 +133,9 @@ class Tested(NamedTuple):
 
 def training(config: RecallConfig) -> Training:
     """Returns the training setup of a config: model, optimizer and mesh."""
-    mesh = config.mesh.made()
-    shape = config.model.made(rope_fraction=1.0, attention=config.attention.made(sharded=mesh is not None))
+    mesh = config.mesh.make_mesh()
+    attention = config.attention.attention_config(sharded=mesh is not None)
+    shape = config.model.transformer_config(rope_fraction=1.0, attention=attention)
     settings = config.optimizer
     rate = schedule(settings, config.train.updates)
     optimizer = optax.chain(
@@ -147,7 +148,7 @@ def training(config: RecallConfig) -> Training:
 def recall(config: RecallConfig, *, progress: bool = True) -> list[Tested]:
     """Trains, or continues training, and returns the accuracy on new texts for each length that is tested."""
     folder = RUNS / config.name
-    with alone(folder):
+    with training_lock(folder):
         return _recall(folder, config, progress=progress)
 
 
@@ -173,7 +174,7 @@ def _recall(folder: Path, config: RecallConfig, *, progress: bool) -> list[Teste
     updates = config.train.updates
 
     def update(state: TrainState, made: Texts) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, loss = step(state, *arranged(made, whole))
+        state, loss = step(state, *order_for_mesh(made, whole))
         return state, {"loss": loss}
 
     options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints)
@@ -222,15 +223,15 @@ def _restored(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, c
     place = Path(checkpoints.directory) / str(step)
     if (place / "state").is_dir():
         raise ConfigError(f"{place} is a checkpoint of agents.train, not of agents.recall. Choose another name.")
-    with damage.whole(place):
-        kept = damage.custom(checkpoints, step)
+    with damage.reporting_damage(place):
+        kept = damage.custom_metadata(checkpoints, step)
         check_config(RUNS / config.name, kept.get("config", {}), config)
         state = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
         damage.check(place, kept.get("checksums", {}), damage.checksums(by_name(state)))
     return state
 
 
-def arranged(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:
+def order_for_mesh(made: Texts, whole: Training) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens and targets [B, T] in the order of the mesh."""
     tokens, _ = laid_out(made.bytes, mesh=whole.mesh)
     first = np.zeros((len(made.answers), 1), made.answers.dtype)  # laid_out drops it
@@ -255,7 +256,7 @@ def accuracy(config: RecallConfig, whole: Training, weights: nnx.State, *, progr
         rows += -rows % config.mesh.data
         right, rounds = np.zeros(lines), -(-TESTED // (lines * rows))
         for n in range(rounds):
-            tokens, targets = arranged(texts(config.seed, config.train.updates + n, rows, lines), whole)
+            tokens, targets = order_for_mesh(texts(config.seed, config.train.updates + n, rows, lines), whole)
             row, place = np.nonzero(targets != NO_TARGET)
             # The order of the tokens depends on the mesh; questions are identified by their positions.
             question = np.asarray(positions(*tokens.shape, mesh=whole.mesh))[row, place] // TOKENS

@@ -25,15 +25,15 @@ class Cell(Protocol):
     outputs: int
     """Output size per token, the H of `read`."""
 
-    def empty(self, batch: int) -> Any:
+    def initial_state(self, batch: int) -> Any:
         """Returns the initial state of `batch` rows."""
         ...
 
     def read(
-        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_there: Bool[Array, "B T"], state: Any
+        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_real: Bool[Array, "B T"], state: Any
     ) -> tuple[Float[Array, "B T H"], Any]:
         """Returns the output of each token, and the state after the last one. Where `begins` is True, a chain begins
-        and the state is reset first. Where `is_there` is False, the token is padding and leaves the state unchanged."""
+        and the state is reset first. Where `is_real` is False, the token is padding and leaves the state unchanged."""
         ...
 
 
@@ -51,17 +51,17 @@ class RecurrentNetwork(nnx.Module):
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.head = action_head(width, action_size, config.agent.mixture, rngs=rngs)
 
-    def empty(self, batch: int) -> State:
+    def initial_state(self, batch: int) -> State:
         """Returns the initial state of `batch` rows."""
-        return tuple(cell.empty(batch) for cell in self.cells)
+        return tuple(cell.initial_state(batch) for cell in self.cells)
 
     def __call__(
-        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_there: Bool[Array, "B T"], state: State
+        self, x: Float[Array, "B T D"], begins: Bool[Array, "B T"], is_real: Bool[Array, "B T"], state: State
     ) -> tuple[Distribution, State]:
         """Returns the action distribution at every token, and the state after them (`Cell.read`)."""
         states = []
         for norm, cell, output, before in zip(self.norms, self.cells, self.outputs, state, strict=True):
-            y, after = cell.read(norm(x), begins, is_there, before)
+            y, after = cell.read(norm(x), begins, is_real, before)
             x = x + output(y)
             states.append(after)
         return self.head(self.norm(x)), tuple(states)
@@ -94,5 +94,5 @@ class RecurrentAgent(AgenticTransformer):
 
     def _read(self, params: Params, batch: ChainBatch) -> tuple[Distribution, State]:
         network = nnx.merge(self.graph, params)
-        x, position, segment = network.tokenizer(Timesteps.of(batch))
-        return network(x, position == 0, segment >= 0, network.empty(len(x)))
+        x, position, segment = network.tokenizer(Timesteps.from_batch(batch))
+        return network(x, position == 0, segment >= 0, network.initial_state(len(x)))

@@ -40,7 +40,7 @@ class Network(nnx.Module):
             rngs=rngs,
         )
         rope_fraction = ROPE_FRACTION[config.agent.tokens]
-        shape = model.made(rope_fraction=rope_fraction, attention=attention)
+        shape = model.transformer_config(rope_fraction=rope_fraction, attention=attention)
         self.transformer = Transformer(shape, rngs=rngs)
         self.head = action_head(model.width, action_size, config.agent.mixture, rngs=rngs)
 
@@ -70,7 +70,7 @@ class ReturnConditionedAgent:
 
     def network(self, key: Array) -> nnx.Module:
         """Returns the network with newly initialised weights."""
-        attention = self.config.attention.made(sharded=self.mesh is not None and self.mesh.size > 1)
+        attention = self.config.attention.attention_config(sharded=self.mesh is not None and self.mesh.size > 1)
         return Network(self.config, self.scales, self.action_size, self.longest_episode, attention, rngs=nnx.Rngs(key))
 
     @property
@@ -83,7 +83,7 @@ class ReturnConditionedAgent:
         steps = self.config.agent.window
         return None if steps is None else steps * self.tokens_per_timestep
 
-    def known(self, timesteps: Timesteps) -> Timesteps:
+    def visible_inputs(self, timesteps: Timesteps) -> Timesteps:
         """Returns the timesteps as the agent sees them; subclasses may hide fields."""
         return timesteps
 
@@ -93,7 +93,7 @@ class ReturnConditionedAgent:
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config)
 
-    def order(self, timesteps: int) -> np.ndarray | None:
+    def timestep_order(self, timesteps: int) -> np.ndarray | None:
         """Returns the timestep index at each place of the batch (-1: padding), such that the ring's work is balanced.
         None: the natural order, without padding.
 
@@ -111,10 +111,10 @@ class ReturnConditionedAgent:
     def features(self, params: Params, batch: ChainBatch) -> Distribution:
         """Returns the action distribution at every timestep of a batch, [B, M]."""
         network = nnx.merge(self.graph, self._whole(params))
-        x, position, segment = network.tokenizer(self.known(Timesteps.of(batch)))
+        x, position, segment = network.tokenizer(self.visible_inputs(Timesteps.from_batch(batch)))
         mask = Mask.causal(position, segment, window=self.window)
         y = network.transformer(x, mask, mesh=self.mesh)
-        return network.head(network.tokenizer.acting(y))
+        return network.head(network.tokenizer.action_features(y))
 
     def _whole(self, params: Params) -> Params:
         """Returns the weights gathered from their FSDP shards, except those of the blocks, which gather their own."""
@@ -128,12 +128,12 @@ class ReturnConditionedAgent:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def start(self, params: Params, prompt: ChainBatch, steps: int) -> Memory:
-        """Returns the memory after a prompt (in the order of `order`, or empty) with room for `steps` timesteps."""
+        """Returns the memory after a prompt (ordered by `timestep_order`, or empty) with room for `steps` timesteps."""
         network = nnx.merge(self.graph, params)
         transformer, k = network.transformer, self.tokens_per_timestep
         if self.config.agent.window is not None and prompt.position.shape[1] == 0:
             steps = min(steps, self.config.agent.window + 1)  # old slots are overwritten: memory is bounded
-        x, position, segment = network.tokenizer(self.known(Timesteps.of(prompt)))
+        x, position, segment = network.tokenizer(self.visible_inputs(Timesteps.from_batch(prompt)))
         next_position = jnp.max(jnp.where(prompt.segment >= 0, prompt.position, -1), initial=-1) + 1
         multiple = k * self.shards
         capacity = -(-(x.shape[1] + steps * k) // multiple) * multiple
@@ -146,9 +146,9 @@ class ReturnConditionedAgent:
 
     def act(self, params: Params, memory: Memory, now: Timesteps, key: Array | None) -> tuple[Array, Memory]:
         network = nnx.merge(self.graph, params)
-        x, position, segment = network.tokenizer(self.known(now.at(memory.position)))
+        x, position, segment = network.tokenizer(self.visible_inputs(now.at(memory.position)))
         y, cache = network.transformer.decode(
             x, position, segment, memory.cache, window=self.window, mesh=self.mesh if self.shards > 1 else None
         )
-        policy = network.head(network.tokenizer.acting(y)[:, 0])
+        policy = network.head(network.tokenizer.action_features(y)[:, 0])
         return policy.act(key), Memory(cache, memory.position + 1)

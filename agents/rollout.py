@@ -16,13 +16,13 @@ from data.environment_batch import EnvironmentBatch
 
 if TYPE_CHECKING:
     from agents.episodes import Condition
-    from agents.evaluate import Loaded
+    from agents.evaluate import TrainedAgent
 
 
 Batch = TypeVar("Batch", bound=EnvironmentBatch)
 
 
-class Between(NamedTuple):
+class RolloutState(NamedTuple):
     """The state between two episodes, on which the next one depends. A pytree."""
 
     memory: Memory
@@ -32,15 +32,15 @@ class Between(NamedTuple):
     previous_reward: Array
 
 
-class Played(NamedTuple):
+class EpisodeOutcome(NamedTuple):
     """The outcome of one episode of every row."""
 
     returns: np.ndarray  # f64[G]
     steps: np.ndarray  # i64[G]
-    after: Between
+    after: RolloutState
 
 
-def make_environments(loaded: "Loaded", task: str, rows: int, *, kind: type[Batch] = EnvironmentBatch) -> Batch:
+def make_environments(loaded: "TrainedAgent", task: str, rows: int, *, kind: type[Batch] = EnvironmentBatch) -> Batch:
     """Returns `rows` environments of a task for an evaluation.
 
     Raises ConfigError when their episodes are longer than the agent supports (`Agent.longest_episode`).
@@ -56,26 +56,28 @@ def make_environments(loaded: "Loaded", task: str, rows: int, *, kind: type[Batc
     return environments
 
 
-def first_between(loaded: "Loaded", condition: "Condition", prompt: ChainBatch, memory: Memory) -> Between:
+def initial_rollout_state(
+    loaded: "TrainedAgent", condition: "Condition", prompt: ChainBatch, memory: Memory
+) -> RolloutState:
     """Returns the state before the first episode. Its random key depends only on the seeds and the condition."""
     met = f"/{condition.met}" if condition.met else ""
     label = [ord(letter) for letter in f"{condition.mode}/{condition.trajectories}/{condition.context}{met}"]
     seeds = [loaded.config.evaluate.seed, loaded.config.seed, *label]
     key = jax.random.key(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
     action, reward = (jnp.asarray(last_of(values, prompt)) for values in (prompt.action, prompt.reward))
-    return Between(memory, jax.random.key_data(key), action, reward)
+    return RolloutState(memory, jax.random.key_data(key), action, reward)
 
 
 def play(
-    loaded: "Loaded",
+    loaded: "TrainedAgent",
     condition: "Condition",
     environments: EnvironmentBatch,
     act: Callable,
-    before: Between,
+    before: RolloutState,
     *,
     episode: int,
     target: float,
-) -> Played:
+) -> EpisodeOutcome:
     """Plays episode `episode` of every group. Goals and starts depend on `evaluate.seed` alone, so they are the same
     for every agent and every context length. The memory of `before` is donated. target: the return asked for."""
     settings, groups = loaded.config.evaluate, loaded.config.evaluate.groups
@@ -85,14 +87,14 @@ def play(
 
 
 def episode_of_all(
-    loaded: "Loaded",
+    loaded: "TrainedAgent",
     environments: EnvironmentBatch,
     act: Callable,
-    before: Between,
+    before: RolloutState,
     observation: np.ndarray,
     *,
     target: float | None,
-) -> Played:
+) -> EpisodeOutcome:
     """Plays an episode in every row of `environments`, which were just reset to `observation` [rows, O]. The memory of
     `before` is donated. target: the return asked for; None: the return to go is 0 in every step."""
     rows = len(observation)
@@ -114,10 +116,12 @@ def episode_of_all(
             return_to_go = return_to_go - reward
         total += taken.reward
         steps += running
-    return Played(total, steps, Between(memory, jax.random.key_data(key), jnp.asarray(action), jnp.asarray(reward)))
+    return EpisodeOutcome(
+        total, steps, RolloutState(memory, jax.random.key_data(key), jnp.asarray(action), jnp.asarray(reward))
+    )
 
 
-def check_action(loaded: "Loaded", action: Array, running: np.ndarray, step: int) -> None:
+def check_action(loaded: "TrainedAgent", action: Array, running: np.ndarray, step: int) -> None:
     """Raises Diverged when an action of a running episode is not finite."""
     if not np.isfinite(np.asarray(action)[running]).all():
         raise Diverged(

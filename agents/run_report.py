@@ -16,13 +16,13 @@ from agents.statistics import SummaryRow
 from agents.training_figure import draw_training
 
 if TYPE_CHECKING:
-    from agents.evaluate import Loaded
+    from agents.evaluate import TrainedAgent
 
 FOLDER = "looks"
 
 
 def write_run_report(
-    loaded: "Loaded", rows: Sequence[SummaryRow], results: Sequence[Result]
+    loaded: "TrainedAgent", rows: Sequence[SummaryRow], results: Sequence[Result]
 ) -> tuple[Path, list[Path]]:
     """Plays some episodes again, writes films and figures into `<run>/looks`, and writes `<run>/report.html` with all
     of them. Returns the path of the report and the paths of the films and figures.

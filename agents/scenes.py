@@ -9,11 +9,11 @@ import numpy as np
 from agents.episodes import Condition, conditions
 from agents.evaluate import make_prompt
 from agents.goals import held_out_goals
-from agents.rollout import first_between, make_environments, play
+from agents.rollout import initial_rollout_state, make_environments, play
 from data.environment_batch import EnvironmentBatch
 
 if TYPE_CHECKING:
-    from agents.evaluate import Loaded
+    from agents.evaluate import TrainedAgent
 
 GROUPS = 3
 
@@ -58,7 +58,7 @@ class Recorder(EnvironmentBatch):
         return [Take(of_row[: count + 1], extras, float(total)) for of_row, extras, total, count in rows]
 
 
-def played_scenes(loaded: "Loaded") -> list[Scene]:
+def played_scenes(loaded: "TrainedAgent") -> list[Scene]:
     """Returns episodes of the evaluation's first goals, for every task except map tasks: without a context and with the
     longest one. For tasks evaluated in mode self only, returns the first and the last episode.
 
@@ -81,7 +81,7 @@ def _chosen(asked: Sequence[Condition]) -> list[Condition]:
     return chosen
 
 
-def _played(loaded: "Loaded", condition: Condition, act, start) -> list[Scene]:
+def _played(loaded: "TrainedAgent", condition: Condition, act, start) -> list[Scene]:
     settings = loaded.config.evaluate
     environments = make_environments(loaded, condition.task, settings.groups, kind=Recorder)
     goals = held_out_goals(condition.task, settings.seed, settings.groups)
@@ -89,7 +89,7 @@ def _played(loaded: "Loaded", condition: Condition, act, start) -> list[Scene]:
     prompt = make_prompt(loaded, condition, goals, target)
     episodes = condition.episodes if condition.mode == "self" else 1
     memory = start(loaded.params, prompt, episodes * environments.episode_steps)
-    state = first_between(loaded, condition, prompt, memory)
+    state = initial_rollout_state(loaded, condition, prompt, memory)
     scenes = []
     for episode in range(episodes):
         returns, steps, state = play(loaded, condition, environments, act, state, episode=episode, target=target)

@@ -38,7 +38,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Chance = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 """A share of a whole, below 1."""
-Between = Annotated[float, Field(gt=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e30)]
 Return = Annotated[float, Field(ge=-1e30, le=1e30)]
 """A return. The bounds keep it, and sums of it, finite in float32."""

@@ -21,7 +21,7 @@ from agents.bootstrap import (
 )
 from agents.cells import Player, cells, player
 from agents.cli import ConfigError
-from agents.prediction import ALWAYS, Line, is_predicted, line
+from agents.prediction import ALWAYS, Predictor, is_predicted, make_predictor
 from agents.results import ORACLE, Goal, Result
 from data.atomic_file import atomic_file
 
@@ -88,7 +88,7 @@ def summarize(
 
     The oracle depends on the task alone and appears once. Raises ConfigError for an unknown statistic.
     """
-    rows, lines = [], _lines(results)
+    rows, predictors = [], _predictors(results)
     for (task, mode, agent, trajectories, control_of), members in sorted(cells(results).items()):
         episodes = [len(returns) for returns in _returns(members).values()]
         estimates: dict[tuple[float, ...], Estimate] = {}
@@ -118,7 +118,7 @@ def summarize(
                     groups=max(seeds.count(seed) for seed in set(seeds)),
                     episodes_per_group=max(episodes),
                     interval_over=over,
-                    predicted=_predicted(lines, members[0]),
+                    predicted=_predicted(predictors, members[0]),
                     control_of=control_of,
                 )
             )
@@ -191,20 +191,20 @@ def maximum_null(results: Sequence[Result], draws: int, *, resamples: int = RESA
     return Estimate(iqm, mean, "episodes")
 
 
-def _lines(results: Sequence[Result]) -> dict[Player, Line | None]:
-    """Returns the prediction (`agents.prediction.line`) for each player with predictable results."""
+def _predictors(results: Sequence[Result]) -> dict[Player, Predictor | None]:
+    """Returns the predictor (`agents.prediction`) for each player with predictable results."""
     by_player: dict[Player, list[Result]] = {}
     for result in results:
         if is_predicted(result):
             by_player.setdefault(player(result), []).append(result)
-    return {key: line(members) for key, members in by_player.items()}
+    return {key: make_predictor(members) for key, members in by_player.items()}
 
 
-def _predicted(lines: dict[Player, Line | None], member: Result) -> float:
+def _predicted(predictors: dict[Player, Predictor | None], member: Result) -> float:
     if member.met == ALWAYS:
         return math.nan  # the predictions are made from these results
-    found = lines.get(player(member)) if is_predicted(member) else None
-    return math.nan if found is None else found.of(member)
+    found = predictors.get(player(member)) if is_predicted(member) else None
+    return math.nan if found is None else found.predict(member)
 
 
 def _returns(results: Sequence[Result]) -> dict[Goal, list[float]]:

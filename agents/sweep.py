@@ -18,7 +18,7 @@ from typing import NamedTuple
 from agents.checkpoint import Checkpoints
 from agents.cli import LESS_MEMORY, ConfigError, run
 from agents.config import Config, SweepConfig, dump, load
-from agents.processes import alone
+from agents.processes import training_lock
 from agents.results import Result, write_results
 from data import DataError, cli
 from data.atomic_file import write_text
@@ -41,7 +41,7 @@ def sweep(config: SweepConfig, source: Path) -> Swept:
     """Runs the missing parts of a sweep. When a run fails, the others continue, and the plot leaves it out. Raises
     DataError when another process is running this sweep."""
     folder = Path("runs") / config.name
-    with alone(folder):
+    with training_lock(folder):
         return _sweep(folder, config, source)
 
 
@@ -49,7 +49,7 @@ def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
     # Imported late, so that dry runs and config errors take no time.
     from agents.continuation import check_folder, check_free_of_runs, check_trained_so_far, newest
     from agents.datasets import check_existing, prepare
-    from agents.episodes import asked_for, check_contexts
+    from agents.episodes import check_contexts, requested_results
     from agents.evaluate import evaluation
     from agents.metrics import check_wandb
     from agents.oracle import evaluate_oracle
@@ -102,7 +102,7 @@ def _sweep(folder: Path, config: SweepConfig, source: Path) -> Swept:
                 say_time(f"evaluate {one.name}")
                 # The evaluation settings may have changed since training.
                 write_text(RUNS / one.name / "config.json", dump(one))
-                found = asked_for(evaluation(RUNS / one.name).results, one)
+                found = requested_results(evaluation(RUNS / one.name).results, one)
                 gathered += [
                     replace(result, agent=agent, experiment=config.name, series=config.name) for result in found
                 ]
@@ -214,7 +214,7 @@ def is_done(folder: Path, config: SweepConfig) -> bool:
     return done.get("config") == dump(config) and _stores(config).items() <= done["stores"].items()
 
 
-def asked(config: Config) -> str:
+def describe_contexts(config: Config) -> str:
     """Returns a description of the contexts of an evaluation."""
     settings = config.evaluate
     if any((task := goal_task(name)) is not None and task.sign_size for name in config.data.tasks):
@@ -243,7 +243,7 @@ def dry_run(config: SweepConfig) -> None:
             f"train     {one.name}: {one.agent.kind}, {one.train.updates} updates of {one.train.batch} chains of "
             f"{one.chain.trajectories}, {one.mesh.devices} devices{' (started)' if started else ''}"
         )
-        print(f"evaluate  {one.name}: {asked(one)}, {one.evaluate.groups} groups each")
+        print(f"evaluate  {one.name}: {describe_contexts(one)}, {one.evaluate.groups} groups each")
     print(f"plot      {folder / PLOT}, {folder / SUMMARY}, {folder / REPORT}")
 
 

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from agents.actor_critic import NEXT, NOW, ActorCritic, Critic, OfObservation, inside, normal, temporal_difference
+from agents.actor_critic import (
+    NEXT,
+    NOW,
+    ActorCritic,
+    Critic,
+    ObservationMLP,
+    clip_straight_through,
+    normal,
+    temporal_difference,
+)
 from agents.agent import Metrics
 from data import TransitionBatch
 
@@ -26,29 +35,29 @@ class TD3(ActorCritic):
     def networks(self, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         model = self.config.model
         return {
-            "actor": OfObservation(self.scales, self.action_size, model, rngs=rngs),
+            "actor": ObservationMLP(self.scales, self.action_size, model, rngs=rngs),
             "critic": Critic(self.scales, self.action_size, model, rngs=rngs),
         }
 
     def losses(
-        self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch
+        self, trainable: SimpleNamespace, frozen: SimpleNamespace, batch: TransitionBatch
     ) -> tuple[dict[str, Array], Metrics]:
-        next_action = self.noisy(jnp.tanh(fixed.actor(batch.next_observation)), batch, NEXT)
-        value = fixed.target(batch.next_observation, next_action).min(axis=0)
+        next_action = self.noisy(jnp.tanh(frozen.actor(batch.next_observation)), batch, NEXT)
+        value = frozen.target(batch.next_observation, next_action).min(axis=0)
         target = batch.reward + self.settings.discount * batch.discount * value
-        loss = temporal_difference(learnt.critic(batch.observation, batch.action), target)
-        return {"action": self.policy_loss(learnt, fixed, batch), "critic": loss}, {"value/target": target.mean()}
+        loss = temporal_difference(trainable.critic(batch.observation, batch.action), target)
+        return {"action": self.policy_loss(trainable, frozen, batch), "critic": loss}, {"value/target": target.mean()}
 
-    def policy_loss(self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch) -> Array:
+    def policy_loss(self, trainable: SimpleNamespace, frozen: SimpleNamespace, batch: TransitionBatch) -> Array:
         """Returns the loss of the policy."""
-        mean = jnp.tanh(learnt.actor(batch.observation))
-        return -fixed.critic(batch.observation, self.noisy(mean, batch, NOW)).min(axis=0).mean()
+        mean = jnp.tanh(trainable.actor(batch.observation))
+        return -frozen.critic(batch.observation, self.noisy(mean, batch, NOW)).min(axis=0).mean()
 
     def noisy(self, mean: Float[Array, "B A"], batch: TransitionBatch, use: int) -> Float[Array, "B A"]:
         """Returns `mean` with clipped noise for each transition. use: NOW or NEXT, which noise to draw."""
         settings = self.settings
         noise = settings.noise * normal(batch.key, use, (self.action_size,))
-        return inside(mean + jnp.clip(noise, -settings.noise_clip, settings.noise_clip))
+        return clip_straight_through(mean + jnp.clip(noise, -settings.noise_clip, settings.noise_clip))
 
     def policy(self, actor: nnx.Module, observation: Array, key: Array | None) -> Array:
         return jnp.tanh(actor(observation))  # noise is used in training only

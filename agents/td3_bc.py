@@ -21,8 +21,8 @@ from data import TransitionBatch
 class TD3BC(TD3):
     """A deterministic policy that stays near the actions of the data. Settings: `agent.td3_bc`."""
 
-    def policy_loss(self, learnt: SimpleNamespace, fixed: SimpleNamespace, batch: TransitionBatch) -> Array:
-        mean = jnp.tanh(learnt.actor(batch.observation))
-        value = fixed.critic(batch.observation, self.noisy(mean, batch, NOW)).min(axis=0)
+    def policy_loss(self, trainable: SimpleNamespace, frozen: SimpleNamespace, batch: TransitionBatch) -> Array:
+        mean = jnp.tanh(trainable.actor(batch.observation))
+        value = frozen.critic(batch.observation, self.noisy(mean, batch, NOW)).min(axis=0)
         weight = self.settings.alpha / jnp.abs(jax.lax.stop_gradient(value)).mean()
         return jnp.square(mean - batch.action).mean() - weight * value.mean()

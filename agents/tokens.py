@@ -88,7 +88,7 @@ class Tokenizer(nnx.Module):
         segment = jnp.where(nothing, -1, timesteps.segment[..., None])
         return x_BMkD.reshape(B, M * k, D), position.reshape(B, M * k), segment.reshape(B, M * k)
 
-    def acting(self, y: Float[Array, "B T D"]) -> Float[Array, "B M D"]:
+    def action_features(self, y: Float[Array, "B T D"]) -> Float[Array, "B M D"]:
         """Returns the features of the last token of each timestep, which predict its action."""
         k = self.per_timestep
         B, T, D = y.shape

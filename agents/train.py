@@ -35,7 +35,7 @@ from agents.datasets import open_stores
 from agents.identity import check_total, records
 from agents.metrics import check_wandb, claim, metrics_log
 from agents.optimizer import schedule
-from agents.processes import alone, by_the_first, check_processes, stop_requests
+from agents.processes import check_processes, run_on_first_process, stop_requests, training_lock
 from agents.registry import make_agent
 from agents.training_loop import Logged, Loop, run_updates
 from agents.update import first_state, make_update
@@ -58,23 +58,23 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> Pat
     """
     folder = RUNS / config.name
     request_cpu_devices(-(-config.mesh.devices // processes()))
-    with alone(folder):
+    with training_lock(folder):
         return _train(folder, config, resume=resume, progress=progress)
 
 
 def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Path:
     starts_over = check_folder(folder, config, resume=resume)
     check_wandb(config.wandb)
-    mesh = config.mesh.made()
+    mesh = config.mesh.make_mesh()
     check_processes(mesh)
     is_first = jax.process_index() == 0
     # Called in every process: the first may already have moved the folder when another one checks it.
-    by_the_first(lambda: starts_over and set_aside(folder))
+    run_on_first_process(lambda: starts_over and set_aside(folder))
     first, before = newest(folder)
     check_trained_so_far(folder, before, config)
     check_total(folder, first, config.train.updates)
     kept = before.stores if before is not None else {}
-    stores = by_the_first(partial(open_stores, config.data, owner=folder, kept=kept))
+    stores = run_on_first_process(partial(open_stores, config.data, owner=folder, kept=kept))
     if stores is None:  # the first process has built the missing stores
         stores = open_stores(config.data.model_copy(update={"collect": None}), owner=folder, kept=kept)
     if before is not None and is_first:
@@ -84,7 +84,7 @@ def _train(folder: Path, config: Config, *, resume: bool, progress: bool) -> Pat
     sampler = agent.sampler(stores)
     if before is None:
         meta = meta._replace(targets=sampler.typical_targets())
-    wandb_run = by_the_first(partial(claim, folder, config))
+    wandb_run = run_on_first_process(partial(claim, folder, config))
     optimizer = agent.optimizer()
     keeps = {"keep": config.train.keep_checkpoints, "keep_best": config.train.keep_best}
 

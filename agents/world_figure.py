@@ -14,7 +14,7 @@ from agents.cli import ConfigError
 from agents.figure import FAINT, GRID, INK, short_number
 from agents.image import check_suffix, title_size, write_image
 from agents.plot import GREY, PlotResult
-from agents.prediction import line
+from agents.prediction import make_predictor
 from agents.results import ORACLE, Result
 from agents.statistics import SummaryRow, summarize, summary_notes
 
@@ -84,7 +84,7 @@ def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], a
     seen = sorted({row.context_tokens for row in rows if row.context_tokens})
     first, last = math.log2(seen[0]) - 1.3, math.log2(seen[-1])
     place = {0: first} | {tokens: math.log2(tokens) for tokens in seen}
-    predicted = line(of_agent)
+    predictor = make_predictor(of_agent)
     for size, (colour, marker) in zip(sizes, WORLDS * len(sizes), strict=False):
         of_size = [row for row in rows if row.agent == f"{agent}, {size:,} places"]
         of_size.sort(key=lambda row: row.context_trajectories)
@@ -94,9 +94,9 @@ def _draw(axes: "Axes", results: Sequence[Result], rows: Sequence[SummaryRow], a
         axes.fill_between(x, [row.mean_ci_low for row in of_size], [row.mean_ci_high for row in of_size], color=colour,
                           alpha=0.15, linewidth=0)  # fmt: skip
         _draw_seeds(axes, [r for r in of_agent if r.places == size and r.context != "foreign"], place, colour)
-        if predicted is not None:
+        if predictor is not None:
             tokens = np.linspace(math.log2(seen[0]) - 0.6, math.log2(size * per_visit), 60)
-            axes.plot(tokens, [predicted.at(2**t / per_visit / size) for t in tokens], "--", color=colour,
+            axes.plot(tokens, [predictor.at_share(2**t / per_visit / size) for t in tokens], "--", color=colour,
                       linewidth=1.3, zorder=3)  # fmt: skip
         _name(axes, x[-1], of_size[-1].mean, f"{size:,} places", colour)
         for row in rows:

@@ -16,16 +16,16 @@ from tqdm import tqdm
 from agents.agent import Memory
 from agents.cli import ConfigError
 from agents.config import Config
-from agents.prompts import context_tokens, laid_out
+from agents.prompts import context_tokens, pad_and_order
 from agents.results import Result, append_results
-from agents.rollout import Between, episode_of_all, make_environments
+from agents.rollout import RolloutState, episode_of_all, make_environments
 from data import WorldSampler
 from data.environment_batch import EnvironmentBatch
 from data.tasks import goal_task
 from data.worlds import Queries
 
 if TYPE_CHECKING:
-    from agents.evaluate import Loaded
+    from agents.evaluate import TrainedAgent
 
 PREFILLED = 1 << 16  # timesteps read at a time, over several worlds; a single longer world is read as a whole
 GIB = 1 << 30
@@ -63,7 +63,7 @@ def histories(config: Config, *, context: bool = True) -> Iterator[History]:
 
 
 def evaluate_worlds(
-    loaded: "Loaded",
+    loaded: "TrainedAgent",
     path: Path,
     before: Sequence[Result],
     result: Callable[..., Result],
@@ -99,7 +99,7 @@ def evaluate_worlds(
 class _Player:
     """Plays the queries of worlds. Compiled functions and loaded stores are reused for all pieces."""
 
-    def __init__(self, loaded: "Loaded", result: Callable[..., Result]) -> None:
+    def __init__(self, loaded: "TrainedAgent", result: Callable[..., Result]) -> None:
         self.loaded, self.result = loaded, result
         self.settings = loaded.config.evaluate
         self.start = jax.jit(loaded.agent.start, static_argnums=2)
@@ -134,8 +134,8 @@ class _Player:
         sampler = self.samplers[history.task]
         prompt, asked = sampler.history(settings.seed, piece.worlds, history.places, history.seen, settings.queries)
         tokens = context_tokens(agent, prompt)
-        laid = laid_out(agent, prompt) if agent.context else prompt
-        memory = self.start(self.loaded.params, laid, sampler.longest)
+        ordered = pad_and_order(agent, prompt) if agent.context else prompt
+        memory = self.start(self.loaded.params, ordered, sampler.longest)
         kinds = {"own" if history.seen else "none": (piece.worlds, asked)}
         if settings.foreign and history.seen:
             others = (piece.worlds + 1) % _worlds(self.loaded.config)
@@ -189,7 +189,7 @@ class _Player:
         label = [settings.seed, self.loaded.config.seed, history.places, history.seen, int(groups.flat[0])]
         key = jax.random.key_data(jax.random.key(int(np.random.SeedSequence(label).generate_state(1)[0])))
         action, reward = (jnp.zeros(shape, jnp.float32) for shape in ((rows, environments.action_size), rows))
-        before = Between(memory, key, action, reward)
+        before = RolloutState(memory, key, action, reward)
         returns, steps, _ = episode_of_all(self.loaded, environments, self.act, before, observation, target=None)
         return returns.reshape(groups.shape), steps.reshape(groups.shape)
 
@@ -221,7 +221,7 @@ def _refuse_one_world(config: Config) -> None:
         )
 
 
-def _pieces(loaded: "Loaded", before: Sequence[Result]) -> Iterator[Piece]:
+def _pieces(loaded: "TrainedAgent", before: Sequence[Result]) -> Iterator[Piece]:
     """Yields the worlds without results in pieces, which for each history have the same size."""
     settings, worlds = loaded.config.evaluate, np.arange(_worlds(loaded.config))
     there = {(r.task, r.places, r.context_trajectories, r.context, r.group) for r in before}
@@ -246,7 +246,7 @@ def _pieces(loaded: "Loaded", before: Sequence[Result]) -> Iterator[Piece]:
                 yield Piece(history, np.pad(part, (0, size - len(part)), mode="edge"), missing)
 
 
-def _row_bytes(loaded: "Loaded", history: History) -> int:
+def _row_bytes(loaded: "TrainedAgent", history: History) -> int:
     """Returns the size of the KV cache of one query in bytes."""
     model, timesteps = loaded.config.model, (history.seen + 1) * loaded.meta.episode_steps
     size = {"float32": 4, "bfloat16": 2}[model.compute_type]
@@ -254,13 +254,13 @@ def _row_bytes(loaded: "Loaded", history: History) -> int:
     return timesteps * loaded.agent.tokens_per_timestep * kept
 
 
-def _limit(loaded: "Loaded", history: History) -> int:
+def _limit(loaded: "TrainedAgent", history: History) -> int:
     """Returns how many queries fit into memory at a time."""
     room = int(loaded.config.evaluate.memory_gib * GIB) // _row_bytes(loaded, history)
     return max(1, min(loaded.config.evaluate.groups, room))
 
 
-def _rows(loaded: "Loaded", piece: Piece) -> int:
+def _rows(loaded: "TrainedAgent", piece: Piece) -> int:
     return min(
         len(piece.worlds) * loaded.config.evaluate.queries, max(_limit(loaded, piece.history), len(piece.worlds))
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from agents.checkpoint import read_metrics
 from agents.cli import ConfigError, run
-from agents.explore.config import ALGORITHMS, PRESETS, made
+from agents.explore.config import ALGORITHMS, PRESETS, make_config
 from agents.explore.exploration import explore
 from data.cli import Parser, named_path
 from data.tasks.catalogue import check_task, task_names
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seed": options.seed,
             "episode_steps": options.episode_steps,
         }
-        config = made(settings, options.preset, options.overrides)
+        config = make_config(settings, options.preset, options.overrides)
         out = named_path("--out", options.out)
         explore(config, options.steps, out, resume=options.resume)
         last = read_metrics(out / "explore/metrics.jsonl")[-1]

@@ -46,7 +46,7 @@ class APS(Bonus):
         return self.settings.every
 
     @property
-    def values(self) -> int:
+    def critic_outputs(self) -> int:
         return self.settings.features
 
     def value(self, outputs: Float[Array, "2 B U"], skill: Float[Array, "B U"]) -> Float[Array, "2 B"]:
@@ -60,7 +60,7 @@ class APS(Bonus):
         width = self.sizes.width
         return MLP((self.sizes.observation, width, width, self.settings.features), rngs=rngs)
 
-    def memory(self) -> Running:
+    def initial_memory(self) -> Running:
         return Running.new()
 
     def loss(self, networks: Any, batch: Transitions, key: Array) -> Array:

@@ -54,7 +54,7 @@ class Bonus:
     skill_size = 0
     skill_every: int | None = None
     """Steps until a new skill is drawn. None: one skill per episode."""
-    values = 1
+    critic_outputs = 1
     """Number of critic outputs per action."""
 
     def __init__(self, settings: Any, sizes: Sizes, learning_rate: float):
@@ -73,11 +73,11 @@ class Bonus:
         """Returns the reward of each transition, and the updated memory."""
         raise NotImplementedError
 
-    def memory(self) -> Any:
+    def initial_memory(self) -> Any:
         """Returns the initial memory."""
         return ()
 
-    def settle(self, networks: Any) -> None:
+    def after_update(self, networks: Any) -> None:
         """Updates untrained weights in place after an update, such as target networks."""
 
     def optimizer(self) -> optax.GradientTransformation:
@@ -97,7 +97,7 @@ class Bonus:
     def init(self, key: Array) -> BonusState:
         """Returns the initial state."""
         weights = nnx.state(self.networks(nnx.Rngs(key)))
-        return BonusState(TrainState(weights, self.optimizer().init(weights)), self.memory())
+        return BonusState(TrainState(weights, self.optimizer().init(weights)), self.initial_memory())
 
     def update(
         self, state: BonusState, batch: Transitions, key: Array
@@ -110,7 +110,7 @@ class Bonus:
         value, gradients = jax.value_and_grad(loss)(state.learnt.weights)
         learnt = state.learnt.updated(self.optimizer(), gradients)
         networks = nnx.merge(self.graph, learnt.weights)
-        self.settle(networks)
+        self.after_update(networks)
         reward, memory = self.reward(networks, state.memory, batch, jax.random.fold_in(key, 1))
         learnt = TrainState(nnx.state(networks), learnt.optimizer)
         return BonusState(learnt, memory), reward, {"loss/intrinsic": value}

@@ -119,7 +119,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings that differ from the defaults, by preset name."""
 
 
-def made(settings: dict[str, Any], preset: str, overrides: Sequence[str] = ()) -> ExploreConfig:
+def make_config(settings: dict[str, Any], preset: str, overrides: Sequence[str] = ()) -> ExploreConfig:
     """Returns the config of a preset, updated with `settings`, then with the overrides `section.key=value`. Raises
     ConfigError for an unknown preset or an invalid setting."""
     if preset not in PRESETS:

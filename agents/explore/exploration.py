@@ -26,7 +26,7 @@ from agents.config_file import dump, load
 from agents.explore.config import ExploreConfig
 from agents.explore.coverage import make_coverage
 from agents.explore.explorers import Explorer, make_explorer
-from agents.identity import flat
+from agents.identity import flatten
 from agents.processes import asked_to_stop
 from data import DataError, Trajectory
 from data.atomic_file import write_text
@@ -119,8 +119,8 @@ class _Collection:
         place = Path(checkpoints.directory) / str(index)
         like = {"explorer": self.explorer.state, "visited": self.coverage.visited}
         named = by_name(like)
-        with damage.whole(place):
-            kept = damage.custom(checkpoints, index)
+        with damage.reporting_damage(place):
+            kept = damage.custom_metadata(checkpoints, index)
             arrays = checkpoints.restore(index, args=ocp.args.StandardRestore(named))
             damage.check(place, kept.get("checksums", {}), damage.checksums(arrays))
         state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in named])
@@ -159,7 +159,7 @@ def _check_folder(folder: Path, config: ExploreConfig, *, resume: bool) -> None:
                 "Choose another --out."
             )
         return
-    before, now = (flat(one.model_dump()) for one in (load(ExploreConfig, folder / "config.json"), config))
+    before, now = (flatten(one.model_dump()) for one in (load(ExploreConfig, folder / "config.json"), config))
     # The interval of checkpoints does not change episodes.
     told = (name for name in before if before[name] != now[name] and name != "checkpoint_every")
     changed = [f"{name}={before[name]} (now {now[name]})" for name in told]

@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from agents.actor_critic import inside, temporal_difference
+from agents.actor_critic import clip_straight_through, temporal_difference
 from agents.explore.bonus import Bonus, BonusState, Transitions
 from agents.explore.config import LearnerConfig
 from agents.explore.networks import Actor, Critic
@@ -44,11 +44,11 @@ class Learner:
         sizes, seen = bonus.sizes, bonus.sizes.observation + bonus.skill_size
         self.networks = {
             "actor": partial(Actor, seen, sizes.action, settings.width),
-            "critic": partial(Critic, seen, sizes.action, bonus.values, settings.width),
+            "critic": partial(Critic, seen, sizes.action, bonus.critic_outputs, settings.width),
         }
         abstract = {
-            name: nnx.split(nnx.eval_shape(lambda made=made: made(rngs=nnx.Rngs(0))))
-            for name, made in self.networks.items()
+            name: nnx.split(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0))))
+            for name, make in self.networks.items()
         }
         self.graphs = {name: graph for name, (graph, _) in abstract.items()}
         self.structure = jax.tree.structure(abstract["actor"][1])
@@ -61,7 +61,7 @@ class Learner:
         """Returns the initial state."""
         keys = jax.random.split(key, 3)
         actor, critic = (
-            nnx.state(made(rngs=nnx.Rngs(one))) for made, one in zip(self.networks.values(), keys[:2], strict=True)
+            nnx.state(make(rngs=nnx.Rngs(one))) for make, one in zip(self.networks.values(), keys[:2], strict=True)
         )
         learnt = (TrainState(weights, self.optimizer.init(weights)) for weights in (actor, critic))
         return LearnerState(*learnt, jax.tree.map(jnp.copy, critic), self.bonus.init(keys[2]))
@@ -121,4 +121,4 @@ class Learner:
 
     def _noisy(self, mean: Float[Array, "B A"], key: Array) -> Float[Array, "B A"]:
         noise = self.settings.noise * jax.random.normal(key, mean.shape)
-        return inside(mean + jnp.clip(noise, -self.settings.noise_clip, self.settings.noise_clip))
+        return clip_straight_through(mean + jnp.clip(noise, -self.settings.noise_clip, self.settings.noise_clip))

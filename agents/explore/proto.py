@@ -70,7 +70,7 @@ class Proto(Bonus):
     def networks(self, rngs: nnx.Rngs) -> nnx.Module:
         return Networks(self.sizes.observation, self.settings, rngs=rngs)
 
-    def memory(self) -> Queue:
+    def initial_memory(self) -> Queue:
         states = jnp.zeros((self.settings.queue, self.settings.representation))
         return Queue(states, jnp.zeros((), jnp.int32))
 
@@ -81,7 +81,7 @@ class Proto(Bonus):
         q = jax.lax.stop_gradient(sinkhorn(scores / self.settings.temperature))
         return -(q * log_p).sum(axis=-1).mean()
 
-    def settle(self, networks: Any) -> None:
+    def after_update(self, networks: Any) -> None:
         networks.prototypes.kernel[...] = directions(networks.prototypes.kernel[...].T).T
         rate = self.settings.target_rate
         for name in ("kernel", "bias"):

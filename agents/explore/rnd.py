@@ -40,7 +40,7 @@ class RND(Bonus):
         width = self.sizes.width
         return Networks((self.sizes.observation, width, width, self.settings.representation), rngs=rngs)
 
-    def memory(self) -> Running:
+    def initial_memory(self) -> Running:
         return Running.new()
 
     def error(self, networks: Any, observation: Float[Array, "B O"]) -> Float[Array, " B"]:

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from agents.cli import ConfigError
-from agents.comparisons import compared, difference, gap, trend
+from agents.comparisons import compared, difference, excess_over_prediction, trend
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def test_who_follows_the_line_has_no_gap(played, hard):
     results = played(prior, seen=0) + played(known, seen=64) + played(prior, seen=0, places=256)
     middle = played(prior + 0.5 * (known - prior), seen=128, places=256)
     results += middle + played(prior, seen=64, context="foreign")
-    assert gap(results, middle) == pytest.approx((0, 0, 0), abs=1e-6)
+    assert excess_over_prediction(results, middle) == pytest.approx((0, 0, 0), abs=1e-6)
     forgetful = played(prior + 0.25 * (known - prior), seen=128, places=256)
-    assert gap(results, forgetful) == pytest.approx((-0.25, -0.25, -0.25), abs=0.05)
-    assert gap([result for result in results if result.context_trajectories], middle) is None
+    assert excess_over_prediction(results, forgetful) == pytest.approx((-0.25, -0.25, -0.25), abs=0.05)
+    assert excess_over_prediction([result for result in results if result.context_trajectories], middle) is None
 
 
 def test_what_was_seen_counts_where_the_results_say_so(played, hard):
@@ -64,12 +64,12 @@ def test_what_was_seen_counts_where_the_results_say_so(played, hard):
     results = played(prior, seen=0) + played(known, seen=64)
     some = played(np.where(ages < 128, known, prior), seen=128, places=256)
     told = [replace(result, age=int(age)) for result, age in zip(some, ages, strict=True)]
-    assert gap(results + some, some).value == pytest.approx(20 / 64 - 0.5, abs=1e-6)
-    assert gap(results + told, told) == pytest.approx((0, 0, 0), abs=1e-6)
+    assert excess_over_prediction(results + some, some).value == pytest.approx(20 / 64 - 0.5, abs=1e-6)
+    assert excess_over_prediction(results + told, told) == pytest.approx((0, 0, 0), abs=1e-6)
     forgets_the_oldest = [
         r if r.age < 10 or r.age >= 128 else replace(r, return_=p) for r, p in zip(told, prior, strict=True)
     ]
-    assert gap(results + told, forgets_the_oldest).value == pytest.approx(-10 / 64, abs=1e-6)
+    assert excess_over_prediction(results + told, forgets_the_oldest).value == pytest.approx(-10 / 64, abs=1e-6)
 
 
 def test_a_rise_is_told_from_none(played, hard):

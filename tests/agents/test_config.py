@@ -104,11 +104,11 @@ def test_mistakes(minimal, overrides, message):
 def test_the_network_of_a_config_is_the_librarys(minimal):
     """Every setting of it is a field there, with the same default."""
     library = TransformerConfig()
-    assert ModelConfig().made(rope_fraction=library.rope_fraction) == library
+    assert ModelConfig().transformer_config(rope_fraction=library.rope_fraction) == library
     assert set(ModelConfig.model_fields) < {field.name for field in dataclasses.fields(library)}
-    pattern = AttentionSection.model_validate({"scheme": "sparse", "sparse": {}}).made(sharded=True).sparse
+    pattern = AttentionSection.model_validate({"scheme": "sparse", "sparse": {}}).attention_config(sharded=True).sparse
     assert pattern == SparsePattern()
-    assert load(Config, minimal).attention.made(sharded=True) == AttentionConfig()
+    assert load(Config, minimal).attention.attention_config(sharded=True) == AttentionConfig()
 
 
 @pytest.mark.parametrize("change", ["attention.scheme=ulysses", "model.heads=3", "train.accumulate=3"])

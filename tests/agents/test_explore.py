@@ -18,7 +18,7 @@ from agents.cli import ConfigError, Diverged
 from agents.explore import exploration
 from agents.explore.__main__ import main
 from agents.explore.bonus import Sizes, Transitions
-from agents.explore.config import BONUSES, made
+from agents.explore.config import BONUSES, make_config
 from agents.explore.coverage import make_coverage
 from agents.explore.exploration import explore
 from agents.explore.explorers import Learning
@@ -42,7 +42,7 @@ TINY = (
 
 def tiny(algorithm: str = "aps", task: str = TASK, *overrides: str):
     settings = {"task": task, "algorithm": algorithm, "seed": 3, "episode_steps": 20}
-    return made(settings, "urlb", [*TINY, *overrides])
+    return make_config(settings, "urlb", [*TINY, *overrides])
 
 
 def content(folder: Path) -> dict[str, list[bytes]]:
@@ -101,7 +101,7 @@ def weights(state) -> dict[str, dict]:
 
 def test_an_update_is_that_of_the_equations():
     """The critic learns first, the policy from what that has learnt, and the target follows."""
-    config = made({"task": TASK, "algorithm": "td3"}, "urlb", ["learner.width=8", "learner.noise=1e-20"])
+    config = make_config({"task": TASK, "algorithm": "td3"}, "urlb", ["learner.width=8", "learner.noise=1e-20"])
     bonus = BONUSES["td3"](config.algorithm_settings, Sizes(3, 2, 8), 1e-2)
     learner = Learner(config.learner, bonus)
     before = learner.init(jax.random.key(0))

@@ -11,14 +11,14 @@ from flax import nnx
 from scipy.special import softmax
 
 from agents.explore.bonus import Sizes, Transitions
-from agents.explore.config import BONUSES, made
+from agents.explore.config import BONUSES, make_config
 from agents.explore.particles import Running
 
 ROWS, OBSERVATION, ACTION, WIDTH = 32, 3, 2, 16
 
 
 def bonus_of(algorithm: str, *overrides: str):
-    config = made({"task": "walker-walk", "algorithm": algorithm}, "urlb", overrides)
+    config = make_config({"task": "walker-walk", "algorithm": algorithm}, "urlb", overrides)
     return BONUSES[algorithm](config.algorithm_settings, Sizes(OBSERVATION, ACTION, WIDTH), 1e-2)
 
 

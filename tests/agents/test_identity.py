@@ -10,17 +10,17 @@ from agents.config import Config, validate
 from agents.identity import (
     FREE,
     FREE_OF_A_RESULT,
-    FREE_OF_ACTING,
+    OVERRIDABLE_WHEN_ACTING,
     defaults,
     differences,
     differing_runs,
-    flat,
+    flatten,
     is_free,
-    lengthened,
-    notable,
+    non_default,
     result_settings,
     run_settings,
     settings_id,
+    update_totals,
 )
 from agents.section import Section
 
@@ -70,7 +70,7 @@ def test_every_free_setting_exists_and_stands_in_the_table(pattern):
     assert f"`{pattern}`" in TABLE
 
 
-@pytest.mark.parametrize("pattern", FREE_OF_ACTING)
+@pytest.mark.parametrize("pattern", OVERRIDABLE_WHEN_ACTING)
 def test_what_acting_may_change_exists_and_stands_in_the_table(pattern):
     assert any(is_free(name, [pattern]) for name in names()), f"{pattern} names no setting"
     assert f"`{pattern}`" in TABLE
@@ -136,7 +136,7 @@ def test_what_a_result_was_made_with(changes, same):
     other = result_settings(made(**changes), STORES, [10])
     assert (settings_id(plain) == settings_id(other)) == same
     if not same:
-        told = differences({"a": notable(plain), "b": notable(other)})
+        told = differences({"a": non_default(plain), "b": non_default(other)})
         (section, ((key, _),)), *_ = ((name, tuple(value.items())) for name, value in changes.items())
         assert told["b"].startswith(f"{section}.{key}=")
         assert told["a"] != told["b"]
@@ -167,7 +167,7 @@ def test_results_of_before_are_known_again(kind, known):
 
 
 def test_notable_settings_are_those_that_are_no_default():
-    settings = notable(result_settings(made(evaluate={"target": 3.0}), STORES, [10]))
+    settings = non_default(result_settings(made(evaluate={"target": 3.0}), STORES, [10]))
     assert settings == {
         "agent.kind": "agentic_transformer",
         "data.tasks": ["point_mass-dark"],
@@ -175,22 +175,22 @@ def test_notable_settings_are_those_that_are_no_default():
         "evaluate.target": 3.0,
     }
     known = defaults(Config)
-    assert {name: value for name, value in flat(made().model_dump(mode="json")).items() if name in known} == known
+    assert {name: value for name, value in flatten(made().model_dump(mode="json")).items() if name in known} == known
 
 
 def test_what_more_updates_mean():
     cosine, constant = made(train={"updates": 20}), made(train={"updates": 20}, optimizer={"schedule": "constant"})
     growing = made(train={"updates": 20}, optimizer={"schedule": "constant"}, chain={"trajectories": 4, "grow": [2]})
     for config in (cosine, constant, growing):
-        assert lengthened([], config) == lengthened([20], config) == [20]
-    assert lengthened([10], cosine) == lengthened([10], growing) == [10, 20]
-    assert lengthened([10], constant) == [20]
-    assert lengthened([5, 10], cosine) == [5, 10, 20]
+        assert update_totals([], config) == update_totals([20], config) == [20]
+    assert update_totals([10], cosine) == update_totals([10], growing) == [10, 20]
+    assert update_totals([10], constant) == [20]
+    assert update_totals([5, 10], cosine) == [5, 10, 20]
 
 
 def test_differences_do_not_take_what_was_not_recorded_for_the_default():
     once, twice, unknown = (result_settings(made(), *of) for of in ((STORES, [4]), (STORES, [4, 6]), ({}, [4])))
-    told = differences({key: notable(one) for key, one in zip("abc", (once, twice, unknown), strict=True)})
+    told = differences({key: non_default(one) for key, one in zip("abc", (once, twice, unknown), strict=True)})
     store = 'data.stores=["0123456789ab"], train.updates='
     assert told == {
         "a": f"{store}one total",

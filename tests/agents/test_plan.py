@@ -77,6 +77,7 @@ def test_a_plan_for_a_tpu(write_config, capsys):
         (["--topology", "cpu:8"], "= 1 devices; cpu:8 has 8. Add mesh.ring=8"),
         (["--topology", "v9:2x2"], "the TPU compiler"),
         (["--topology", "cpu:1", "agent.kind=bc"], "agent.kind 'bc' has no context"),
+        (["--topology", "cpu:1", "agent.kind=recurrent"], "agent.kind 'recurrent' has no attention to plan for"),
         (["--topology", "cpu:1", "--json", "nowhere/plan.json"], "there is no folder nowhere"),
     ],
 )

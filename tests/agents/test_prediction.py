@@ -7,7 +7,7 @@ import pytest
 
 from agents.cli import ConfigError
 from agents.plot import plot
-from agents.prediction import line
+from agents.prediction import make_predictor
 from agents.results import Result
 from agents.statistics import summarize, write_summary
 from agents.world_figure import plot_worlds
@@ -43,13 +43,13 @@ def perfect(visits):
 
 
 def test_nothing_is_fitted(visits, perfect):
-    found = line(perfect())
+    found = make_predictor(perfect())
     assert (found.prior, found.known) == (pytest.approx(2), pytest.approx(6))
-    assert found.at(256 / 1024) == pytest.approx(3)
+    assert found.at_share(256 / 1024) == pytest.approx(3)
     # Neither what the larger worlds gave nor another world's history moves it.
     worse = perfect() + visits(4096, 4096, 0.0) + visits(64, 64, 0.0, context="foreign")
-    assert line(worse) == found
-    assert line(visits(64, 32, 4.0)) is None
+    assert make_predictor(worse) == found
+    assert make_predictor(visits(64, 32, 4.0)) is None
 
 
 def test_the_summary_says_what_was_predicted(visits, perfect, tmp_path):

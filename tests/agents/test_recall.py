@@ -13,7 +13,7 @@ import pytest
 
 from agents import recall
 from agents.config import load
-from agents.processes import alone
+from agents.processes import training_lock
 from agents.recall import RecallConfig, main
 from agents.recall_texts import TOKENS, texts
 from rlring.language_model import NO_TARGET
@@ -156,7 +156,7 @@ def test_checkpoints_without_their_config_are_refused(tmp_path, monkeypatch, cap
 def test_a_run_whose_files_changed_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("r.toml").write_text(SMALL)
-    with alone(Path("runs/r")):
+    with training_lock(Path("runs/r")):
         assert main(["r.toml"]) == 2
     assert "error: another process trains runs/r right now; wait for it" in capsys.readouterr().err
     assert main(["r.toml"]) == 0

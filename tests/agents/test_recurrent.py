@@ -54,7 +54,7 @@ def test_chains_side_by_side_and_padding_change_nothing(loaded):
     assert np.abs(later[:, 41:] - want[:, 41:]).max() > 1e-4
 
 
-def token_by_token(weights, x, begins, is_there, state):
+def token_by_token(weights, x, begins, is_real, state):
     """What the gated delta rule reads [B, T, N H], and its last state: the paper's recurrence, literally."""
     B, N, H, _ = state.shape
 
@@ -65,7 +65,7 @@ def token_by_token(weights, x, begins, is_there, state):
         return jax.nn.sigmoid(x @ weights[name]["kernel"] + weights[name]["bias"])[..., None, None]
 
     def step(S, token):
-        x, begins, is_there = token
+        x, begins, is_real = token
         q, k = (y / jnp.sqrt(jnp.sum(y * y, -1, keepdims=True) + 1e-6) for y in (heads("query", x), heads("key", x)))
         v, a, b = heads("value", x), gate("keep", x), gate("write", x)
         before = jnp.where(begins[:, None, None, None], 0.0, S)
@@ -73,9 +73,9 @@ def token_by_token(weights, x, begins, is_there, state):
         after = a * (jnp.eye(H) - b * k_k) @ before + b * k_v
         o = jnp.einsum("bnkv,bnk->bnv", after, q)
         y = o / jnp.sqrt(jnp.mean(o * o, -1, keepdims=True) + 1e-6) * weights["norm"]["scale"] * heads("gate", x)
-        return jnp.where(is_there[:, None, None, None], after, S), y.reshape(B, N * H)
+        return jnp.where(is_real[:, None, None, None], after, S), y.reshape(B, N * H)
 
-    S, y = jax.lax.scan(step, state, (x.swapaxes(0, 1), begins.T, is_there.T))
+    S, y = jax.lax.scan(step, state, (x.swapaxes(0, 1), begins.T, is_real.T))
     return y.swapaxes(0, 1), S
 
 
@@ -85,11 +85,11 @@ def weighed(y, state, toward):
 
 
 @jax.jit
-def exact(weights, x, state, begins, is_there, toward):
+def exact(weights, x, state, begins, is_real, toward):
     """Gradients and outputs of the recurrence; called with float64."""
 
     def loss(weights, x, state):
-        return weighed(*token_by_token(weights, x, begins, is_there, state), toward)
+        return weighed(*token_by_token(weights, x, begins, is_real, state), toward)
 
     return jax.grad(loss, (0, 1, 2), has_aux=True)(weights, x, state)
 
@@ -102,13 +102,13 @@ def test_gated_delta_in_chunks_is_the_rule_token_by_token(length):
     params = jax.tree.map(lambda w: w + 0.1 * rng.standard_normal(w.shape, np.float32), params)
     params.keep.bias[...] = params.keep.bias[...] - 6.0  # a state forgets 5 % a token
     x = rng.standard_normal((2, length, 6), np.float32)
-    begins, is_there = rng.random((2, length)) < 0.02, rng.random((2, length)) < 0.9
+    begins, is_real = rng.random((2, length)) < 0.02, rng.random((2, length)) < 0.9
     state = rng.standard_normal((2, 2, 12, 12), np.float32)
-    real = is_there[..., None].astype(np.float32)
+    real = is_real[..., None].astype(np.float32)
     toward = rng.standard_normal((2, length, 24), np.float32) * real, rng.standard_normal(state.shape, np.float32)
 
     def loss(params, x, state):
-        return weighed(*nnx.merge(graph, params).read(x, begins, is_there, state), toward)
+        return weighed(*nnx.merge(graph, params).read(x, begins, is_real, state), toward)
 
     got, (y, after) = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(params, x, state)
     weights = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
@@ -116,7 +116,7 @@ def test_gated_delta_in_chunks_is_the_rule_token_by_token(length):
     def longest(array):  # one program for all lengths
         return np.pad(array, [(0, 0), (0, 1000 - length)] + [(0, 0)] * (array.ndim - 2))
 
-    inputs = weights, longest(x), state, longest(begins), longest(is_there), (longest(toward[0]), toward[1])
+    inputs = weights, longest(x), state, longest(begins), longest(is_real), (longest(toward[0]), toward[1])
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         inputs = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, inputs)
         (of_weights, of_x, of_state), (y_exact, after_exact) = jax.tree.map(np.asarray, exact(*inputs))
@@ -130,7 +130,7 @@ def test_gated_delta_in_chunks_is_the_rule_token_by_token(length):
 def test_the_state_of_the_map_is_the_keys_and_values_of_64_trajectories(tiny):
     config = tiny(*recurrent("delta"), "model.width=128", "model.heads=4")
     agent = make_agent(config, Scales(np.zeros(4), np.ones(4), 1.0), 2, 16, None)
-    state = jax.eval_shape(lambda key: agent.network(key).empty(1), jax.random.key(0))
+    state = jax.eval_shape(lambda key: agent.network(key).initial_state(1), jax.random.key(0))
     assert sum(leaf.size for leaf in state) == 64 * 16 * 2 * (2 * 128) == 524_288
 
 
@@ -142,7 +142,7 @@ def test_the_backward_keeps_states_between_chunks_alone():
     def loss(params, x):
         everywhere = jnp.ones(x.shape[:2], bool)
         cell = nnx.merge(graph, params)
-        return jnp.sum(cell.read(x, ~everywhere, everywhere, cell.empty(len(x)))[0])
+        return jnp.sum(cell.read(x, ~everywhere, everywhere, cell.initial_state(len(x)))[0])
 
     compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
     states = 4096 // CHUNK * 4 * 4 * 256 * 256 * 4

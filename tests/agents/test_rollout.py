@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from agents import evaluate as evaluation
-from agents import pause
+from agents import evaluation_state
 from agents.cli import ConfigError
 from agents.evaluate import evaluate, main
 from agents.results import read_results
@@ -67,7 +67,7 @@ def test_an_interrupted_evaluation_goes_on_with_its_episode(trained, monkeypatch
         assert evaluate(folder, asked, progress=False) == 6
         assert played == [2, 3]
     assert returns(folder) == whole
-    assert not (folder / pause.FILE).exists()
+    assert not (folder / evaluation_state.FILE).exists()
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off", "of something else", "of other settings"])
@@ -80,7 +80,7 @@ def test_without_a_good_file_the_episodes_before_are_played_again(trained, monke
         interrupted_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             evaluate(folder, SELF, progress=False)
-    kept = folder / pause.FILE
+    kept = folder / evaluation_state.FILE
     if damage == "missing":
         kept.unlink()
     elif damage == "cut off":

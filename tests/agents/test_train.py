@@ -20,7 +20,7 @@ from agents.config import dump
 from agents.continuation import newest
 from agents.evaluate import load_agent
 from agents.optimizer import make_optimizer
-from agents.processes import alone
+from agents.processes import training_lock
 from agents.registry import make_agent
 from agents.train import main, train
 from agents.update import make_update
@@ -195,17 +195,17 @@ def test_kill_minus_nine_at_any_moment_changes_no_bit(write_config, tmp_path, up
 
 
 def test_a_second_training_of_one_run_answers_in_one_line(write_config, capsys):
-    with alone(Path("runs/tiny")):
+    with training_lock(Path("runs/tiny")):
         for more in ([], ["--resume"]):
             assert main([str(write_config), *more]) == 2
             error = capsys.readouterr().err
             assert error.startswith("error: another process trains runs/tiny right now; wait for it")
             assert error.count("\n") == 1
         assert not Path("runs/tiny").exists()
-        with alone(Path("runs/other")):
+        with training_lock(Path("runs/other")):
             pass
     assert not Path("runs").exists()  # no lock is left
-    with alone(Path("runs/tiny")):
+    with training_lock(Path("runs/tiny")):
         pass
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from agents.agent import Timesteps
 from agents.evaluate import evaluate, load_agent, main
-from agents.prompts import laid_out
+from agents.prompts import pad_and_order
 from agents.results import read_results
 from agents.worlds import _shared
 from data import TrajectoryStore, WorldSampler
@@ -76,7 +76,7 @@ def test_queries_that_share_a_history_act_as_one_full_pass(trained, map_settings
     batch = sampler.sample(0, 2)
     full = jax.jit(agent.features)(params, batch).mean
     prompt = batch.take(np.arange(80))
-    memory = jax.jit(agent.start, static_argnums=2)(params, laid_out(agent, prompt), 16)
+    memory = jax.jit(agent.start, static_argnums=2)(params, pad_and_order(agent, prompt), 16)
     memory = jax.jit(_shared, static_argnums=1)(memory, 3)
     act = jax.jit(agent.act)
     for m in range(80, 96):

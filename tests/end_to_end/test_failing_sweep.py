@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.processes import alone
+from agents.processes import training_lock
 from agents.sweep import main
 from data.build import build
 from data.collect import collect
@@ -111,7 +111,7 @@ def test_a_dry_run_announces_what_the_sweep_would_refuse(sweep, capsys):
 
 
 def test_a_second_sweep_of_one_name_answers_in_one_line(sweep, capsys):
-    with alone(Path("runs/small")):
+    with training_lock(Path("runs/small")):
         assert main([sweep]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: another process trains runs/small right now; wait for it")

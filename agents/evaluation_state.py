@@ -19,7 +19,7 @@ from data.atomic_file import atomic_file
 FILE = "evaluating.npz"
 
 
-def pause(folder: Path, label: str, episode: int, state: Any) -> None:
+def save(folder: Path, label: str, episode: int, state: Any) -> None:
     """Saves the state before episode `episode`, replacing an earlier file. label: identifies the evaluation."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     needed = sum(leaf.nbytes for leaf in leaves) + 2**20
@@ -31,7 +31,7 @@ def pause(folder: Path, label: str, episode: int, state: Any) -> None:
         np.savez(file, label=np.array(label), episode=np.array(episode), **arrays)
 
 
-def paused(folder: Path, label: str, like: Any) -> tuple[int, Any] | None:
+def restore(folder: Path, label: str, like: Any) -> tuple[int, Any] | None:
     """Returns the saved episode index and state, with the structure and sharding of `like`; None if there is none."""
     found = None
     damage = zipfile.BadZipFile, KeyError, EOFError, ValueError
@@ -42,7 +42,7 @@ def paused(folder: Path, label: str, like: Any) -> tuple[int, Any] | None:
     return found
 
 
-def forget(folder: Path) -> None:
+def delete(folder: Path) -> None:
     """Deletes the file."""
     (folder / FILE).unlink(missing_ok=True)
 
