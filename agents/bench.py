@@ -185,10 +185,12 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.bench", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("learning", "acting", "reading"))
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="reading: the run of a trained agent")
-    parser.add_argument("--tokens", type=count, default=READ, help="reading: how long the history is")
-    parser.add_argument("--devices", type=count, default=8, help="acting, reading: how many the sequence is split over")
+    parser.add_argument("--tokens", type=count, default=READ, help="reading: length of the history")
+    parser.add_argument(
+        "--devices", type=count, default=8, help="acting, reading: devices over which the sequence is split"
+    )
     parser.add_argument("--rounds", type=count, default=5)
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything into this file")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
     arguments = parser.parse_args(argv)
 
     def body() -> None:

@@ -242,7 +242,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as evaluate.groups=64")
-    parser.add_argument("--video", action="store_true", help="films, paths and training in the run's report.html")
+    parser.add_argument(
+        "--video", action="store_true", help="also write videos, paths and the training loss to the run's report.html"
+    )
     arguments = parser.parse_intermixed_args(argv)
 
     def body() -> None:

@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--topology", required=True, metavar="T", help=f"such as {', '.join(EXAMPLES)}")
-    parser.add_argument("--json", type=Path, metavar="F", help="also write everything into this file")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
     arguments = parser.parse_intermixed_args(argv)
 
     def body() -> None:

@@ -250,15 +250,15 @@ def _span(values: Iterable[int]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="python -m agents.plot", description="Draws return against context.")
+    parser = Parser(prog="python -m agents.plot", description="Plots return against the length of the history.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or their results.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="the plot: .png, .svg or .pdf")
     parser.add_argument("--title", default="")
     parser.add_argument(
-        "--statistic", choices=STATISTICS, help="over the episodes of a goal (mean; for mode self: last)"
+        "--statistic", choices=STATISTICS, help="of the episodes of a goal (default: mean; in mode self: last)"
     )
-    parser.add_argument("--mode", choices=MODES, help="prompted, or self (prompted where there is any)")
-    parser.add_argument("--aggregate", choices=list(AGGREGATES), default="iqm", help="over the goals (iqm)")
+    parser.add_argument("--mode", choices=MODES, help="default: prompted if the results have it, else self")
+    parser.add_argument("--aggregate", choices=list(AGGREGATES), default="iqm", help="over goals (default: iqm)")
     options = parser.parse_intermixed_args(argv)
 
     def body() -> None:

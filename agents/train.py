@@ -166,23 +166,25 @@ def peak_bytes() -> int:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.width=128")
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     parser.add_argument(
         "--cluster",
         nargs="?",
         const=DETECTED,
         metavar="HOST:PORT",
-        help="one of several processes; where Slurm, Kubernetes or Cloud TPU starts them, without address",
+        help="run as one of several processes. Leave out HOST:PORT under Slurm, Kubernetes and Cloud TPU",
     )
-    parser.add_argument("--processes", type=int, metavar="N", help="with --cluster HOST:PORT")
-    parser.add_argument("--process", type=int, metavar="I", help="with --cluster HOST:PORT: which one this is, from 0")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --cluster HOST:PORT: number of processes")
+    parser.add_argument(
+        "--process", type=int, metavar="I", help="with --cluster HOST:PORT: index of this process, from 0"
+    )
     parser.add_argument(
         "--patience",
         type=count,
         default=100,
         metavar="S",
-        help="with --cluster: seconds until a silent process is dead",
+        help="with --cluster: seconds without a sign of a process until it counts as dead (default 100)",
     )
     arguments = parser.parse_intermixed_args(argv)
 

@@ -120,17 +120,26 @@ def build(
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line and returns its exit status."""
-    parser = cli.Parser(prog="python -m data.build", description="ExoRL episodes -> relabelled store")
+    parser = cli.Parser(
+        prog="python -m data.build", description="Builds a store from a folder of episodes, with the rewards of a task."
+    )
     parser.add_argument("--exorl", required=True, help="folder of episodes, or one with a buffer/ in it")
     parser.add_argument("--task", required=True, help="domain-task, e.g. walker-walk")
     parser.add_argument("--out", required=True, help="the store to write, e.g. stores/walker_walk_rnd.h5")
-    parser.add_argument("--workers", type=int, default=2, help="processes that relabel (default 2)")
-    parser.add_argument("--limit-steps", type=int, help="only the first episodes, up to this many steps")
-    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the episodes of so many steps before")
-    parser.add_argument("--spread", action="store_true", help="not the first episodes, but as many at equal distances")
-    parser.add_argument("--shard", metavar="I/N", help="only part I, from 0, of N; data.merge makes one store of them")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out episodes that cannot be used, and say which")
-    parser.add_argument("--control", choices=get_args(Control), default="actual", help="what control costs see")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compute rewards (default 2)")
+    parser.add_argument("--limit-steps", type=int, help="use whole episodes up to this many steps in total")
+    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the first episodes, up to this many steps")
+    parser.add_argument(
+        "--spread", action="store_true", help="with --limit-steps: episodes at equal distances, not the first ones"
+    )
+    parser.add_argument("--shard", metavar="I/N", help="build only shard I (from 0) of N; data.merge joins the shards")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out damaged episodes, and record which")
+    parser.add_argument(
+        "--control",
+        choices=get_args(Control),
+        default="actual",
+        help="action in the control costs: the stored one (actual, the default), or 0 as in ExoRL's code (exorl)",
+    )
     options = parser.parse_args(arguments)
     return cli.run(partial(build, **vars(options)))
 

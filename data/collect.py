@@ -138,14 +138,14 @@ def _extras(environment: Environment, rows: int) -> dict[str, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    parser = Parser(prog="python -m data.collect", description="Roll out a policy into episodes.")
+    parser = Parser(prog="python -m data.collect", description="Runs a policy in a task and writes the episodes.")
     parser.add_argument("--task", required=True, help="domain-task, such as walker-walk or point_mass-dark")
     parser.add_argument("--policy", required=True, help=", ".join(POLICIES))
-    parser.add_argument("--episodes", required=True, type=int)
+    parser.add_argument("--episodes", required=True, type=int, help="total number of episodes in the folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", required=True, help="folder of the episodes; continued if it has some")
+    parser.add_argument("--out", required=True, help="folder for the episodes; episodes that it has are kept")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
-    parser.add_argument("--episode-steps", type=int, default=None, help="length instead of the task's own")
+    parser.add_argument("--episode-steps", type=int, default=None, help="steps per episode (default: the task's)")
     options = parser.parse_args(argv)
     return run(lambda: collect(**vars(options)))
 

@@ -75,16 +75,23 @@ def convert(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    parser = cli.Parser(prog="python -m data.convert", description="Episodes from one format to another.")
+    parser = cli.Parser(prog="python -m data.convert", description="Converts episodes from one format to another.")
     parser.add_argument("source", help="a folder of ExoRL episodes, a store, a flat HDF5 file or a Minari dataset")
     parser.add_argument("--to", required=True, choices=get_args(Format), help="the format of --out")
     parser.add_argument("--out", required=True, help="what to write; it must not exist")
-    parser.add_argument("--task", help="whose rewards the source holds, where it does not say; domain-task")
+    parser.add_argument("--task", help="domain-task: for --relabel, or if the source does not name its task")
     parser.add_argument("--relabel", action="store_true", help="compute the rewards of --task from the physics")
-    parser.add_argument("--control", choices=get_args(Control), default="actual", help="what control costs see")
-    parser.add_argument("--limit-steps", type=int, help="only the first episodes, up to this many steps")
-    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the episodes of so many steps before")
-    parser.add_argument("--spread", action="store_true", help="not the first episodes, but as many at equal distances")
+    parser.add_argument(
+        "--control",
+        choices=get_args(Control),
+        default="actual",
+        help="action in the control costs: the stored one (actual, the default), or 0 as in ExoRL's code (exorl)",
+    )
+    parser.add_argument("--limit-steps", type=int, help="use whole episodes up to this many steps in total")
+    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the first episodes, up to this many steps")
+    parser.add_argument(
+        "--spread", action="store_true", help="with --limit-steps: episodes at equal distances, not the first ones"
+    )
     options = parser.parse_args(arguments)
     return cli.run(partial(convert, **vars(options)))
 

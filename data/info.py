@@ -48,7 +48,7 @@ def histogram(values: Float[np.ndarray, " N"]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    parser = cli.Parser(prog="python -m data.info", description="What a store or a folder of episodes holds.")
+    parser = cli.Parser(prog="python -m data.info", description="Summarises stores and folders of episodes.")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a store, or a folder of episodes")
     options = parser.parse_args(argv)
     return cli.run(lambda: _print(options.paths))

@@ -54,9 +54,9 @@ def merge(out: str | Path, *, delete: bool = False, progress: bool = True) -> Tr
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    parser = cli.Parser(prog="python -m data.merge", description="Shards of a store -> the store.")
-    parser.add_argument("out", metavar="OUT", help="the store, as it was named to data.build")
-    parser.add_argument("--delete", action="store_true", help="delete the shards when the store is whole")
+    parser = cli.Parser(prog="python -m data.merge", description="Joins the shards of a store.")
+    parser.add_argument("out", metavar="OUT", help="the store: what data.build was given as --out")
+    parser.add_argument("--delete", action="store_true", help="delete the shards when the store is complete")
     options = parser.parse_args(arguments)
     return cli.run(partial(merge, **vars(options)))
 

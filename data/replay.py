@@ -176,14 +176,18 @@ def replay_folder(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status, which is 2 also when actions are off by one row."""
-    parser = cli.Parser(prog="python -m data.replay", description="How far stored episodes drift when played again.")
+    parser = cli.Parser(
+        prog="python -m data.replay", description="Plays stored episodes again and reports how far they drift."
+    )
     parser.add_argument("folder", help="folder of episodes, or one with a buffer/ in it")
-    parser.add_argument("--task", help="domain-task; the one of collect.json where there is one")
-    parser.add_argument("--limit-steps", type=int, help="only the first episodes, up to this many steps")
-    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the episodes of so many steps before")
-    parser.add_argument("--spread", action="store_true", help="not the first episodes, but as many at equal distances")
+    parser.add_argument("--task", help="domain-task (default: the one in collect.json)")
+    parser.add_argument("--limit-steps", type=int, help="use whole episodes up to this many steps in total")
+    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the first episodes, up to this many steps")
+    parser.add_argument(
+        "--spread", action="store_true", help="with --limit-steps: episodes at equal distances, not the first ones"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
-    parser.add_argument("--json", metavar="FILE", help="where to write the drift of every episode")
+    parser.add_argument("--json", metavar="FILE", help="also write the drift of every episode to this file")
     return cli.run(partial(_command, parser.parse_args(argv)))
 
 

@@ -1,4 +1,4 @@
-"""Collects ExoRL's kind of data: episodes of an agent that explores without a reward.
+"""Collects data as ExoRL does: episodes of an agent that explores without a task's reward.
 
 python -m agents.explore --task walker --algorithm rnd --steps 1000000 --out datasets/walker/rnd
 """
@@ -42,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m agents.explore", description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, help="a body, such as walker, or a task, such as walker-walk")
     parser.add_argument("--algorithm", required=True, help=", ".join(ALGORITHMS))
-    parser.add_argument("--steps", required=True, type=count, help="steps in all, of whole episodes")
-    parser.add_argument("--out", required=True, help="folder of the episodes")
+    parser.add_argument(
+        "--steps", required=True, type=count, help="total number of steps; the last episode is completed"
+    )
+    parser.add_argument("--out", required=True, help="folder for the episodes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--episode-steps", type=count, default=None, help="length instead of the task's own")
+    parser.add_argument("--episode-steps", type=count, default=None, help="steps per episode (default: the task's)")
     parser.add_argument("--preset", default="urlb", help=f"{', '.join(PRESETS)} (default urlb)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as learner.width=256")
     options = parser.parse_intermixed_args(argv)
 
     def body() -> None:

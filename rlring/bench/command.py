@@ -122,43 +122,51 @@ def _versions(command: str) -> Versions:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m rlring.bench", description="Time and memory of attention, by scheme and length.")
+    parser = Parser(
+        prog="python -m rlring.bench", description="Measures time and memory of attention, by scheme and length."
+    )
     add = parser.add_argument
     add("--schemes", nargs="+", choices=EXACT, default=["blockwise", "ring", "all_gather", "hybrid"])
-    add("--lengths", nargs="+", type=count, default=[4096, 8192], help="tokens")
+    add("--lengths", nargs="+", type=count, default=[4096, 8192], help="tokens of a sequence")
     add("--heads", type=count, default=4, help="query heads")
     add("--kv-heads", type=count, help="key/value heads; as many as query heads if left out")
     add("--head-size", type=count, default=64)
     add("--batch", type=count, default=1)
     add("--type", choices=("float32", "bfloat16"), default="float32")
-    add("--devices", nargs="+", type=count, default=[8], help="over which the sequence is split; virtual ones on a CPU")
-    add("--kernel", choices=KERNELS, default="jax", help="what computes a block of all schemes but dense and sparse")
-    add("--blocks", nargs=2, type=count, metavar=("Q", "K"), help="tokens")
-    add("--hops", type=count, default=0, metavar="P", help="also a ring of P devices that take turns on one")
+    add(
+        "--devices",
+        nargs="+",
+        type=count,
+        default=[8],
+        help="numbers of devices that split the sequence; virtual on a CPU",
+    )
+    add("--kernel", choices=KERNELS, default="jax", help="kernel of all schemes but dense and sparse")
+    add("--blocks", nargs=2, type=count, metavar=("Q", "K"), help="tokens per block of queries, of keys")
+    add("--hops", type=count, default=0, metavar="P", help="also a ring of P devices, simulated on one")
     add(
         "--sparse",
         nargs="+",
         type=_pattern,
         default=[],
         metavar="BLOCK,LOCAL,STRIDE",
-        help="also S2 with these patterns (rlring.SparsePattern)",
+        help="also sparse attention (S2) with these patterns (rlring.SparsePattern)",
     )
-    add("--deterministic", action="store_true", help="also ring and blockwise with the same bits on any ring")
+    add("--deterministic", action="store_true", help="also ring and blockwise with deterministic=True")
     add("--repeats", type=count, default=5, help="rounds, in each of which every candidate runs once")
     add(
         "--matmul",
         type=count,
-        help=f"side of the matrices that give the peak: {MATMUL['cpu']} on a CPU, {LARGE_MATMUL} else",
+        help=f"size of the matrix product that gives the peak (default: {MATMUL['cpu']} on a CPU, else {LARGE_MATMUL})",
     )
-    add("--json", type=Path, metavar="F", help="also write everything into this file")
-    add("--peers", action="store_true", help="other libraries beside ours, twelve masks, errors against float64")
+    add("--json", type=Path, metavar="F", help="also write everything to this file")
+    add("--peers", action="store_true", help="compare other libraries, over twelve masks, with errors against float64")
     masks = [case.name for case in cases(BLOCKS)]
     add("--masks", nargs="+", choices=masks, default=masks, metavar="MASK", help="with --peers: " + "; ".join(masks))
     add(
         "--traffic",
         action="store_true",
-        help="run nothing; count what each scheme sends, compiled for --devices virtual ones, beside its formula, and "
-        "print when the links of known devices hide the ring",
+        help="only compile, for --devices virtual devices: count what each scheme sends, compare with its formula, "
+        "and print how many tokens hide the transfers of a ring on known links",
     )
     arguments = parser.parse_args(argv)
     arguments.kv_heads = arguments.kv_heads or arguments.heads

@@ -86,15 +86,18 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m rlring.plan", description="Memory and traffic of training, from the compiler.")
+    parser = Parser(
+        prog="python -m rlring.plan", description="Memory and traffic of a training step, from the compiler."
+    )
     add = parser.add_argument
     add("--model", required=True, metavar="M", help=", ".join(PRESETS))
-    add("--topology", required=True, metavar="T", help=f"such as {', '.join(EXAMPLES)}; cpu: virtual devices")
-    add("--tokens", required=True, type=count, help="of one sequence")
+    add("--topology", required=True, metavar="T", help=f"such as {', '.join(EXAMPLES)}; cpu:N is N virtual devices")
+    add("--tokens", required=True, type=count, help="tokens of one sequence")
     add("--data", type=count, default=1, help="devices over which the sequences of a batch are split")
     add("--ulysses", type=count, default=1, help="devices over which heads are split; the ring takes the rest")
     add("--rows", type=count, help="sequences of a batch; as many as --data if left out")
-    add("--remat", choices=("none", "attention", "all", "offload"), default="all")
+    remat = "what the backward pass recomputes (default all); offload also keeps block inputs on the host"
+    add("--remat", choices=("none", "attention", "all", "offload"), default="all", help=remat)
     add("--search", action="store_true", help="double (or halve) the tokens up to the longest context that fits")
-    add("--json", type=Path, metavar="F", help="also write everything into this file")
+    add("--json", type=Path, metavar="F", help="also write everything to this file")
     return parser.parse_args(argv)
