@@ -85,7 +85,7 @@ def plan(config: Config, topology: str) -> Plan:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.plan", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.width=128")
     parser.add_argument("--topology", required=True, metavar="T", help=f"such as {', '.join(EXAMPLES)}")
     parser.add_argument("--json", type=Path, metavar="F", help="also write everything to this file")
     arguments = parser.parse_intermixed_args(argv)

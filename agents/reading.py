@@ -61,7 +61,7 @@ def measure_reading(run: Path, tokens: int, devices: int) -> list[Reading]:
 def reading_table(rows: Sequence[Reading]) -> str:
     """Returns the measurements as a Markdown table."""
     lines = [
-        "| tokens read | devices | compile s | read s | of peak | step ms (slowest) | actions, from one device's |",
+        "| tokens read | devices | compile s | read s | of peak | step ms (slowest) | difference of actions |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:

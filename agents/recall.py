@@ -270,7 +270,7 @@ def accuracy(config: RecallConfig, whole: Training, weights: nnx.State, *, progr
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m agents.recall", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="TOML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.width=128")
     arguments = parser.parse_intermixed_args(argv)
 
     def body() -> None:

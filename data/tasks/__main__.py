@@ -43,7 +43,10 @@ def table(tasks: Iterable[str], episodes: int) -> str:
     rows: dict[Row, list[str]] = defaultdict(list)
     for task in tasks:
         rows[_checked(task, episodes)].append(task.split("-", 1)[1])
-    lines = ["| body | tasks | O | A | P | steps | computed less paid |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| body | tasks | O | A | P | steps | difference of rewards |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for row, names in rows.items():
         sizes = f"{row.observation} | {row.action} | {row.physics} | {row.steps}"
         lines.append(f"| `{row.domain}` | {', '.join(names)} | {sizes} | {row.difference} |")
