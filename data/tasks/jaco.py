@@ -4,14 +4,18 @@ The task is dm_control's composer task `manipulation.reach` with a site as its t
 and is not in the observation.
 """
 
+import warnings
+
 from absl import logging
-from dm_control import composer, mjcf
-from dm_control.manipulation import reach
-from dm_control.manipulation.shared import arenas, constants, observations, robots, workspaces
 from dm_control.rl import control
 from dm_control.suite import base
 
 from data.tasks.reward import Builder
+
+with warnings.catch_warnings():  # composer would show every DeprecationWarning of the whole process
+    from dm_control import composer, mjcf
+    from dm_control.manipulation import reach
+    from dm_control.manipulation.shared import arenas, constants, observations, robots, workspaces
 
 PLACES = {
     "top_left": (-0.09, 0.09, 0.001),

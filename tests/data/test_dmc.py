@@ -1,5 +1,9 @@
 """dmc: the environments pay and show what dm_control does, and an episode is a function of its seed."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
@@ -269,3 +273,9 @@ def test_nothing_is_rendered_unless_asked():
     environment = make("point_mass-dark")
     environment.reset(seed=0)
     assert environment.render() is None
+
+
+def test_deprecations_stay_hidden_as_python_hides_them():
+    """Importing dm_control.composer shows them all: with NumPy 2.5 hundreds of lines a task."""
+    code = "import warnings, data.dmc; assert ('always', None, DeprecationWarning, None, 0) not in warnings.filters"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=120)
