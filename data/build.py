@@ -24,7 +24,7 @@ from data import cli
 from data.errors import DataError
 from data.exorl import collected, episode_length, list_episodes
 from data.origin import Origin, digest, whole_of
-from data.relabel import Control
+from data.relabel import Control, add_control_argument
 from data.relabelled import relabelled_episodes, unlabelled_episodes
 from data.reward_log import RewardLog
 from data.selection import Selection, Shard
@@ -127,19 +127,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--task", required=True, help="domain-task, e.g. walker-walk")
     parser.add_argument("--out", required=True, help="the store to write, e.g. stores/walker_walk_rnd.h5")
     parser.add_argument("--workers", type=int, default=2, help="processes that compute rewards (default 2)")
-    parser.add_argument("--limit-steps", type=int, help="use whole episodes up to this many steps in total")
-    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the first episodes, up to this many steps")
-    parser.add_argument(
-        "--spread", action="store_true", help="with --limit-steps: episodes at equal distances, not the first ones"
-    )
+    Selection.add_arguments(parser)
     parser.add_argument("--shard", metavar="I/N", help="build only shard I (from 0) of N; data.merge joins the shards")
     parser.add_argument("--skip-bad", action="store_true", help="leave out damaged episodes, and record which")
-    parser.add_argument(
-        "--control",
-        choices=get_args(Control),
-        default="actual",
-        help="action in the control costs: the stored one (actual, the default), or 0 as in ExoRL's code (exorl)",
-    )
+    add_control_argument(parser)
     options = parser.parse_args(arguments)
     return cli.run(partial(build, **vars(options)))
 

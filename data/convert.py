@@ -24,7 +24,7 @@ from data.errors import DataError
 from data.exorl import write_episode
 from data.formats import flat, metamotivo, minari
 from data.formats.source import EpisodeFolder, Source, open_source
-from data.relabel import Control, relabel
+from data.relabel import Control, add_control_argument, relabel
 from data.selection import Selection
 from data.store_writer import simulator_versions, write_store
 from data.tasks import goal_task
@@ -81,17 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="what to write; it must not exist")
     parser.add_argument("--task", help="domain-task: for --relabel, or if the source does not name its task")
     parser.add_argument("--relabel", action="store_true", help="compute the rewards of --task from the physics")
-    parser.add_argument(
-        "--control",
-        choices=get_args(Control),
-        default="actual",
-        help="action in the control costs: the stored one (actual, the default), or 0 as in ExoRL's code (exorl)",
-    )
-    parser.add_argument("--limit-steps", type=int, help="use whole episodes up to this many steps in total")
-    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the first episodes, up to this many steps")
-    parser.add_argument(
-        "--spread", action="store_true", help="with --limit-steps: episodes at equal distances, not the first ones"
-    )
+    add_control_argument(parser)
+    Selection.add_arguments(parser)
     options = parser.parse_args(arguments)
     return cli.run(partial(convert, **vars(options)))
 

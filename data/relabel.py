@@ -6,9 +6,10 @@ too high (by up to a quarter in `cartpole-swingup` and `point_mass-easy`). With 
 of the environment to 1e-6; `control="exorl"` is for comparisons with published numbers.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -25,6 +26,16 @@ Control = Literal["actual", "exorl"]
 _DOG = "it pays for the forces under the paws, which follow from the step before and are not in the physics state"
 # Tasks whose reward is not a function of state, control and extras. A test checks all other tasks to 1e-6.
 _REFUSED: dict[str, str] = {f"dog-{task}": _DOG for task in ("fetch", "run", "stand", "trot", "walk")}
+
+
+def add_control_argument(parser: ArgumentParser) -> None:
+    """Adds --control, the `Control` of relabelled rewards."""
+    parser.add_argument(
+        "--control",
+        choices=get_args(Control),
+        default="actual",
+        help="action in the control costs: the stored one (actual, the default), or 0 as in ExoRL's code (exorl)",
+    )
 
 
 def why_refused(task: str) -> str | None:

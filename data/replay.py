@@ -181,11 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", help="folder of episodes, or one with a buffer/ in it")
     parser.add_argument("--task", help="domain-task (default: the one in collect.json)")
-    parser.add_argument("--limit-steps", type=int, help="use whole episodes up to this many steps in total")
-    parser.add_argument("--skip-steps", type=int, default=0, help="leave out the first episodes, up to this many steps")
-    parser.add_argument(
-        "--spread", action="store_true", help="with --limit-steps: episodes at equal distances, not the first ones"
-    )
+    Selection.add_arguments(parser)
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--json", metavar="FILE", help="also write the drift of every episode to this file")
     return cli.run(partial(_command, parser.parse_args(argv)))

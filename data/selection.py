@@ -1,6 +1,7 @@
 """Selects the episodes of a folder from which a store is built, and divides them into shards."""
 
 import re
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,17 @@ class Selection:
             raise DataError(f"--skip-steps must be 0 or more; got {self.skip_steps}")
         if self.spread and self.limit_steps is None:
             raise DataError("--spread takes as many episodes as --limit-steps has room for; give that too")
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        """Adds the options that set the fields of a Selection."""
+        parser.add_argument("--limit-steps", type=int, help="use whole episodes up to this many steps in total")
+        parser.add_argument(
+            "--skip-steps", type=int, default=0, help="leave out the first episodes, up to this many steps"
+        )
+        parser.add_argument(
+            "--spread", action="store_true", help="with --limit-steps: episodes at equal distances, not the first ones"
+        )
 
     def choose(self, lengths: Sequence[int] | Int[np.ndarray, " E"], where: Path) -> list[int]:
         """Returns the indices of the selected episodes. `lengths` has the steps of every episode, and `where` is named
